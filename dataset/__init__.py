@@ -1,0 +1,1 @@
+"""What the model learns from: files -> samples -> batches. Never imports model/."""

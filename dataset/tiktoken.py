@@ -1,0 +1,75 @@
+"""qwen.tiktoken -> a tokenizer equal to the tokenizer.json published with Qwen2 and later.
+
+The file has one token a line: its bytes in base64, then its rank, which is also its id. Byte-pair
+encoding wants merges instead: which two tokens join to make each one. They are not in the file
+but follow from it: a token was made by the last merge of its own bytes, so encoding those bytes
+with the earlier ranks alone leaves exactly the two halves.
+"""
+
+import base64
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+# In this order behind the 151,643 ranks, so that <|im_start|> is 151644 and <|image_pad|> 151655.
+SPECIAL_TOKENS = """
+    <|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|>
+    <|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|>
+    <|image_pad|> <|video_pad|>""".split()
+# Single tokens too, but text may hold them: Qwen publishes these as "not special".
+TEXT_TOKENS = """
+    <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|>
+    <|file_sep|> <tool_response> </tool_response> <think> </think>""".split()
+# Merges never cross the borders that this pattern draws: words with the one character before
+# them, single digits, punctuation, line breaks, spaces.
+PIECES = "|".join((
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"[^\r\n\p{L}\p{N}]?\p{L}+", r"\p{N}",
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"))
+
+
+def byte_alphabet() -> list[str]:
+    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2)."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def halves(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """The two tokens whose merge made this one."""
+    parts = [token[i:i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
+        best = pairs.index(min(pairs))
+        parts[best:best + 2] = [parts[best] + parts[best + 1]]
+    return parts
+
+
+def read_tiktoken(path) -> Tokenizer:
+    ranks = {}
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: expected 'base64 rank', got {line[:60]!r}; "
+                                 "the file is damaged, fetch it again") from error
+    alphabet = byte_alphabet()
+
+    def written(token: bytes) -> str:
+        return "".join(alphabet[byte] for byte in token)
+
+    merges = [tuple(map(written, halves(token, ranks)))
+              for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    tokenizer = Tokenizer(models.BPE({written(token): rank for token, rank in ranks.items()},
+                                     merges))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(PIECES), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False,
+                                 trim_offsets=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_tokens(
+        [AddedToken(token, special=False, normalized=False) for token in TEXT_TOKENS])
+    return tokenizer
