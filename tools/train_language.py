@@ -1,0 +1,241 @@
+"""Train the embedded language tower dataset/emoji/language: a small Qwen2 that reads only text.
+
+    python -m tools.train_language          about an hour on one core; the result is in the repo
+
+What it reads: conversations about emoji scenes, where the scene is *told in words* before it is
+asked about, and some small talk without any scene. Two ways of telling:
+
+    a map    sixteen words between <|vision_start|> and <|vision_end|>, one for each of the 4 x 4
+             places where a picture's patches will later stand, " cat" or " ." (nothing there)
+    prose    "At the top left there is a cat. ..."
+
+So the model learns to answer from what stands before the question, and the projector of stage one
+only has to turn patches into what can be read already. Large language models bring that skill
+from their training text; a model of three million parameters has to be shown it.
+"""
+
+import argparse
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as FastTokenizer
+
+from dataset.chat import ChatTemplate, Message
+from dataset.emoji import texts
+from dataset.emoji.world import CHAT_START, TEST_START, scene
+from dataset.tokenizer import Tokenizer
+from model.config import LanguageConfig
+from model.language import LanguageModel
+from model.weights import save_language
+
+HERE = Path(__file__).resolve().parent.parent / "dataset" / "emoji" / "language"
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>",
+           "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+# Qwen2's rule for cutting text into pieces before byte pairs are merged inside each piece.
+PIECES = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+SIDE = 4  # the map has SIDE x SIDE words
+EMPTY = (" .", " -", " *")
+SMALL_TALK = {
+    "en": (("Hello!", "Hello! How can I help you?"), ("Hi.", "Hello! How can I help you?"),
+           ("Who are you?", "I am a small model that looks at pictures."),
+           ("What can you do?", "Show me a picture and ask me about it."),
+           ("Thank you.", "You are welcome."), ("Thanks!", "You are welcome."),
+           ("Good bye.", "Good bye!"), ("How are you?", "I am fine, thank you.")),
+    "zh": (("你好！", "你好！有什么可以帮你？"), ("你好。", "你好！有什么可以帮你？"),
+           ("你是谁？", "我是一个会看图的小模型。"), ("你会做什么？", "给我一张图片，然后问我。"),
+           ("谢谢。", "不客气。"), ("谢谢你！", "不客气。"), ("再见。", "再见！"),
+           ("你好吗？", "我很好，谢谢。")),
+}
+
+
+def small_talk(rng) -> list[tuple[str, str]]:
+    """Turns without any scene: greetings, and the names of things in the other language."""
+    turns = []
+    for _ in range(rng.randint(1, 3)):
+        thing = rng.choice(texts.THINGS)
+        turns.append(rng.choice((
+            rng.choice(SMALL_TALK["en"]), rng.choice(SMALL_TALK["zh"]),
+            (f"What is {thing.chinese} in English?", thing.sentence("en")),
+            (f"What is {thing.english} in Chinese?", thing.sentence("zh")),
+            (f"{thing.english}用中文怎么说？", thing.sentence("zh")),
+            (f"{thing.chinese}用英文怎么说？", thing.sentence("en")))))
+    return turns
+
+
+def told_in_prose(what, language: str) -> str:
+    """"At the top left there is a cat. ..." """
+    parts = []
+    for placed in what.things:
+        english, chinese = texts.PLACES[placed.place][:2]
+        one = texts.THINGS[placed.thing].one(language)
+        parts.append(f"{english.capitalize()} there is {one}." if language == "en"
+                     else f"{chinese}有{one}。")
+    return (" " if language == "en" else "").join(parts)
+
+
+def told_as_map(what, language: str, rng) -> list[str]:
+    """Sixteen words in reading order. A thing is named in some of the cells of its quarter (at
+    least one): which patches of a picture will show it best is not known beforehand."""
+    words = [rng.choice(EMPTY) for _ in range(SIDE * SIDE)]
+    corners = {"top left": (0, 0), "top right": (0, 2), "bottom left": (2, 0),
+               "bottom right": (2, 2)}
+    for placed in what.things:
+        thing = texts.THINGS[placed.thing]
+        name = " " + (thing.english if language == "en" else thing.chinese)
+        for place, (row, column) in corners.items():
+            if placed.place in (place, "middle"):  # the large thing covers all four quarters
+                cells = [(row + r) * SIDE + column + c for r in (0, 1) for c in (0, 1)]
+                for cell in rng.sample(cells, rng.randint(1, 4)):
+                    words[cell] = name
+    return words
+
+
+def training_scene(rng):
+    return scene(rng.randrange(CHAT_START, TEST_START))  # the test scenes begin after these
+
+
+def make_tokenizer(out: Path) -> None:
+    """Byte-level BPE on the texts of the world; each name becomes one token."""
+    rng = random.Random(0)
+    corpus = []
+    for _ in range(20_000):
+        for language in ("en", "zh"):
+            what = training_scene(rng)
+            corpus += [told_in_prose(what, language)]
+            corpus += [t for turn in texts.conversation(what, language, rng) for t in turn]
+        corpus += [t for turn in small_talk(rng) for t in turn]
+    for thing in texts.THINGS:  # enough weight that no name stays in pieces
+        corpus += [f" {thing.english}", f" {thing.plural}", f" {thing.chinese}"] * 3000
+    tokenizer = FastTokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
+        vocab_size=2048, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    for thing in texts.THINGS:
+        for name in (thing.english, thing.chinese):
+            if len(tokenizer.encode(" " + name).ids) != 1:
+                raise SystemExit(f"{name!r} is not one token: raise its weight or vocab_size")
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(out / "tokenizer.json"))
+    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>",
+              "pad_token": "<|endoftext|>", "add_prefix_space": False, "model_max_length": 512}
+    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+    print(f"tokenizer: {tokenizer.get_vocab_size()} tokens")
+
+
+def read_aloud(template: ChatTemplate, tokenizer: Tokenizer, rng) -> tuple[list[int], list[bool]]:
+    """One text as (ids, learned): a conversation, rendered just as one about a picture will be,
+    with the words of the map in place of the picture. The map itself is not learned: it is
+    random, nobody can predict it."""
+    talk, language = rng.random(), rng.choice(("en", "zh"))
+    if talk < 0.1:
+        turns, told = small_talk(rng), None
+    else:
+        what = training_scene(rng)
+        turns = texts.conversation(what, language, rng)
+        told = rng.choice(("en", "zh"))
+        head = "<image>\n" if talk < 0.8 else told_in_prose(what, told) + "\n"
+        turns[0] = (head + turns[0][0], turns[0][1])
+    messages = []
+    for question, answer in turns:
+        messages += [Message("user", question), Message("assistant", answer)]
+    ids, _ = template.render(messages)
+    learned = [True] * len(ids)
+    if template.image_token_id in ids:
+        start = ids.index(template.image_token_id)
+        words = [tokenizer.encode(word)[0] for word in told_as_map(what, told, rng)]
+        ids[start:start + len(words)] = words
+        learned[start:start + len(words)] = [False] * len(words)
+    return ids, learned
+
+
+def batches(template, tokenizer, batch_size: int, rng):
+    """Endless (ids, labels, on_map), rows of like length together, padded on the right."""
+    while True:
+        rows = [read_aloud(template, tokenizer, rng) for _ in range(16 * batch_size)]
+        rows.sort(key=lambda row: len(row[0]))
+        cuts = list(range(0, len(rows), batch_size))
+        rng.shuffle(cuts)
+        for cut in cuts:
+            some = rows[cut:cut + batch_size]
+            longest = max(len(ids) for ids, _ in some)
+            ids = torch.zeros(len(some), longest, dtype=torch.long)
+            labels = torch.full((len(some), longest), -100)
+            on_map = torch.zeros(len(some), longest, 1)
+            for row, (row_ids, learned) in enumerate(some):
+                ids[row, :len(row_ids)] = torch.tensor(row_ids)
+                for t in range(1, len(row_ids)):
+                    if learned[t]:
+                        labels[row, t - 1] = row_ids[t]
+                    else:
+                        on_map[row, t] = 1
+            yield ids, labels, on_map
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--out", type=Path, default=HERE)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    rng = random.Random(1)
+    make_tokenizer(args.out)
+    tokenizer = Tokenizer.from_directory(args.out)
+    template = ChatTemplate(tokenizer, image_tokens=SIDE * SIDE, default_system=None)
+    config = LanguageConfig(
+        model_type="qwen2", vocab_size=tokenizer.vocab_size, hidden_size=192,
+        intermediate_size=512, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=48, rope_theta=10000.0, rms_norm_eps=1e-6, tie_word_embeddings=True,
+        qkv_bias=True, qk_norm=False, max_position_embeddings=512)
+    model = LanguageModel(config)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.02)
+        elif name.endswith("bias"):
+            torch.nn.init.zeros_(parameter)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05)
+    source, start = batches(template, tokenizer, args.batch_size, rng), time.time()
+    log = (args.out / "training_log.jsonl").open("w")
+    for step in range(args.steps):
+        rate = args.learning_rate * min(1, (step + 1) / 100)
+        rate *= 0.02 + 0.98 * (1 + math.cos(math.pi * step / args.steps)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        ids, labels, on_map = next(source)
+        with torch.autocast("cpu", torch.bfloat16):
+            embeds = model.embed(ids)  # (B,T,D)
+            # Blurred words: the projector's words will never be quite those of the table either.
+            scale = embeds.detach().pow(2).mean().sqrt() * rng.random()
+            embeds = embeds + torch.randn_like(embeds) * on_map * scale
+            logits = model.logits(model.decode(embeds)[labels != -100])  # (supervised, V)
+        loss = F.cross_entropy(logits.float(), labels[labels != -100])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 0 or step == args.steps - 1:
+            line = {"step": step, "loss": round(loss.item(), 4),
+                    "seconds": int(time.time() - start)}
+            print(line, flush=True)
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+        if step % 1000 == 999 or step == args.steps - 1:
+            save_language(model, args.out)
+
+
+if __name__ == "__main__":
+    main()
