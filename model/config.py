@@ -1,0 +1,200 @@
+"""What a model is made of, as plain numbers: a public config.json -> frozen dataclasses.
+
+Every family that we can load differs from the others only by the facts below, so the decoder
+(language.py) and the vision transformer (vision.py) each exist once and ask these facts.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """A decoder of the Llama line (Llama, SmolLM2, Qwen2, Qwen2.5, Qwen3)."""
+
+    model_type: str  # "qwen2", "qwen3" or "llama"
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    qkv_bias: bool  # Qwen2 adds a bias to q, k, v and nowhere else
+    qk_norm: bool  # Qwen3 normalises each head of q and k before RoPE
+    max_position_embeddings: int
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}: heads share keys in equal groups"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even: RoPE rotates pairs")
+
+    @classmethod
+    def from_public(cls, public: dict) -> "LanguageConfig":
+        """Read the dictionary of a public config.json; raise on a variant we would get wrong."""
+        model_type = public.get("model_type")
+        if model_type not in ("qwen2", "qwen3", "llama"):
+            raise ValueError(
+                f"config.json says model_type {model_type!r}; "
+                "the decoder here reads 'qwen2' (also Qwen2.5), 'qwen3' and 'llama' (also SmolLM2)"
+            )
+        # transformers 5 moved rope_theta into rope_parameters; older files have it at the top.
+        rope = public.get("rope_parameters") or public.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        default_theta = 10000.0  # what the three public config classes assume when it is absent
+        refuse(public, "rope_type", rope_type, "default")
+        refuse(public, "partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 1.0)
+        refuse(public, "hidden_act", public.get("hidden_act", "silu"), "silu")
+        refuse(public, "use_sliding_window", public.get("use_sliding_window", False), False)
+        refuse(public, "mlp_bias", public.get("mlp_bias", False), False)
+        if model_type != "qwen2":
+            refuse(public, "attention_bias", public.get("attention_bias", False), False)
+        heads = public["num_attention_heads"]
+        return cls(
+            model_type=model_type,
+            vocab_size=public["vocab_size"],
+            hidden_size=public["hidden_size"],
+            intermediate_size=public["intermediate_size"],
+            num_hidden_layers=public["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=public.get("num_key_value_heads") or heads,
+            # Qwen3's class assumes 128 where the file is silent, the others share the width out.
+            head_dim=public.get("head_dim") or (
+                128 if model_type == "qwen3" else public["hidden_size"] // heads),
+            rope_theta=float(rope.get("rope_theta", public.get("rope_theta", default_theta))),
+            rms_norm_eps=public.get("rms_norm_eps", 1e-6),
+            tie_word_embeddings=public.get("tie_word_embeddings", False),
+            qkv_bias=model_type == "qwen2",
+            qk_norm=model_type == "qwen3",
+            max_position_embeddings=public.get("max_position_embeddings", 32768),
+        )
+
+    def to_public(self) -> dict:
+        """The config.json of a directory that other libraries can load."""
+        names = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}
+        implied = ("qkv_bias", "qk_norm")  # by model_type
+        public = {key: value for key, value in vars(self).items() if key not in implied}
+        return {"architectures": [names[self.model_type] + "ForCausalLM"], **public,
+                "hidden_act": "silu"}
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A vision transformer: SigLIP, CLIP or DINOv2."""
+
+    model_type: str  # "siglip_vision_model", "clip_vision_model" or "dinov2"
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int  # pixels a side that the position grid was trained for
+    patch_size: int
+    hidden_act: str  # "gelu", "gelu_pytorch_tanh" or "quick_gelu"
+    layer_norm_eps: float
+    class_token: bool  # CLIP and DINOv2 put one in front of the patches; SigLIP has none
+    patch_bias: bool  # CLIP's patch embedding has no bias
+    pre_norm: bool  # CLIP normalises before the first block
+    final_norm: bool  # SigLIP and DINOv2 normalise after the last block; CLIP's patches are not
+    layer_scale: bool  # DINOv2 scales what each branch adds
+    feature_layer: int = -1  # -1: after the last block; -2: after the one before it; ...
+
+    def __post_init__(self):
+        if not -self.num_hidden_layers <= self.feature_layer <= -1:
+            raise ValueError(
+                f"feature_layer {self.feature_layer} must lie in "
+                f"-{self.num_hidden_layers}..-1 (counted from the last block)"
+            )
+
+    @classmethod
+    def from_public(cls, public: dict, feature_layer: int = -1) -> "VisionConfig":
+        """Read a public config.json: of the tower alone, or of a whole SigLIP or CLIP."""
+        model_type = public.get("model_type")
+        if model_type in ("siglip", "clip"):  # the published files hold both towers
+            public = {**(public.get("vision_config") or {})}
+            model_type += "_vision_model"
+        if model_type not in ("siglip_vision_model", "clip_vision_model", "dinov2"):
+            raise ValueError(
+                f"config.json says model_type {model_type!r}; the vision transformer here reads "
+                "'siglip', 'siglip_vision_model', 'clip', 'clip_vision_model' and 'dinov2'"
+            )
+        refuse(public, "num_channels", public.get("num_channels", 3), 3)
+        siglip, clip = model_type.startswith("siglip"), model_type.startswith("clip")
+        if not (siglip or clip):
+            refuse(public, "use_swiglu_ffn", public.get("use_swiglu_ffn", False), False)
+            refuse(public, "qkv_bias", public.get("qkv_bias", True), True)
+        # The published files leave out what equals the class's default: these are the defaults.
+        hidden_size = public.get("hidden_size", 768)
+        mlp_ratio = public.get("mlp_ratio", 4)
+        return cls(
+            model_type=model_type,
+            hidden_size=hidden_size,
+            intermediate_size=public.get(
+                "intermediate_size", 3072 if siglip or clip else int(hidden_size * mlp_ratio)),
+            num_hidden_layers=public.get("num_hidden_layers", 12),
+            num_attention_heads=public.get("num_attention_heads", 12),
+            image_size=public.get("image_size", 224),
+            patch_size=public.get("patch_size", 16 if siglip else 32 if clip else 14),
+            hidden_act=public.get(
+                "hidden_act", "gelu_pytorch_tanh" if siglip else "quick_gelu" if clip else "gelu"),
+            layer_norm_eps=public.get("layer_norm_eps", 1e-5 if clip else 1e-6),
+            class_token=not siglip,
+            patch_bias=not clip,
+            pre_norm=clip,
+            final_norm=not clip,
+            layer_scale=not (siglip or clip),
+            feature_layer=feature_layer,
+        )
+
+    def to_public(self) -> dict:
+        """The config.json of a directory that other libraries can load."""
+        names = {"siglip_vision_model": "SiglipVisionModel",
+                 "clip_vision_model": "CLIPVisionModel", "dinov2": "Dinov2Model"}
+        public = {key: getattr(self, key) for key in (
+            "model_type", "hidden_size", "intermediate_size", "num_hidden_layers",
+            "num_attention_heads", "image_size", "patch_size", "hidden_act", "layer_norm_eps")}
+        if self.model_type == "dinov2":
+            if self.intermediate_size % self.hidden_size:
+                raise ValueError(f"a DINOv2 needs an intermediate_size ({self.intermediate_size}) "
+                                 f"that is a multiple of hidden_size ({self.hidden_size})")
+            public["mlp_ratio"] = self.intermediate_size // self.hidden_size
+        return {"architectures": [names[self.model_type]], "num_channels": 3, **public}
+
+    @property
+    def patches(self) -> int:
+        """P, the number of patches of a picture of image_size."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True)
+class VLMConfig:
+    """A vision tower, a projector and a language model that belong together."""
+
+    language: LanguageConfig
+    vision: VisionConfig
+    projector: str  # "linear" or "mlp"
+    pixel_shuffle: int  # n: each n x n square of patches becomes one language token
+    image_token_id: int  # placeholder in the ids; may lie past the vocabulary: never looked up
+    # Pixels a side of the pictures as they come in; None: what the tower was trained for. DINOv2
+    # has a grid of positions for 518 pixels and is published with pictures of 224.
+    image_size: int | None = None
+
+    @property
+    def image_tokens(self) -> int:
+        """K, the language tokens that one picture takes."""
+        side = (self.image_size or self.vision.image_size) // self.vision.patch_size
+        return (side // self.pixel_shuffle) ** 2
+
+
+def refuse(public: dict, name: str, found, supported) -> None:
+    """Raise when a config asks for arithmetic that we do not do: better than wrong answers."""
+    if found != supported:
+        raise ValueError(
+            f"config.json of model_type {public.get('model_type')!r} has {name} = {found!r}; "
+            f"only {supported!r} is supported here"
+        )

@@ -1,0 +1,163 @@
+"""The decoder: token ids or embeddings (B,T,D) in, hidden states (B,T,D) and logits (B,T,V) out.
+
+One file for Llama, SmolLM2, Qwen2, Qwen2.5 and Qwen3: they differ by the facts in LanguageConfig
+only. Each layer adds two things to the stream: attention (tokens look at earlier tokens) and a
+gated MLP (each token thinks for itself).
+
+Papers: RoPE (Su et al. 2021), RMSNorm (Zhang & Sennrich 2019), SwiGLU (Shazeer 2020),
+GQA (Ainslie et al. 2023), Qwen2 (2024), Qwen3 (2025).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.config import LanguageConfig
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square, in float32: squares of bf16 numbers lose too many digits."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rope_table(positions: torch.Tensor, head_dim: int, theta: float):
+    """The angles by which RoPE turns the pairs (i, i + hd/2) of every head.
+
+    positions (B,T) -> cos, sin (B,1,T,hd), float32. Pair i turns by position / theta^(2i/hd):
+    in bfloat16 position 4,001 would equal 4,000, so this is computed in float32 whatever the
+    model's dtype.
+    """
+    pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    angle = positions[:, None, :, None].float() * (1.0 / theta ** (pair / head_dim))  # (B,1,T,hd/2)
+    angle = torch.cat([angle, angle], dim=-1)  # (B,1,T,hd)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x[i], x[i + hd/2]) of x (B,heads,T,hd) by its angle."""
+    first, second = x.float().chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: H query heads share Hkv heads of keys and values."""
+
+    def __init__(self, config: LanguageConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.num_key_value_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        width, bias = config.hidden_size, config.qkv_bias
+        self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, self.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.qk_norm = config.qk_norm
+
+    def forward(self, x, rope, mask, cache, layer):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim)
+        k = self.k_proj(x).view(B, T, self.num_key_value_heads, self.head_dim)
+        v = self.v_proj(x).view(B, T, self.num_key_value_heads, self.head_dim).transpose(1, 2)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = rotate(q.transpose(1, 2), *rope)  # (B,H,T,hd)
+        k = rotate(k.transpose(1, 2), *rope)  # (B,Hkv,T,hd)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)  # (B,Hkv,Tk,hd): all tokens so far
+        # Without a mask the kernel hides later tokens by itself; one new token may see them all.
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+            enable_gqa=self.num_heads != self.num_key_value_heads)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: one linear layer proposes, another opens or closes the gate."""
+
+    def __init__(self, config: LanguageConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: LanguageConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope, mask, cache, layer):
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LanguageModel(nn.Module):
+    """ids (B,T) -> logits (B,T,V); or, in three steps: embed, decode, logits."""
+
+    def __init__(self, config: LanguageConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @classmethod
+    def from_pretrained(cls, name: str, dtype: torch.dtype = torch.float32) -> "LanguageModel":
+        """Load a public model from a local directory or by its name on the hub."""
+        from model.weights import load_language  # here, because weights.py knows this class
+
+        return load_language(name, dtype)
+
+    def embed(self, ids):
+        return self.embed_tokens(ids)  # (B,T) -> (B,T,D)
+
+    def decode(self, embeds, positions=None, mask=None, cache=None):
+        """embeds (B,T,D) -> hidden states (B,T,D), after the final norm.
+
+        positions (B,T): place of each token in its row; default: counted on from the cache.
+        mask (B,1,T,Tk) bool, True where token t may look at token k; default: causal. Rows padded
+        on the right need none, since no token looks to its right.
+        cache: a KVCache that holds the earlier tokens and takes in these.
+        """
+        B, T, _ = embeds.shape
+        past = cache.length if cache is not None else 0
+        if mask is None and past and T > 1:
+            # The kernel's own causal mask starts both sequences at 0; here the keys start earlier.
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=embeds.device).tril(past)
+        if positions is None:
+            positions = torch.arange(past, past + T, device=embeds.device).expand(B, T)
+        rope = rope_table(positions, self.config.head_dim, self.config.rope_theta)
+        x = embeds
+        for number, layer in enumerate(self.layers):
+            x = layer(x, rope, mask, cache, number)
+        return self.norm(x)
+
+    def logits(self, hidden):
+        """hidden (...,D) -> logits (...,V); a tied head reads the embedding table backwards."""
+        if self.config.tie_word_embeddings:
+            return F.linear(hidden, self.embed_tokens.weight)
+        return self.lm_head(hidden)
+
+    def forward(self, ids):
+        return self.logits(self.decode(self.embed(ids)))

@@ -1,0 +1,55 @@
+"""The projector: patch features (N,P,Dv) in, language tokens (N,K,D) out, K = P / n^2.
+
+It is the only part that is new: the two towers were trained by others and have never met. It
+learns to say what the vision tower saw in vectors that the language model can read like words.
+
+Follows LLaVA 1.5 (Liu et al. 2023) for the two-layer form, InternVL (Chen et al. 2023) for the
+pixel shuffle.
+"""
+
+from math import isqrt
+
+from torch import nn
+
+
+def pixel_shuffle(features, n: int):
+    """Lay each n x n square of neighbouring patches side by side: (N,P,Dv) -> (N,P/n^2,n^2*Dv).
+
+    Nothing is thrown away, the same numbers only stand in fewer and wider tokens: the language
+    model, which pays for each token, reads n^2 times fewer of them.
+    """
+    N, P, Dv = features.shape
+    side = isqrt(P)
+    if side * side != P or side % n:
+        raise ValueError(
+            f"pixel_shuffle {n} needs a square grid of patches whose side is a multiple of {n}; "
+            f"got {P} patches" + (f", {side} x {side}" if side * side == P else "")
+            + "; choose another pixel_shuffle or another size of the pictures"
+        )
+    grid = features.view(N, side // n, n, side // n, n, Dv)  # row, row in square, column, ...
+    return grid.transpose(2, 3).reshape(N, P // n**2, n * n * Dv)
+
+
+class Projector(nn.Module):
+    """features (N,P,Dv) -> (N,K,D); kind is "linear" or "mlp" (linear, gelu, linear)."""
+
+    def __init__(self, kind: str, vision_width: int, language_width: int, pixel_shuffle: int = 1):
+        super().__init__()
+        if kind not in ("linear", "mlp"):
+            raise ValueError(f"the projector is 'linear' or 'mlp', got {kind!r}")
+        if pixel_shuffle < 1:
+            raise ValueError(f"pixel_shuffle must be 1 (off) or more, got {pixel_shuffle}")
+        self.pixel_shuffle = pixel_shuffle
+        self.fc1 = nn.Linear(vision_width * pixel_shuffle**2, language_width)
+        self.fc2 = nn.Linear(language_width, language_width) if kind == "mlp" else None
+        for layer in (self.fc1, self.fc2):
+            if layer is not None:
+                # Embeddings of words are small numbers; so begin small, or pictures would drown
+                # the words beside them in the first steps.
+                nn.init.normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, features):
+        x = self.fc1(pixel_shuffle(features, self.pixel_shuffle)
+                     if self.pixel_shuffle > 1 else features)
+        return x if self.fc2 is None else self.fc2(nn.functional.gelu(x))

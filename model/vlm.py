@@ -1,0 +1,125 @@
+"""The vision-language model: ids, labels (B,T) and pixels (N,3,H,W) in, the summed loss out.
+
+    pixels (N,3,H,W) -> vision (N,P,Dv) -> projector (N,K,D) ─┐ in the order of the pictures
+    ids (B,T) -> embedding table (B,T,D) ── splice: each placeholder takes the next image token
+                                          └─> decoder (B,T,D) -> head where supervised -> loss
+
+Follows LLaVA (Liu et al. 2023): to the decoder an image token is a token like any other.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.config import VLMConfig
+from model.language import LanguageModel
+from model.lora import lora_parameters
+from model.projector import Projector
+from model.vision import VisionTransformer
+
+IGNORE = -100  # the label of a token that nobody is asked to predict
+
+
+class VLM(nn.Module):
+    """Three parts that each work alone; this class only brings them together."""
+
+    def __init__(self, config: VLMConfig, language: LanguageModel, vision: VisionTransformer,
+                 projector: Projector):
+        super().__init__()
+        self.config = config
+        self.language = language
+        self.vision = vision
+        self.projector = projector
+
+    @classmethod
+    def from_pretrained(cls, directory, dtype: torch.dtype = torch.float32) -> "VLM":
+        """Load one of our own checkpoint directories, ready for chat."""
+        from model.checkpoint import load_checkpoint  # here, because checkpoint.py knows VLM
+
+        return load_checkpoint(directory, dtype)
+
+    def encode_images(self, pixels):
+        """pixels (N,3,H,W) -> the language tokens of each picture (N,K,D)."""
+        trained = any(p.requires_grad for p in self.vision.parameters())
+        # A frozen tower keeps nothing for a backward pass: that is most of stage one's memory.
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            features = self.vision(pixels)  # (N,P,Dv)
+        return self.projector(features.to(self.projector.fc1.weight.dtype))
+
+    def embed(self, ids, pixels=None):
+        """ids (B,T), pixels (N,3,H,W) or None -> embeddings (B,T,D), pictures in their places.
+
+        Placeholders are filled row by row from left to right, pictures in the order of pixels.
+        """
+        placeholder = ids == self.config.image_token_id  # (B,T)
+        # The placeholder's id may lie past the end of the table, so it is never looked up.
+        embeds = self.language.embed(ids.masked_fill(placeholder, 0))  # (B,T,D)
+        wanted = int(placeholder.sum())
+        N = 0 if pixels is None else len(pixels)
+        if N == 0:
+            self.check_count(wanted, 0, 0)
+            return embeds + self.nothing()
+        images = self.encode_images(pixels)  # (N,K,D)
+        self.check_count(wanted, N, images.shape[1])
+        return embeds.masked_scatter(placeholder[:, :, None], images.to(embeds.dtype))
+
+    def check_count(self, wanted: int, N: int, K: int) -> None:
+        """Surplus pictures or placeholders would shift every later picture: refuse them."""
+        if wanted != N * K:
+            raise ValueError(
+                f"the ids hold {wanted} image placeholders (id {self.config.image_token_id}), but "
+                f"{N} pictures of {K} tokens make {N * K}; each picture needs one full run of "
+                f"{self.config.image_tokens} placeholders, and each run its picture"
+            )
+
+    def nothing(self):
+        """A zero that depends on every trained parameter of the picture's path.
+
+        With several processes, each waits for the others' gradient of every parameter. One whose
+        batch has no picture must bring zeros, or all would wait for ever.
+        """
+        trained = [p for part in (self.vision, self.projector) for p in part.parameters()
+                   if p.requires_grad]
+        return sum((0 * p.sum() for p in trained), start=0)
+
+    def forward(self, ids, labels, pixels=None):
+        """ids (B,T), labels (B,T), pixels (N,3,H,W) or None -> (summed loss, supervised tokens).
+
+        labels[b,t] is the token after ids[b,t], or -100 where nobody is asked: they are shifted
+        already. The loss is a sum and no mean, so that the training loop can divide by the
+        count of the whole step, over micro-batches and processes.
+        """
+        hidden = self.language.decode(self.embed(ids, pixels))  # (B,T,D)
+        supervised = labels != IGNORE  # (B,T)
+        # With 150,000 words the head is the dearest layer; it runs only where a label asks. In
+        # float32, because a sum over that many words loses its small terms in bf16.
+        logits = self.language.logits(hidden[supervised]).float()  # (supervised,V)
+        return F.cross_entropy(logits, labels[supervised], reduction="sum"), supervised.sum()
+
+
+def set_trainable(vlm: VLM, projector: bool = True, vision: bool = False,
+                  language: str = "none") -> None:
+    """Choose what learns; everything else is frozen.
+
+    language: "none", "all", "last:N" (its last N layers) or "lora" (the adapters that add_lora
+    put in before). Stage one is the default: the projector alone.
+    """
+    vlm.requires_grad_(False)
+    vlm.projector.requires_grad_(projector)
+    vlm.vision.requires_grad_(vision)
+    kind, _, number = language.partition(":")
+    layers = vlm.language.layers
+    if language == "all":
+        vlm.language.requires_grad_(True)
+    elif language == "lora":
+        adapters = lora_parameters(vlm.language)
+        if not adapters:
+            raise ValueError("language='lora', but the language model has no adapters: "
+                             "call add_lora(vlm.language, ...) first")
+        for parameter in adapters:
+            parameter.requires_grad_(True)
+    elif kind == "last" and number.isdecimal() and 1 <= int(number) <= len(layers):
+        layers[-int(number):].requires_grad_(True)
+    elif language != "none":
+        raise ValueError(f"language is 'none', 'all', 'lora' or 'last:N' with N from 1 to "
+                         f"{len(layers)}, got {language!r}")
