@@ -41,6 +41,7 @@ class Message:
             raise ValueError(f"unknown role {self.role!r}; expected one of {', '.join(ROLES)}")
         if not isinstance(self.content, str):
             raise ValueError(f"the content of a {self.role} turn is {self.content!r}, not text")
+        self.content.encode("utf-8")  # half a character, "\ud83d" in JSON: raises a ValueError
 
     @property
     def images(self) -> int:
