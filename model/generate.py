@@ -1,0 +1,199 @@
+"""Answering: a prompt's token ids and pixels -> new token ids, one at a time.
+
+The prompt goes through the decoder once (prefill) and leaves its keys and values in a cache; after
+that each new token costs one position only. `generate` yields ids for a chat, `generate_batch`
+answers many prompts at once, greedily, for scoring.
+"""
+
+import torch
+
+from model.language import LanguageModel
+
+
+class KVCache:
+    """The keys and values of every token so far, for every layer.
+
+    The buffers hold more places than are filled and grow by whole chunks: joining two tensors at
+    each token would copy the whole past for every word.
+    """
+
+    def __init__(self, num_layers: int, chunk: int = 256):
+        self.length = 0  # tokens that all layers hold
+        self.chunk = chunk
+        self.keys = [None] * num_layers  # each (B,Hkv,capacity,hd), made at the first append
+        self.values = [None] * num_layers
+
+    def append(self, layer: int, k, v):
+        """Take in k, v (B,Hkv,T,hd) of one layer; return all its keys and values (B,Hkv,Tk,hd).
+
+        The layers append in order, so the last one completes the step and moves `length` on.
+        """
+        end = self.length + k.shape[2]
+        self.keys[layer] = self.make_room(self.keys[layer], k, end)
+        self.values[layer] = self.make_room(self.values[layer], v, end)
+        self.keys[layer][:, :, self.length:end] = k
+        self.values[layer][:, :, self.length:end] = v
+        if layer == len(self.keys) - 1:
+            self.length = end
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def make_room(self, buffer, new, end: int):
+        """The buffer itself when `end` tokens fit, otherwise a longer one with the same content."""
+        if buffer is not None and end <= buffer.shape[2]:
+            return buffer
+        B, Hkv, _, hd = new.shape
+        longer = new.new_zeros(B, Hkv, -(-end // self.chunk) * self.chunk, hd)
+        if buffer is not None:
+            longer[:, :, :self.length] = buffer[:, :, :self.length]
+        return longer
+
+
+def penalise(logits, seen: list[int], penalty: float):
+    """Make every token that stands in `seen` less likely (CTRL, Keskar et al. 2019).
+
+    A positive logit is divided by the penalty, a negative one multiplied: both go down. Each token
+    is punished once, however often it occurred.
+    """
+    # A placeholder for pictures may lie past the vocabulary; it can never be chosen anyway.
+    seen = torch.tensor(sorted({i for i in seen if i < logits.shape[-1]}), device=logits.device,
+                        dtype=torch.long)
+    logits = logits.clone()
+    chosen = logits[seen]
+    logits[seen] = torch.where(chosen > 0, chosen / penalty, chosen * penalty)
+    return logits
+
+
+def distribution(logits, temperature: float, top_k: int, top_p: float):
+    """logits (V,) -> probabilities (V,): flattened or sharpened, then cut to the likeliest tokens.
+
+    top_k keeps the k likeliest (0: all). top_p keeps the smallest set of likeliest tokens that
+    together reach the share p (nucleus sampling, Holtzman et al. 2019).
+    """
+    logits = logits / temperature
+    if 0 < top_k < len(logits):
+        least = logits.topk(top_k).values[-1]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    probabilities, order = logits.softmax(-1).sort(descending=True, stable=True)
+    before = probabilities.cumsum(-1) - probabilities  # what the likelier tokens reach without it
+    keep = before < top_p
+    keep[0] = True
+    probabilities = probabilities * keep
+    return torch.zeros_like(probabilities).scatter(0, order, probabilities / probabilities.sum())
+
+
+def choose(logits, seen: list[int], temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
+           generator=None) -> int:
+    """The next token: the likeliest when temperature is 0, else drawn by chance. logits (V,)."""
+    logits = logits.float()
+    if repetition_penalty != 1.0:
+        logits = penalise(logits, seen, repetition_penalty)
+    if temperature == 0:
+        return int(logits.argmax())
+    probabilities = distribution(logits, temperature, top_k, top_p).cpu()  # one seed, any device
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def decoder_of(model) -> LanguageModel:
+    """A language model alone can chat too; it just sees no pictures."""
+    return model if isinstance(model, LanguageModel) else model.language
+
+
+def embed(model, ids, pixels):
+    """ids (B,T), pixels (N,3,H,W) or None -> (B,T,D)"""
+    if not isinstance(model, LanguageModel):
+        return model.embed(ids, pixels)
+    if pixels is not None:
+        raise ValueError("this is a language model alone: it takes no pictures")
+    return model.embed(ids)
+
+
+def room_left(decoder: LanguageModel, length: int) -> int:
+    """Tokens that may follow a prompt of `length`; past the trained positions all turns to noise"""
+    limit = decoder.config.max_position_embeddings
+    if not 0 < length < limit:
+        raise ValueError(f"the prompt has {length} tokens; this model takes 1 to {limit - 1}: "
+                         "shorten it, or start the conversation anew")
+    return limit - length
+
+
+@torch.inference_mode()
+def generate(model, ids: list[int], pixels=None, max_new_tokens: int = 256, stop_ids=(),
+             temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+             repetition_penalty: float = 1.0, generator: torch.Generator | None = None):
+    """Yield new token ids until one of stop_ids (not yielded), max_new_tokens or the last position.
+
+    model: a VLM, or a LanguageModel for text alone. ids: the prompt. pixels (N,3,H,W): its
+    pictures in order. generator: a CPU generator, to draw the same answer again.
+    """
+    decoder = decoder_of(model)
+    device = decoder.embed_tokens.weight.device
+    ids = list(ids)
+    max_new_tokens = min(max_new_tokens, room_left(decoder, len(ids)))
+    cache = KVCache(decoder.config.num_hidden_layers)
+    pixels = None if pixels is None else pixels.to(device)
+    embeds = embed(model, torch.tensor([ids], device=device), pixels)  # (1,T,D)
+    for _ in range(max_new_tokens):
+        hidden = decoder.decode(embeds, cache=cache)
+        logits = decoder.logits(hidden[0, -1])  # (V,)
+        token = choose(logits, ids, temperature, top_k, top_p, repetition_penalty, generator)
+        if token in stop_ids:
+            return
+        ids.append(token)
+        yield token
+        embeds = decoder.embed(torch.tensor([[token]], device=device))  # (1,1,D)
+
+
+@torch.inference_mode()
+def generate_batch(model, prompts: list[list[int]], pixels: list, max_new_tokens: int,
+                   stop_ids) -> list[list[int]]:
+    """The greedy answer to each prompt, all at once, without the stop token.
+
+    pixels: for each prompt (N,3,H,W) or None. Prompts are padded on the LEFT, so that all rows
+    write their next token at the same place; the positions say where a row really is, and the
+    mask hides the padding.
+
+        ids  . . a b c | x      positions  0 0 0 1 2 | 3      looks at  . . 1 1 1 | 1
+             d e f g h | y                 0 1 2 3 4 | 5                1 1 1 1 1 | 1
+    """
+    decoder = decoder_of(model)
+    device = decoder.embed_tokens.weight.device
+    lengths = torch.tensor([len(ids) for ids in prompts], device=device)
+    B, T = len(prompts), int(lengths.max())
+    max_new_tokens = min(max_new_tokens, room_left(decoder, T))
+    # Any id but the picture's placeholder will do: the mask hides these places.
+    padding = 1 if getattr(model.config, "image_token_id", None) == 0 else 0
+    ids = torch.tensor([[padding] * (T - len(row)) + list(row) for row in prompts], device=device)
+    given = [p for p in pixels if p is not None]
+    embeds = embed(model, ids, torch.cat(given).to(device) if given else None)  # (B,T,D)
+
+    place = torch.arange(T + max_new_tokens, device=device)
+    start = (T - lengths)[:, None]  # (B,1) where each row's own tokens begin
+    positions = (place - start).clamp(min=0)  # (B,T+new)
+    real = place >= start  # (B,T+new) True where a row has a token
+    causal = place[:T, None] >= place[:T]  # (T,T)
+    # A padding place looks at itself: a softmax over nothing would be NaN, and NaN spreads.
+    itself = torch.eye(T, dtype=torch.bool, device=device)
+    mask = (causal & real[:, None, None, :T]) | itself  # (B,1,T,T)
+
+    cache = KVCache(decoder.config.num_hidden_layers)
+    hidden = decoder.decode(embeds, positions[:, :T], mask, cache)
+    stop = torch.tensor(sorted(stop_ids), device=device, dtype=torch.long)
+    answers, done = [], torch.zeros(B, dtype=torch.bool, device=device)
+    for end in range(T, T + max_new_tokens):
+        tokens = decoder.logits(hidden[:, -1]).argmax(-1)  # (B,)
+        answers.append(tokens)
+        done |= torch.isin(tokens, stop)
+        if done.all() or end == T + max_new_tokens - 1:
+            break
+        mask = real[:, None, None, :end + 1]  # (B,1,1,Tk)
+        hidden = decoder.decode(decoder.embed(tokens[:, None]), positions[:, end:end + 1],
+                                mask, cache)
+    return [cut(row, stop_ids) for row in torch.stack(answers, dim=1).tolist()]
+
+
+def cut(row: list[int], stop_ids) -> list[int]:
+    """What stands before the first stop token."""
+    for place, token in enumerate(row):
+        if token in stop_ids:
+            return row[:place]
+    return row

@@ -1,0 +1,272 @@
+"""Claims: the cache, the batch and the padding change no token; sampling draws from what it says."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.config import LanguageConfig, VisionConfig, VLMConfig
+from model.generate import KVCache, choose, distribution, generate, generate_batch, penalise
+from model.language import LanguageModel
+from model.projector import Projector
+from model.vision import VisionTransformer
+from model.vlm import VLM
+
+IMAGE = 90  # the placeholder's id
+
+
+def tiny_language(**facts) -> LanguageConfig:
+    values = dict(
+        model_type="qwen2", vocab_size=97, hidden_size=32, intermediate_size=48,
+        num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        rope_theta=10000.0, rms_norm_eps=1e-6, tie_word_embeddings=True, qkv_bias=True,
+        qk_norm=False, max_position_embeddings=600)
+    return LanguageConfig(**{**values, **facts})
+
+
+def scaled_up(model):
+    """Random weights of the usual size repeat one token for ever; larger ones wander."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.35)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def language():
+    torch.manual_seed(0)
+    return scaled_up(LanguageModel(tiny_language()))
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    torch.manual_seed(1)
+    vision = VisionConfig(
+        model_type="siglip_vision_model", hidden_size=16, intermediate_size=24,
+        num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8,
+        hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6, class_token=False, patch_bias=True,
+        pre_norm=False, final_norm=True, layer_scale=False)
+    config = VLMConfig(tiny_language(), vision, "mlp", 1, IMAGE)
+    projector = Projector("mlp", 16, 32, 1)
+    return scaled_up(
+        VLM(config, LanguageModel(config.language), VisionTransformer(vision), projector))
+
+
+def greedy_without_cache(model, ids, pixels, count):
+    """The whole row again for every token: slow, and nothing in it can go wrong."""
+    ids, decoder = list(ids), getattr(model, "language", model)
+    with torch.inference_mode():
+        for _ in range(count):
+            row = torch.tensor([ids])
+            embeds = model.embed(row) if decoder is model else model.embed(row, pixels)
+            ids.append(int(decoder.logits(decoder.decode(embeds)[0, -1]).argmax()))
+    return ids[-count:]
+
+
+def random_prompt(seed, length, images=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 90, (length,), generator=generator).tolist()
+    pixels = torch.randn(images, 3, 16, 16, generator=generator) if images else None
+    for _ in range(images):
+        ids[2:2] = [IMAGE] * 4
+    return ids, pixels
+
+
+def test_cached_equals_uncached_for_text(language):
+    ids, _ = random_prompt(0, 11)
+    cached = list(generate(language, ids, max_new_tokens=40))
+    assert cached == greedy_without_cache(language, ids, None, 40)
+    assert len(set(cached)) > 5, "a model that repeats one token would prove nothing"
+
+
+def test_cached_equals_uncached_with_pictures(vlm):
+    for images in (1, 2):
+        ids, pixels = random_prompt(images, 9, images)
+        cached = list(generate(vlm, ids, pixels, max_new_tokens=30))
+        assert cached == greedy_without_cache(vlm, ids, pixels, 30)
+        other = list(generate(vlm, ids, pixels + 1, max_new_tokens=30))
+        assert cached != other, "the picture must matter, or this test proves nothing"
+
+
+def test_cache_grows_past_its_first_allocation(language):
+    ids, _ = random_prompt(3, 250)
+    assert KVCache(1).chunk == 256
+    cached = list(generate(language, ids, max_new_tokens=12))  # 250 + 12 > 256
+    assert cached == greedy_without_cache(language, ids, None, 12)
+
+
+def test_cache_holds_what_was_appended():
+    cache, whole = KVCache(2, chunk=4), torch.randn(2, 1, 9, 3)
+    for start, end in ((0, 3), (3, 4), (4, 9)):
+        piece = whole[:, :, start:end]
+        for layer in range(2):
+            assert cache.length == start, "all layers of a step write at the same place"
+            k, v = cache.append(layer, piece, piece + layer)
+            assert torch.equal(k, whole[:, :, :end]) and torch.equal(v, whole[:, :, :end] + layer)
+    assert cache.length == 9 and cache.keys[0].shape[2] == 12
+
+
+def test_batch_equals_each_alone(vlm):
+    cases = [random_prompt(10, 3), random_prompt(11, 17, 1), random_prompt(12, 8, 2),
+             random_prompt(13, 30), random_prompt(14, 5, 1)]
+    together = generate_batch(vlm, [c[0] for c in cases], [c[1] for c in cases], 24, stop_ids=[])
+    for (ids, pixels), answer in zip(cases, together):
+        assert answer == list(generate(vlm, ids, pixels, max_new_tokens=24))
+
+
+def test_batch_of_a_language_model_alone(language):
+    cases = [random_prompt(20, 4)[0], random_prompt(21, 9)[0]]
+    together = generate_batch(language, cases, [None, None], 10, stop_ids=[])
+    assert together == [list(generate(language, ids, max_new_tokens=10)) for ids in cases]
+
+
+def test_padding_never_is_the_placeholder(vlm):
+    """A picture's placeholder may be id 0, which would be the first choice for padding."""
+    config = vlm.config
+    zero = VLM(VLMConfig(config.language, config.vision, "mlp", 1, 0), vlm.language, vlm.vision,
+               vlm.projector).eval()
+    ids, pixels = random_prompt(30, 12, 1)
+    ids = [0 if i == IMAGE else i or 5 for i in ids]
+    answers = generate_batch(zero, [ids, [7, 8]], [pixels, None], 8, stop_ids=[])
+    assert answers == [list(generate(zero, ids, pixels, max_new_tokens=8)),
+                       list(generate(zero, [7, 8], max_new_tokens=8))]
+
+
+def test_stops_at_each_stop_id(language):
+    ids, _ = random_prompt(0, 11)
+    free = list(generate(language, ids, max_new_tokens=30))
+    for stop in sorted(set(free))[:4]:
+        expected = free[:free.index(stop)]
+        assert list(generate(language, ids, max_new_tokens=30, stop_ids=[96, stop])) == expected
+        assert generate_batch(language, [ids], [None], 30, [96, stop]) == [expected]
+
+
+def test_rows_stop_one_by_one(language):
+    prompts = [random_prompt(seed, 6 + seed)[0] for seed in range(4)]
+    stops = [list(generate(language, prompts[0], max_new_tokens=6))[5]]
+    together = generate_batch(language, prompts, [None] * 4, 20, stops)
+    alone = [list(generate(language, p, max_new_tokens=20, stop_ids=stops)) for p in prompts]
+    assert together == alone and len({len(answer) for answer in alone}) > 1
+
+
+def test_yields_while_it_generates_and_stops_when_left(language):
+    stream = generate(language, [1, 2, 3], max_new_tokens=10**9)
+    assert next(stream) == greedy_without_cache(language, [1, 2, 3], None, 1)[0]
+    stream.close()
+
+
+def test_ends_at_the_last_trained_position():
+    torch.manual_seed(2)
+    model = scaled_up(LanguageModel(tiny_language(max_position_embeddings=20)))
+    assert len(list(generate(model, list(range(15)), max_new_tokens=50))) == 5
+    for length in (0, 20):
+        with pytest.raises(ValueError, match=f"the prompt has {length} tokens"):
+            list(generate(model, list(range(length))))
+
+
+def test_a_language_model_takes_no_pictures(language):
+    with pytest.raises(ValueError, match="no pictures"):
+        list(generate(language, [1], torch.zeros(1, 3, 16, 16)))
+
+
+def test_penalty_by_hand():
+    logits = torch.tensor([2.0, -2.0, 1.0, 0.0])
+    # Token 0 occurs twice and is punished once; 1 is negative; 9 lies past the vocabulary.
+    found = penalise(logits, [0, 0, 1, 9], 1.25)
+    assert torch.allclose(found, torch.tensor([1.6, -2.5, 1.0, 0.0]))
+    assert torch.equal(logits, torch.tensor([2.0, -2.0, 1.0, 0.0])), "the input stays as it was"
+    assert choose(torch.tensor([1.1, 1.0]), [0], repetition_penalty=1.2) == 1
+
+
+def test_distribution_by_hand():
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+
+    def expect(found, wanted):
+        assert torch.allclose(found, torch.tensor(wanted).float(), atol=1e-6), found
+
+    expect(distribution(logits, 1.0, 0, 1.0), [0.1, 0.4, 0.2, 0.3])
+    expect(distribution(logits, 0.5, 0, 1.0), [1 / 30, 16 / 30, 4 / 30, 9 / 30])  # squared
+    expect(distribution(logits, 1.0, 2, 1.0), [0, 4 / 7, 0, 3 / 7])
+    expect(distribution(logits, 1.0, 0, 0.65), [0, 4 / 7, 0, 3 / 7])
+    expect(distribution(logits, 1.0, 0, 0.75), [0, 4 / 9, 2 / 9, 3 / 9])
+    expect(distribution(logits, 1.0, 0, 0.0), [0, 1, 0, 0])  # never nothing at all
+    # 0.65 of what top_k left: 4/7 = 0.57 is not enough, so both stay.
+    expect(distribution(logits, 1.0, 2, 0.65), [0, 4 / 7, 0, 3 / 7])
+    expect(distribution(logits, 1.0, 2, 0.55), [0, 1, 0, 0])
+
+
+def test_draws_follow_the_distribution():
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+    generator = torch.Generator().manual_seed(0)
+    draws = [choose(logits, [], 1.0, 3, 1.0, 1.0, generator) for _ in range(4000)]
+    shares = torch.bincount(torch.tensor(draws), minlength=4) / 4000
+    gap = (shares - torch.tensor([0, 4 / 9, 2 / 9, 3 / 9])).abs().max()
+    assert gap < 0.03, f"largest difference {gap:.3f}"
+
+
+def test_a_seed_draws_the_same_answer_again(language):
+    def answer(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return list(generate(language, [1, 2, 3], max_new_tokens=20, temperature=1.0,
+                             generator=generator))
+
+    assert answer(0) == answer(0) != answer(1)
+
+
+def test_sampling_equals_transformers_warpers():
+    transformers = pytest.importorskip("transformers")
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(4)) * 3
+    seen = [3, 7, 7, 11]
+    expected = logits[None].clone()
+    for process in (transformers.RepetitionPenaltyLogitsProcessor(1.3),
+                    transformers.TemperatureLogitsWarper(0.7),
+                    transformers.TopKLogitsWarper(12), transformers.TopPLogitsWarper(0.8)):
+        expected = process(torch.tensor([seen]), expected)
+    found = distribution(penalise(logits, seen, 1.3), 0.7, 12, 0.8)
+    gap = (found - expected.softmax(-1)[0]).abs().max()
+    assert gap < 1e-6, f"largest difference {gap:.2e}"
+
+
+def test_equals_transformers_on_a_tiny_qwen2(language):
+    transformers = pytest.importorskip("transformers")
+    public = transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**{**language.config.to_public(), "bos_token_id": None,
+                                    "eos_token_id": None, "pad_token_id": 0})).eval()
+    ours = {("model." + name): tensor for name, tensor in language.state_dict().items()}
+    missing, unexpected = public.load_state_dict(ours, strict=False)
+    assert missing == ["lm_head.weight"] and not unexpected  # tied to the embedding
+    public.tie_weights()
+    for seed, penalty in ((0, 1.0), (1, 1.0), (2, 1.3)):
+        ids, _ = random_prompt(seed, 10 + seed)
+        theirs = public.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=48,
+                                 repetition_penalty=penalty)[0, len(ids):].tolist()
+        assert theirs == list(generate(language, ids, max_new_tokens=48,
+                                       repetition_penalty=penalty))
+
+
+PROMPTS = ("What is the capital of France?", "Write a short poem about the sea.",
+           "Explain why the sky is blue.", "Name three animals that can fly.",
+           "Give me a recipe for pancakes.")
+
+
+def test_greedy_chat_on_real_smollm2_equals_transformers():
+    transformers = pytest.importorskip("transformers")
+    from dataset.chat import ChatTemplate, Message
+    from dataset.tokenizer import Tokenizer
+
+    weights = Path(os.environ.get("VLM_WEIGHTS", Path(__file__).parents[2] / "weights"))
+    directory = weights / "smollm2"
+    if not (directory / "model.safetensors").exists():
+        pytest.skip(f"no real SmolLM2 at {directory}; set VLM_WEIGHTS")
+    template = ChatTemplate(Tokenizer.from_directory(directory), image_tokens=1)
+    ours = LanguageModel.from_pretrained(str(directory)).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    theirs.eval()
+    for prompt in PROMPTS:
+        ids = template.prompt([Message("user", prompt)])
+        # Neither side stops: all 64 ids are compared.
+        expected = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=64,
+                                   min_new_tokens=64, eos_token_id=None, pad_token_id=0)
+        found = list(generate(ours, ids, max_new_tokens=64))
+        assert found == expected[0, len(ids):].tolist(), prompt
