@@ -1,0 +1,53 @@
+"""What several test files need: where real data and weights may lie, and a tiny tokenizer."""
+
+import os
+from pathlib import Path
+
+import pytest
+import tokenizers
+
+from dataset.tiktoken import PIECES, SPECIAL_TOKENS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def shared_dir() -> Path | None:
+    """Real data for trying things out ($VLM_SHARED or ../shared); None where there is none."""
+    return existing(os.environ.get("VLM_SHARED"), ROOT.parent / "shared")
+
+
+def weights_dir() -> Path | None:
+    """Real public weights ($VLM_WEIGHTS or ../weights); None where there are none."""
+    return existing(os.environ.get("VLM_WEIGHTS"), ROOT.parent / "weights")
+
+
+def existing(named: str | None, default: Path) -> Path | None:
+    path = Path(named) if named else default
+    return path if path.is_dir() else None
+
+
+def needed(base: Path | None, name: str) -> Path:
+    """base/name, or skip the test: needed(weights_dir(), "qwen")."""
+    if base is None or not (base / name).exists():
+        pytest.skip(f"needs real files: {name} under $VLM_SHARED or $VLM_WEIGHTS")
+    return base / name
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer_dir(tmp_path_factory) -> Path:
+    """A directory with a byte-level BPE tokenizer.json: Qwen's pieces and special tokens, and a
+    few hundred merges learned on the spot."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.normalizer = tokenizers.normalizers.NFC()
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(PIECES), "isolated"),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    text = ["user\n\nassistant\n\nsystem\n\nYou are a helpful assistant.\n\n What is in the "
+            "picture? A red cat sits on the chair, left of two dogs. 图片里有什么？有一只猫。"] * 4
+    backend.train_from_iterator(text, tokenizers.trainers.BpeTrainer(
+        vocab_size=500, show_progress=False, special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    directory = tmp_path_factory.mktemp("tokenizer")
+    backend.save(str(directory / "tokenizer.json"))
+    return directory
