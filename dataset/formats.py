@@ -91,9 +91,10 @@ class JsonData:
         return len(self.starts)
 
     def __getitem__(self, i: int) -> Sample:
+        i = range(len(self))[i]  # IndexError past the end, which is what ends a for loop
         where = f"{self.file}:{self.lines[i]}"
         if self.lines[-1] < len(self):  # an array written without line breaks: count entries
-            where += f" entry {range(len(self))[i] + 1}"
+            where += f" entry {i + 1}"
         # Opened anew each time: processes that shared one open file would move each other's place.
         with open(self.file, "rb") as opened:
             opened.seek(self.starts[i])
@@ -132,8 +133,7 @@ class ParquetData:
         return self.ends[-1] if self.ends else 0
 
     def __getitem__(self, i: int) -> Sample:
-        if not 0 <= i < len(self):  # without this, `for sample in data` would never end
-            raise IndexError(i)
+        i = range(len(self))[i]  # IndexError past the end, which is what ends a for loop
         where = f"{self.file}:{i + 1}"
         group = bisect.bisect_right(self.ends, i)
         try:
