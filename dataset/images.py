@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 HALF = (0.5, 0.5, 0.5)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -47,6 +47,8 @@ def load_image(source) -> Image.Image:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
         return image.convert("RGB")
+    except UnidentifiedImageError as error:  # its own text names a Python object, not the reason
+        raise OSError(f"cannot read {name}: no image format that Pillow knows") from error
     except Exception as error:  # a broken file makes Pillow raise half a dozen different types
         raise OSError(f"cannot read {name}: {error}") from error
 
