@@ -72,7 +72,8 @@ class LanguageConfig:
             tie_word_embeddings=public.get("tie_word_embeddings", False),
             qkv_bias=model_type == "qwen2",
             qk_norm=model_type == "qwen3",
-            max_position_embeddings=public.get("max_position_embeddings", 32768),
+            max_position_embeddings=public.get(
+                "max_position_embeddings", 2048 if model_type == "llama" else 32768),
         )
 
     def to_public(self) -> dict:
@@ -110,6 +111,14 @@ class VisionConfig:
                 f"feature_layer {self.feature_layer} must lie in "
                 f"-{self.num_hidden_layers}..-1 (counted from the last block)"
             )
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads "
+                f"{self.num_attention_heads}: the heads share the width out"
+            )
+        if self.hidden_act not in ("gelu", "gelu_pytorch_tanh", "quick_gelu"):
+            raise ValueError(f"hidden_act is {self.hidden_act!r}; supported here are 'gelu', "
+                             "'gelu_pytorch_tanh' and 'quick_gelu'")
 
     @classmethod
     def from_public(cls, public: dict, feature_layer: int = -1) -> "VisionConfig":

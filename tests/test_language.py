@@ -1,0 +1,173 @@
+"""Claim: the decoder computes what the public Qwen2, Qwen3 and Llama models compute, causally."""
+
+import json
+
+import pytest
+import torch
+from families import LANGUAGE, assert_close, public_language, tiny_vlm
+
+from model.config import LanguageConfig
+from model.language import LanguageModel, rope_table
+
+FAMILIES = {
+    "qwen2": ("Qwen2", {}),
+    "qwen2 tied, theta 1e6": ("Qwen2", {"tie_word_embeddings": True, "rope_theta": 1e6}),
+    "qwen2 without GQA": ("Qwen2", {"num_key_value_heads": 6}),
+    "qwen3, own head_dim": ("Qwen3", {"head_dim": 10}),
+    "qwen3 tied, wide heads": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+    "llama, one kv head": ("Llama", {"num_key_value_heads": 1, "rms_norm_eps": 1e-5}),
+    "llama tied, like SmolLM2": ("Llama", {"num_attention_heads": 3, "num_key_value_heads": 1,
+                                           "rope_theta": 1e5, "tie_word_embeddings": True}),
+}
+
+
+def random_ids(*shape):
+    return torch.randint(3, 59, shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_vlm().language
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_logits_equal_the_public_implementation(family, tmp_path):
+    name, facts = FAMILIES[family]
+    theirs = public_language(name, **facts)
+    theirs.save_pretrained(tmp_path)
+    ours = LanguageModel.from_pretrained(tmp_path)
+    ids = random_ids(3, 17)
+    assert_close(ours(ids), theirs(ids).logits, 2e-4, family)
+
+
+@pytest.mark.parametrize("name, facts", [
+    ("Qwen2", {"rope_theta": 1e6}), ("Llama", {}), ("Qwen3", {"head_dim": 10})])
+@torch.no_grad()
+def test_logits_equal_at_position_4000(name, facts, tmp_path):
+    theirs = public_language(name, **facts, num_hidden_layers=2)
+    theirs.save_pretrained(tmp_path)
+    ours = LanguageModel.from_pretrained(tmp_path)
+    ids = random_ids(1, 4100)
+    assert_close(ours(ids)[:, 3900:], theirs(ids).logits[:, 3900:], 2e-4, f"{name} past 3,900")
+
+
+@torch.no_grad()
+def test_both_spellings_of_rope_settings(tmp_path):
+    theirs = public_language("Qwen2", rope_theta=500.0)
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    new = json.loads(path.read_text())
+    assert new["rope_parameters"]["rope_theta"] == 500.0, "transformers 5 spells it so"
+    after = LanguageModel.from_pretrained(tmp_path)
+    old = {k: v for k, v in new.items() if k != "rope_parameters"}
+    path.write_text(json.dumps({**old, "rope_theta": 500.0, "rope_scaling": None}))
+    before = LanguageModel.from_pretrained(tmp_path)
+    assert before.config == after.config and before.config.rope_theta == 500.0
+    ids = random_ids(1, 40)
+    assert_close(before(ids), theirs(ids).logits, 2e-4, "old spelling")
+    assert_close(after(ids), theirs(ids).logits, 2e-4, "new spelling")
+    path.write_text(json.dumps(old))  # neither: the public default, another model altogether
+    other = LanguageModel.from_pretrained(tmp_path)
+    assert other.config.rope_theta == 10000.0
+    assert (other(ids) - theirs(ids).logits).abs().max() > 1e-2
+
+
+def test_rope_angles_stay_float32_and_tell_position_4000_from_4001():
+    cos, sin = rope_table(torch.tensor([[4000, 4001]]), 64, 1e6)
+    assert cos.dtype == sin.dtype == torch.float32
+    assert (cos[0, 0, 0] - cos[0, 0, 1]).abs().max() > 0.1
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again, _ = rope_table(torch.tensor([[4000, 4001]]), 64, 1e6)
+    assert torch.equal(cos, again), "autocast must not make the angles bfloat16"
+
+
+@pytest.mark.parametrize("change, word", [
+    ({"model_type": "mistral"}, "mistral"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
+    ({"hidden_act": "gelu"}, "hidden_act"),
+    ({"use_sliding_window": True}, "use_sliding_window"),
+    ({"num_key_value_heads": 4}, "num_key_value_heads"),
+    ({"model_type": "llama", "attention_bias": True}, "attention_bias"),
+    ({"model_type": "llama", "mlp_bias": True}, "mlp_bias"),
+])
+def test_a_config_that_we_would_get_wrong_is_refused(change, word):
+    with pytest.raises(ValueError, match=word):
+        LanguageConfig.from_public({"model_type": "qwen2", **LANGUAGE, **change})
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_config_survives_being_written_and_read(family):
+    config = LanguageConfig.from_public({"model_type": family, **LANGUAGE, "rope_theta": 77.0})
+    assert LanguageConfig.from_public(json.loads(json.dumps(config.to_public()))) == config
+
+
+def test_qwen3_head_width_that_config_json_leaves_out():
+    public = {"model_type": "qwen3", **LANGUAGE}
+    assert LanguageConfig.from_public(public).head_dim == 128  # the public class's default
+    assert LanguageConfig.from_public({**public, "model_type": "llama"}).head_dim == 6
+
+
+@torch.no_grad()
+def test_a_later_token_changes_no_earlier_logit(model):
+    ids = random_ids(2, 12)
+    changed = ids.clone()
+    changed[:, 8] = (ids[:, 8] + 7) % 50
+    before, after = model(ids), model(changed)
+    assert_close(after[:, :8], before[:, :8], 0, "before the change")
+    assert (after[:, 8:] - before[:, 8:]).abs().amax(-1).min() > 1e-4, "later ones do change"
+
+
+@torch.no_grad()
+def test_padding_on_the_right_changes_nothing(model):
+    ids = random_ids(2, 9)
+    padded = torch.cat([ids, torch.zeros(2, 6, dtype=torch.long)], dim=1)
+    assert_close(model(padded)[:, :9], model(ids), 1e-5, "right padding")
+
+
+@torch.no_grad()
+def test_padding_on_the_left_changes_nothing(model):
+    """Needs a mask, causal as well as closed to the padding, and positions that skip it."""
+    ids, pad = random_ids(2, 9), 5
+    padded = torch.cat([torch.zeros(2, pad, dtype=torch.long), ids], dim=1)
+    T = padded.shape[1]
+    positions = (torch.arange(T) - pad).clamp(min=0).expand(2, T)
+    mask = torch.ones(T, T, dtype=torch.bool).tril()
+    mask[:, :pad] = False
+    mask |= torch.eye(T, dtype=torch.bool)  # padding sees itself, so that no row is empty
+    hidden = model.decode(model.embed(padded), positions, mask.expand(2, 1, T, T))
+    assert_close(model.logits(hidden)[:, pad:], model(ids), 1e-5, "left padding")
+
+
+@torch.no_grad()
+def test_a_row_is_the_same_alone_and_beside_longer_rows(model):
+    rows = [random_ids(1, 20), random_ids(1, 5) + 1, random_ids(1, 11)]
+    batch = torch.cat([torch.nn.functional.pad(row, (0, 20 - row.shape[1])) for row in rows])
+    together = model(batch)
+    for number, row in enumerate(rows):
+        assert_close(together[number, :row.shape[1]], model(row)[0], 1e-5, f"row {number}")
+
+
+@torch.no_grad()
+def test_a_causal_mask_given_by_hand_is_the_default(model):
+    embeds = model.embed(random_ids(2, 8))
+    mask = torch.ones(8, 8, dtype=torch.bool).tril().expand(2, 1, 8, 8)
+    assert_close(model.decode(embeds, mask=mask), model.decode(embeds), 1e-5, "mask")
+
+
+@torch.no_grad()
+def test_only_distances_between_positions_count(model):
+    embeds = model.embed(random_ids(1, 8))
+    shifted = model.decode(embeds, positions=torch.arange(100, 108)[None])
+    assert_close(shifted, model.decode(embeds), 1e-4, "positions 100 to 107")
+
+
+def test_bfloat16_weights_give_about_the_same(tmp_path):
+    public_language("Qwen3", head_dim=10).save_pretrained(tmp_path)
+    ids = random_ids(1, 16)
+    with torch.no_grad():
+        half = LanguageModel.from_pretrained(tmp_path, dtype=torch.bfloat16)(ids)
+        full = LanguageModel.from_pretrained(tmp_path)(ids)
+    assert half.dtype == torch.bfloat16
+    assert_close(half.float(), full, 0.1 * full.abs().max().item(), "bfloat16")

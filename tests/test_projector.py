@@ -1,0 +1,62 @@
+"""Claim: the projector loses no number, and pixel shuffle lays neighbours side by side."""
+
+import pytest
+import torch
+from families import assert_close
+
+from model.projector import Projector, pixel_shuffle
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("n, K", [(1, 36), (2, 9), (3, 4), (6, 1)])
+def test_shapes(kind, n, K):
+    assert Projector(kind, 5, 7, n)(torch.randn(2, 36, 5)).shape == (2, K, 7)
+
+
+def test_linear_and_mlp_are_what_they_say():
+    features = torch.randn(2, 9, 5)
+    linear, mlp = Projector("linear", 5, 7), Projector("mlp", 5, 7)
+    expected = features @ linear.fc1.weight.T + linear.fc1.bias
+    assert_close(linear(features), expected, 1e-6, "linear")
+    hidden = torch.nn.functional.gelu(features @ mlp.fc1.weight.T + mlp.fc1.bias)
+    assert_close(mlp(features), hidden @ mlp.fc2.weight.T + mlp.fc2.bias, 1e-6, "mlp")
+
+
+def test_each_token_is_one_square_of_neighbours():
+    # The feature of a patch is its number on a 4 x 4 grid:   0  1 |  2  3
+    #                                                         4  5 |  6  7
+    #                                                        ------+------
+    #                                                         8  9 | 10 11
+    #                                                        12 13 | 14 15
+    features = torch.arange(16).view(1, 16, 1)
+    assert pixel_shuffle(features, 2)[0].tolist() == [
+        [0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+
+
+def test_pixel_shuffle_keeps_each_patch_whole():
+    features = torch.randn(2, 36, 5)
+    squares = pixel_shuffle(features, 3)  # (2, 4, 45)
+    patch = features[1, 6 * 4 + 2]  # row 4, column 2: square 2 (lower left), row 1, column 2 in it
+    place = 3 * 1 + 2
+    assert torch.equal(squares[1, 2, 5 * place:5 * place + 5], patch)
+
+
+@pytest.mark.parametrize("P, n", [(9, 2), (12, 2), (16, 3)])
+def test_a_grid_that_does_not_divide_is_refused(P, n):
+    with pytest.raises(ValueError, match=f"{n}.*{P} patches"):
+        Projector("mlp", 5, 7, n)(torch.randn(1, P, 5))
+
+
+def test_unknown_kinds_are_refused():
+    with pytest.raises(ValueError, match="resampler"):
+        Projector("resampler", 5, 7)
+    with pytest.raises(ValueError, match="pixel_shuffle"):
+        Projector("mlp", 5, 7, 0)
+
+
+@pytest.mark.parametrize("kind, width, n", [("linear", 768, 1), ("mlp", 384, 2), ("mlp", 192, 1)])
+def test_pictures_begin_no_louder_than_words(kind, width, n):
+    """Features of a final norm are about 1 in size, embeddings of words a few hundredths."""
+    torch.manual_seed(0)
+    tokens = Projector(kind, width, 576, n)(torch.randn(1, 16, width))
+    assert 0.01 < tokens.std() < 1
