@@ -131,6 +131,12 @@ def test_an_image_is_k_placeholders_between_vision_tokens(template):
 
 
 def test_a_tokenizer_without_image_token_uses_the_number_behind_its_last(template):
+    without = ChatTemplate(template.tokenizer, image_tokens=3, image_token="<|none|>")
+    assert without.image_token_id == template.tokenizer.vocab_size
+    assert without.render(talk("<image>", "x"))[0].count(without.image_token_id) == 3
+
+
+def test_smollm2_gets_placeholders_without_vision_tokens():
     real = ChatTemplate(Tokenizer.from_directory(needed(weights_dir(), "smollm2")), 3)
     assert real.image_token_id == real.tokenizer.vocab_size
     ids, _ = real.render(talk("<image>Who?", "A cat."))
