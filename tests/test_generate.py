@@ -1,11 +1,11 @@
-"""Claims: the cache, the batch and the padding change no token; sampling draws from what it says."""
-
-import os
-from pathlib import Path
+"""Claims: cache, batch and padding change no token; sampling draws from what it says."""
 
 import pytest
 import torch
+from conftest import needed, weights_dir
 
+from dataset.chat import ChatTemplate, Message
+from dataset.tokenizer import Tokenizer
 from model.config import LanguageConfig, VisionConfig, VLMConfig
 from model.generate import KVCache, choose, distribution, generate, generate_batch, penalise
 from model.language import LanguageModel
@@ -252,13 +252,7 @@ PROMPTS = ("What is the capital of France?", "Write a short poem about the sea."
 
 def test_greedy_chat_on_real_smollm2_equals_transformers():
     transformers = pytest.importorskip("transformers")
-    from dataset.chat import ChatTemplate, Message
-    from dataset.tokenizer import Tokenizer
-
-    weights = Path(os.environ.get("VLM_WEIGHTS", Path(__file__).parents[2] / "weights"))
-    directory = weights / "smollm2"
-    if not (directory / "model.safetensors").exists():
-        pytest.skip(f"no real SmolLM2 at {directory}; set VLM_WEIGHTS")
+    directory = needed(weights_dir(), "smollm2")
     template = ChatTemplate(Tokenizer.from_directory(directory), image_tokens=1)
     ours = LanguageModel.from_pretrained(str(directory)).eval()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)

@@ -1,0 +1,273 @@
+"""Claims: the chat remembers, streams, obeys its commands and survives mistakes; one question puts
+one answer on stdout and nothing else; a file is answered, scored and reported."""
+
+import io
+import json
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from tiny import make_world
+
+import eval as script
+import train_pretrain
+import train_sft
+from dataset.chat import Message
+from model.checkpoint import find_model
+from training.conversation import Conversation, speed
+
+SAMPLING = {"max_new_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Both stages on tiny towers, a few steps each -> (directory, the runs' directory)."""
+    directory = tmp_path_factory.mktemp("world")
+    flags = make_world(directory)
+    towers, rest = flags[:4], flags[4:]
+    train_pretrain.main([*towers, *rest, "--out", str(directory / "pretrain")])
+    train_sft.main([*rest, "--lora", "--model", str(directory / "pretrain"),
+                    "--out", str(directory / "sft")])
+    return directory
+
+
+@pytest.fixture
+def conversation(world):
+    flags = script.read_flags(["--model", str(world / "sft"), "--device", "cpu"])
+    return Conversation(*script.load(flags, flags.model), SAMPLING)
+
+
+def say(conversation, text) -> str:
+    return "".join(conversation.reply(text))
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def expected(world, text, *pictures, model="sft") -> str:
+    """What eval.py must print for one thing said."""
+    name = model if model == "none" else str(world / model)
+    flags = script.read_flags(["--device", "cpu", "--language", str(world / "language")])
+    talk = Conversation(*script.load(flags, name), {"max_new_tokens": 8})
+    for picture in pictures:
+        talk.show(world / picture)
+    return say(talk, text) + "\n"
+
+
+def run(monkeypatch, capsys, lines, *arguments, person=False):
+    """eval.py with these lines on its stdin -> (stdout, stderr)"""
+    text = "".join(line + "\n" for line in lines)
+    monkeypatch.setattr(sys, "stdin", Terminal(text) if person else io.StringIO(text))
+    capsys.readouterr()
+    script.main(["--max_new_tokens", "8", "--device", "cpu", *map(str, arguments)])
+    return capsys.readouterr()
+
+
+# ---------------------------------------------------------------- conversation
+
+
+def test_memory_holds_every_turn_and_picture(world, conversation):
+    conversation.show(world / "red.png")
+    first = say(conversation, "Which colour?")
+    second = say(conversation, "And now?")
+    conversation.show(world / "blue.png")
+    conversation.show(Image.new("RGB", (9, 9)))
+    say(conversation, "Before <image> after <image>?")
+    assert [m.content for m in conversation.messages[:4]] == [
+        "<image>\nWhich colour?", first, "And now?", second]
+    assert conversation.messages[4].content == "Before <image> after <image>?"
+    assert len(conversation.pixels) == 3 and conversation.waiting == []
+
+
+def test_the_prompt_is_what_training_would_have_made(world, conversation):
+    conversation.show(world / "red.png")
+    answer = say(conversation, "Which colour?")
+    seen = []
+    template = conversation.template
+    render = template.prompt
+    conversation.template.prompt = lambda messages: seen.append(render(messages)) or seen[-1]
+    say(conversation, "Sure?")
+    said = [Message("user", "<image>\nWhich colour?"), Message("assistant", answer),
+            Message("user", "Sure?"), Message("assistant", "")]
+    whole, _ = template.render(said)
+    assert whole[:len(seen[0])] == seen[0]
+
+
+def test_reset_and_system(conversation):
+    say(conversation, "hi")
+    conversation.reset()
+    assert conversation.messages == [] and conversation.pixels == []
+    conversation.reset("Be kind.")
+    say(conversation, "hi")
+    assert conversation.messages[0] == Message("system", "Be kind.")
+
+
+def test_a_stopped_answer_is_remembered_as_far_as_it_came(conversation):
+    torch.manual_seed(0)
+    for parameter in conversation.model.parameters():  # so that it talks and does not stop
+        parameter.data.normal_(std=0.3)
+    whole = list(conversation.reply("hello"))
+    conversation.reset()
+    stream = conversation.reply("hello")
+    told = next(stream) + next(stream)
+    stream.close()
+    assert conversation.messages == [Message("user", "hello"), Message("assistant", told)]
+    assert "".join(whole).startswith(told)
+
+
+@pytest.mark.parametrize("text", ["word " * 200, "two <image> <image>"])
+def test_an_error_leaves_the_conversation_as_it_was(world, conversation, text):
+    say(conversation, "hi")
+    conversation.show(world / "red.png")
+    before = list(conversation.messages)
+    with pytest.raises(ValueError):
+        say(conversation, text)
+    assert conversation.messages == before and len(conversation.waiting) == 1
+
+
+def test_speed_by_hand():
+    assert speed(7, [1.0, 1.5, 1.75, 2.0]) == (
+        "7 prompt tokens in 0.50 s, 3 tokens answered, 4.0 tokens/s")
+    assert speed(7, [1.0, 1.5]) == "7 prompt tokens in 0.50 s, 1 tokens answered"
+
+
+# ---------------------------------------------------------------- commands
+
+
+def test_image_command_takes_several_and_names_with_spaces(world, conversation):
+    spaced = world / "a red one.png"
+    Image.new("RGB", (9, 9)).save(spaced)
+    script.command(conversation, f"/image {world / 'red.png'} {world / 'blue.png'}")
+    told = script.command(conversation, f"/image {spaced}")
+    assert len(conversation.waiting) == 3 and told.startswith("3 picture")
+    with pytest.raises(OSError, match="no_such.png"):
+        script.command(conversation, "/image no_such.png")
+
+
+def test_commands(conversation):
+    assert "forgotten" in script.command(conversation, "/reset")
+    script.command(conversation, "/system Speak Chinese.")
+    assert conversation.messages == [Message("system", "Speak Chinese.")]
+    assert "nothing was said" in script.command(conversation, "/speed")
+    say(conversation, "hi")
+    assert "prompt tokens" in script.command(conversation, "/speed")
+    for unknown in ("/help", "/nonsense", "/image", "/scene x", "/system"):
+        assert script.command(conversation, unknown) == script.HELP
+    for name in ("/image", "/scene", "/reset", "/system", "/speed", "/quit"):
+        assert name in script.HELP
+
+
+def test_scene_shows_and_saves_an_unseen_scene(conversation, tmp_path, monkeypatch):
+    pytest.importorskip("dataset.emoji.world")
+    monkeypatch.chdir(tmp_path)
+    told = script.command(conversation, "/scene 3")
+    assert "scene_3.png" in told and (tmp_path / "out" / "scene_3.png").is_file()
+    assert len(conversation.waiting) == 1
+
+
+# ---------------------------------------------------------------- the whole script
+
+
+def test_a_pipe_gets_answers_and_nothing_else(world, monkeypatch, capsys):
+    lines = ["/image " + str(world / "red.png"), "Which colour?", "", "/nonsense", "/reset",
+             "Hello", "/quit", "never read"]
+    out, err = run(monkeypatch, capsys, lines, "--model", world / "sft")
+    assert out == expected(world, "Which colour?", "red.png") + expected(world, "Hello")
+    assert "1 picture" in err and "/image PATH" in err and "forgotten" in err
+
+
+def test_mistakes_do_not_end_the_chat(world, monkeypatch, capsys):
+    lines = ["/image no_such.png", "word " * 200, "/speed", "Hello"]
+    out, err = run(monkeypatch, capsys, lines, "--model", world / "sft", "--stats")
+    assert "no_such.png" in err and "tokens" in err
+    assert out == expected(world, "Hello") and "prompt tokens in" in err
+
+
+def test_control_c_stops_the_answer_and_not_the_chat(world, monkeypatch, capsys):
+    def interrupted(self, text):
+        yield "as far "
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Conversation, "reply", interrupted)
+    out, _ = run(monkeypatch, capsys, ["one", "two", "/quit"], "--model", world / "sft",
+                 person=True)
+    assert out.count("as far  [stopped]") == 2
+
+
+def test_one_question_one_answer(world, monkeypatch, capsys):
+    arguments = ["--model", world / "sft", "--prompt", "Which colour?", "--temperature", "0",
+                 "--dtype", "fp32", "--stats"]
+    out, err = run(monkeypatch, capsys, [], *arguments, "--image", world / "red.png")
+    assert out == expected(world, "Which colour?", "red.png")
+    assert "model:" in err and "tokens answered" in err
+    two = run(monkeypatch, capsys, [], *arguments, "--image", world / "red.png",
+              world / "blue.png").out
+    assert two == expected(world, "Which colour?", "red.png", "blue.png")
+
+
+def test_bf16_and_sampling_run(world, monkeypatch, capsys):
+    run(monkeypatch, capsys, [], "--model", world / "sft", "--prompt", "Hello", "--dtype", "bf16",
+        "--temperature", "0.8", "--top_k", "5", "--top_p", "0.9", "--repetition_penalty", "1.1")
+
+
+def test_a_language_model_alone_chats(world, monkeypatch, capsys):
+    out, err = run(monkeypatch, capsys, ["Hello", "/image " + str(world / "red.png")],
+                   "--model", "none", "--language", world / "language")
+    assert out == expected(world, "Hello", model="none") and "sees no pictures" in err
+
+
+def test_newest_checkpoint_and_what_to_do_without_one(world, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="torchrun train_pretrain.py"):
+        script.main(["--prompt", "hi"])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "pretrain").symlink_to(world / "pretrain")
+    assert "out/pretrain" in run(monkeypatch, capsys, [], "--prompt", "hi").err
+    (tmp_path / "out" / "sft").symlink_to(world / "sft")
+    assert "out/sft/step_000006" in run(monkeypatch, capsys, [], "--prompt", "hi").err
+
+
+@pytest.mark.parametrize("wrong", [["--image", "a.png"], ["--report", "x"], ["--before", "x"],
+                                   ["--max_new_tokens", "0"], ["--dtype", "fp64"]])
+def test_flags_that_make_no_sense(wrong, capsys):
+    with pytest.raises(SystemExit):
+        script.read_flags(wrong)
+
+
+# ---------------------------------------------------------------- scoring
+
+
+def test_a_file_is_scored(world, monkeypatch, capsys):
+    out, _ = run(monkeypatch, capsys, [], "--model", world / "sft", "--data",
+                 world / "data.jsonl", "--limit", "5")
+    assert "exact answers to 5 questions" in out and out.rstrip().split()[-1] == "5"
+    assert sorted(path.name for path in world.iterdir() if path.suffix == ".png")  # none was made
+    with pytest.raises(SystemExit, match="no data file"):
+        script.main(["--model", str(world / "sft"), "--data", "no_such.jsonl"])
+
+
+def test_report_writes_everything(world, monkeypatch, capsys, tmp_path):
+    data = world / "tagged.jsonl"
+    lines = [json.loads(line) for line in (world / "data.jsonl").read_text().splitlines()]
+    for i, line in enumerate(lines):
+        line.update(kind=("what", "hello")["image" not in line], language=("en", "zh")[i % 2])
+    data.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    out, _ = run(monkeypatch, capsys, [], "--model", world / "sft", "--before",
+                 world / "pretrain", "--data", data, "--report", tmp_path)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert list(scores) == ["before", "pretrain", "sft", "no_picture", "wrong_picture", "by_kind",
+                            "by_language"]
+    assert list(scores["by_kind"]) == ["hello", "what"]
+    assert list(scores["by_language"]) == ["en", "zh"]
+    assert all(0 <= value <= 1 for value in [*list(scores.values())[:5],
+                                             *scores["by_kind"].values()])
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == len(lines) == 24
+    assert sum(a["right"] for a in answers) == round(scores["sft"] * 24)
+    for name in ("contact_sheet.png", "loss.png"):
+        assert Image.open(tmp_path / name).width > 100
+    assert "this model, picture withheld" in out and "python eval.py --model" in out
+    assert find_model(str(world / "sft")).name == "step_000006"  # nothing in the run was touched

@@ -1,0 +1,134 @@
+"""`eval.py --data`: a data file -> the share of exact answers, and with --report how it came to be.
+
+    data -> questions -> answers of the model                          -> table
+                      -> of stage one, of an untrained projector,      -> scores.json
+                         without a picture, with a wrong picture       -> PNG files
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from dataset.formats import open_data
+from model.checkpoint import find_model
+from model.projector import Projector
+from training.report import contact_sheet, loss_curve, write_scores
+from training.score import (
+    answer_all,
+    read_questions,
+    share,
+    table,
+    with_wrong_picture,
+    without_picture,
+)
+
+WORDS = {"before": "before training: a projector of noise", "pretrain": "after stage one",
+         "sft": "this model", "no_picture": "this model, picture withheld",
+         "wrong_picture": "this model, picture of another sample"}
+
+
+def evaluate(flags, load, model, template, processor) -> None:
+    """load: eval.py's own function, to load the model of stage one in the same way."""
+    data = open_scored_data(flags)
+    questions, bad = read_questions(data, flags.limit)
+    if not questions:
+        raise ValueError(f"--data {flags.data}: no question to score in {len(data)} samples"
+                         + (f"; the first problem is {bad[0]}" if bad else ""))
+    tell_bad(bad)
+    answers = {}
+
+    def ask(condition: str, model, questions) -> None:
+        answers[condition] = run(WORDS[condition], model, template, processor, questions, flags)
+
+    if flags.report and flags.before:
+        earlier, _, _ = load(flags, flags.before)
+        ask("pretrain", earlier, questions)
+        earlier.projector = untrained_projector(earlier)
+        ask("before", earlier, questions)
+    ask("sft", model, questions)
+    if flags.report and any(q.images for q in questions):
+        ask("no_picture", model, without_picture(questions))
+        ask("wrong_picture", model, with_wrong_picture(questions))
+
+    print(f"\nexact answers to {len(answers['sft']):,} questions of {flags.data}\n")
+    print(table(answers["sft"]))
+    if flags.report:
+        report(flags, answers)
+
+
+def open_scored_data(flags):
+    if flags.data == "emoji":
+        from dataset.emoji.world import EmojiData  # here: other data has no use for it
+
+        return EmojiData("test")
+    return open_data(flags.data, flags.images)
+
+
+def run(name: str, model, template, processor, questions, flags) -> list:
+    """Answer all the questions, with a line of progress on stderr."""
+    started = time.monotonic()
+
+    def progress(done: int, of: int) -> None:
+        if sys.stderr.isatty() or done == of:
+            print(f"\r{name}: {done}/{of} in {time.monotonic() - started:.0f} s",
+                  end="\n" if done == of else "", file=sys.stderr, flush=True)
+
+    answered, bad = answer_all(model, template, processor, questions, flags.batch_size,
+                               flags.max_new_tokens, progress)
+    tell_bad(bad)
+    return answered
+
+
+def tell_bad(bad: list, listed: int = 5) -> None:
+    for sample in bad[:listed]:
+        print(f"skipped {sample}", file=sys.stderr)
+    if bad:
+        print(f"{len(bad)} could not be used and are not counted", file=sys.stderr)
+
+
+def untrained_projector(model) -> Projector:
+    """Noise in the place of what stage one learned."""
+    torch.manual_seed(0)
+    c, weight = model.config, model.projector.fc1.weight
+    fresh = Projector(c.projector, c.vision.hidden_size, c.language.hidden_size, c.pixel_shuffle)
+    return fresh.to(weight.device, weight.dtype).eval()
+
+
+def report(flags, answers: dict) -> None:
+    out = Path(flags.report)
+    out.mkdir(parents=True, exist_ok=True)
+    shares = {name: share(answers[name]) for name in WORDS if name in answers}
+    print()
+    for name, value in shares.items():
+        print(f"{value:7.1%}  {WORDS[name]}")
+    write_scores(shares, answers["sft"], out / "scores.json")
+    write_answers(answers["sft"], out / "answers.jsonl")
+    written = ["scores.json", "answers.jsonl"]
+    if any(a.question.images for a in answers["sft"]):
+        if not contact_sheet(answers["sft"], out / "contact_sheet.png"):
+            print("no font here can write Chinese, so the contact sheet shows English questions "
+                  "alone; the package fonts-noto-cjk would help")
+        written.append("contact_sheet.png")
+    stages = {"stage one: projector": flags.before, "stage two": flags.model}
+    runs = {name: find_model(model).parent / "metrics.jsonl" for name, model in stages.items()
+            if model or name == "stage two"}
+    runs = {name: file for name, file in runs.items() if file.exists()}
+    if runs:
+        loss_curve(runs, out / "loss.png")
+        written.append("loss.png")
+    print(f"\nwritten to {out}: {', '.join(written)}")
+    chosen = f" --model {flags.model}" if flags.model else ""
+    print(f"chat with it: python eval.py{chosen}")
+
+
+def write_answers(answered: list, path: Path) -> None:
+    """One JSON line a question, for whoever wants to see what went wrong."""
+    with open(path, "w", encoding="utf-8") as file:
+        for a in answered:
+            line = {"where": a.question.where, **a.question.tags, "right": a.right,
+                    "question": a.question.messages[-1].content, "answer": a.answer,
+                    "truth": a.question.truth}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
