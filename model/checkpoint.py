@@ -1,0 +1,247 @@
+"""Our own checkpoint directory: saved whole or not at all, loaded for chat or to train on.
+
+    VLM + config + companions -> OUT/step_000100/ -> load_checkpoint -> VLM
+
+    model.safetensors         what was trained so far: projector, adapters, opened layers
+    config.json               both towers' public configs, the projector, and the references to the
+                              public weights that were not trained: name and sha256 of each file
+    tokenizer.json, preprocessor_config.json, ...   written by the companions' own save(directory)
+    run.json                  settings, versions, commit, data: how this came about
+    training_state.pt         optimizer and data position, needed by --resume alone
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from model.config import LanguageConfig, VisionConfig, VLMConfig
+from model.language import LanguageModel
+from model.lora import add_lora
+from model.projector import Projector
+from model.vision import VisionTransformer
+from model.vlm import VLM
+from model.weights import file_hashes, resolve, weight_files
+
+ROOT = Path(__file__).resolve().parent.parent  # presets name the embedded towers relative to it
+STEP = re.compile(r"step_(\d+)")
+
+
+# ---------------------------------------------------------------- saving
+
+
+def save_checkpoint(out, step: int, tensors: dict, config: dict, run: dict, companions=(),
+                    state: dict | None = None, keep: int = 3, copy_bases: bool = False) -> Path:
+    """Write OUT/step_NNNNNN and delete all but the `keep` newest; return the new directory.
+
+    tensors: {name in the VLM: tensor}. companions: objects that save(directory) themselves.
+    Everything goes to a temporary name first and is renamed once it is safely on the disk: a
+    directory called step_... is complete, whenever the machine stopped.
+    """
+    out = Path(out)
+    final, partial = out / f"step_{step:06}", out / f".partial_step_{step:06}"
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while it saved
+    partial.mkdir(parents=True)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+              partial / "model.safetensors", metadata={"format": "pt"})
+    for companion in companions:
+        companion.save(partial)
+    if copy_bases:
+        config = copied_bases(config, partial)
+    write_json(partial / "config.json", config)
+    write_json(partial / "run.json", run)
+    if state is not None:
+        torch.save(state, partial / "training_state.pt")
+    for path in [*partial.rglob("*"), partial]:
+        flush_to_disk(path)
+    if final.exists():  # the same step again, by a run that was resumed from an older one
+        shutil.rmtree(final)
+    os.rename(partial, final)
+    flush_to_disk(out)
+    for old in checkpoints(out)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def base_reference(name: str) -> dict:
+    """What a checkpoint says about public weights that it does not hold."""
+    return {"name": str(name), "sha256": file_hashes(find_base(name))}
+
+
+def copied_bases(config: dict, directory: Path) -> dict:
+    """Copy the public weights into the checkpoint; return the config that says so."""
+    bases = {}
+    for part, reference in config["bases"].items():
+        source = find_base(reference["name"])
+        (directory / part).mkdir()
+        for file in [source / "config.json", *source.glob("*.index.json"), *weight_files(source)]:
+            shutil.copyfile(file, directory / part / file.name)
+        bases[part] = {**reference, "copied": True}
+    return {**config, "bases": bases}
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def flush_to_disk(path: Path) -> None:
+    """A rename can reach the disk before the file's content does; fsync puts them in order."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open a directory, nor needs it
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_checkpoint(directory, dtype: torch.dtype = torch.float32, language: str | None = None,
+                    vision: str | None = None) -> VLM:
+    """A checkpoint directory -> the whole VLM, with its adapters in place, in evaluation mode.
+
+    language, vision: where the public towers lie now, if not where they were in training. Their
+    files must be the same to the last bit; FileNotFoundError and ValueError say what is not.
+    """
+    directory = Path(directory)
+    config = read_config(directory)
+    tensors = load_file(directory / "model.safetensors")
+    language_config = LanguageConfig.from_public(config["language"])
+    vision_config = VisionConfig.from_public(config["vision"], config["vision_layer"])
+    moved = {"language": language, "vision": vision}
+
+    def tower(part, make, wanted, load):
+        with torch.device("meta"):  # no memory yet: perhaps every weight is in our own file
+            model = make(wanted)
+        if all(f"{part}.{name}" in tensors for name, _ in model.named_parameters()):
+            return model.to_empty(device="cpu").to(dtype)
+        model = load(str(verified_base(directory, part, config["bases"][part], moved[part])))
+        if model.config != wanted:
+            raise ValueError(f"the config.json of the {part} tower says {model.config}, but "
+                             f"{directory} was trained with {wanted}: get the same release")
+        return model
+
+    model = VLM(
+        VLMConfig(language_config, vision_config, config["projector"], config["pixel_shuffle"],
+                  config["image_token_id"]),
+        tower("language", LanguageModel, language_config,
+              lambda name: LanguageModel.from_pretrained(name, dtype)),
+        tower("vision", VisionTransformer, vision_config,
+              lambda name: VisionTransformer.from_pretrained(
+                  name, dtype, feature_layer=config["vision_layer"])),
+        Projector(config["projector"], vision_config.hidden_size, language_config.hidden_size,
+                  config["pixel_shuffle"]))
+    if config["lora"]:
+        add_lora(model.language, **config["lora"])
+    put_tensors(model, tensors, directory)
+    return model.to(dtype).eval()
+
+
+def put_tensors(model, tensors: dict, directory: Path) -> None:
+    """Copy the checkpoint's tensors into the model; every one must have its place."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            found = tuple(parameters[name].shape) if name in parameters else "no such parameter"
+            raise ValueError(f"{directory / 'model.safetensors'}: {name} has shape "
+                             f"{tuple(tensor.shape)}, the model has {found}")
+        parameters[name].data.copy_(tensor)
+    missing = [name for name in own_names(model) if name not in tensors]
+    if missing:
+        raise ValueError(f"{directory / 'model.safetensors'} lacks {missing[0]}"
+                         f" (and {len(missing) - 1} more): the file is not complete")
+
+
+def own_names(model) -> list[str]:
+    """Parameters that no public file can supply: a checkpoint holds them, trained or not."""
+    return [name for name, _ in model.named_parameters()
+            if name.startswith("projector.") or name.endswith((".lora_a", ".lora_b"))]
+
+
+def read_config(directory) -> dict:
+    """config.json of a checkpoint, or an error that says what the directory is instead."""
+    path = Path(directory) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if "bases" not in config:
+        raise FileNotFoundError(
+            f"{directory} is not a checkpoint of this project (no config.json with 'bases' in "
+            "it). Give a directory like out/sft/step_000800, or the run above it.")
+    return config
+
+
+def tensor_names(directory) -> set[str]:
+    """The parameters that a checkpoint holds: all that differ from the public weights."""
+    with safe_open(Path(directory) / "model.safetensors", framework="pt") as file:
+        return set(file.keys())
+
+
+def read_run(directory) -> dict:
+    return json.loads((Path(directory) / "run.json").read_text(encoding="utf-8"))
+
+
+# ---------------------------------------------------------------- public weights
+
+
+def find_base(name) -> Path:
+    """A tower's directory: as given, else relative to the project, else from the hub."""
+    for path in (Path(name), ROOT / name):
+        if path.is_dir():
+            return path
+    return Path(resolve(str(name)))
+
+
+def verified_base(directory: Path, part: str, reference: dict, moved: str | None) -> Path:
+    """The directory of the public weights that this checkpoint stands on, or an error."""
+    name = moved or (directory / part if reference.get("copied") else reference["name"])
+    stands = f"{directory} stands on the {part} weights of {reference['name']!r}"
+    try:
+        base = find_base(name)
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{stands}, and {str(name)!r} was found neither here, nor in {ROOT}, nor on the hub "
+            f"({error}). Put the directory back, or say where it is now with --{part} DIR."
+        ) from error
+    found = file_hashes(base)  # raises when a file is missing
+    for file, expected in reference["sha256"].items():
+        if found.get(file) != expected:
+            raise ValueError(
+                f"{stands}, but {base / file} differs from the file it was trained with: sha256 "
+                f"{str(found.get(file))[:16]}..., expected {expected[:16]}.... Get the same "
+                f"release of {reference['name']}, or give another place with --{part} DIR.")
+    return base
+
+
+# ---------------------------------------------------------------- finding checkpoints
+
+
+def checkpoints(out) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [path for path in Path(out).glob("step_*") if STEP.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(STEP.fullmatch(path.name)[1]))
+
+
+def newest_checkpoint(out) -> Path | None:
+    return (checkpoints(out) or [None])[-1]
+
+
+def find_model(model: str | None, runs=("out/sft", "out/pretrain")) -> Path:
+    """--model DIR -> a checkpoint. DIR may be a run: its newest counts.
+
+    Without --model: the newest of the first run in `runs` that has one.
+    """
+    if model is None:
+        for run in runs:
+            if newest_checkpoint(run):
+                return newest_checkpoint(run)
+        raise FileNotFoundError(f"no checkpoint in {' or '.join(runs)}: run "
+                                "`torchrun train_pretrain.py` first, or give --model DIR")
+    path = newest_checkpoint(model) or Path(model)
+    read_config(path)  # raises when it is something else
+    return path

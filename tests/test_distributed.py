@@ -1,0 +1,60 @@
+"""Claims: two processes equal one, also when one of them has no picture; bare torchrun works."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model.checkpoint import newest_checkpoint
+from tests.ranks_worker import TRAINED, gradients
+from tests.tiny import ROOT, make_world, metrics, torchrun
+from training.distributed import start_ranks
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return [*make_world(tmp_path_factory.mktemp("world")), "--accumulate", "3"]
+
+
+@pytest.fixture(scope="module")
+def two(world, tmp_path_factory):
+    """What two processes have left, each with half of the rows."""
+    directory = tmp_path_factory.mktemp("two")
+    done = torchrun(["--standalone", "--nproc_per_node", "2"],
+                    ROOT / "tests" / "ranks_worker.py", directory, *world, "--batch_size", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return directory
+
+
+@pytest.mark.parametrize("number", range(len(TRAINED)))
+def test_gradients_of_two_processes_equal_one(world, two, number):
+    """Three micro-batches; some of a rank's batches have no picture at all."""
+    told = torch.load(two / f"gradients_{number}.pt", weights_only=True)
+    with start_ranks() as ranks:
+        alone, images = gradients(ranks, [*world, *TRAINED[number]])
+    assert sum(told["images"]) == sum(images) and 0 in told["images"], told["images"]
+    difference = (told["gradients"] - alone).abs().max().item()
+    print(f"largest gradient difference {difference:.1e} of {alone.abs().max():.1e}")
+    assert difference < 1e-6, f"largest gradient difference {difference}"
+
+
+def test_ranks_hold_equal_weights_after_three_steps(two):
+    first, second = (torch.load(two / f"weights_{rank}.pt", weights_only=True)
+                     for rank in (0, 1))
+    unequal = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not unequal, unequal
+
+
+def test_torchrun_equals_one_process(world, two, tmp_path):
+    """A whole run of two processes against bare torchrun, which starts one."""
+    done = torchrun([], ROOT / "train_pretrain.py", *world, "--out", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("step 6/6") == 1
+    ours, theirs = metrics(tmp_path), metrics(two / "run")
+    assert len(ours) == len(theirs) == 6, "one process writes the figures of all"
+    for a, b in zip(ours, theirs):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4), (a, b)
+        assert a["supervised_tokens"] == b["supervised_tokens"]
+    weights = [load_file(newest_checkpoint(run) / "model.safetensors")
+               for run in (tmp_path, two / "run")]
+    difference = max((weights[0][n] - weights[1][n]).abs().max().item() for n in weights[0])
+    assert difference < 1e-4, f"largest weight difference {difference}"

@@ -1,0 +1,164 @@
+"""Claims: killed at any step and resumed, a run is bit for bit the run that was never killed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_pretrain
+import train_sft
+from model.checkpoint import checkpoints, newest_checkpoint
+from tests.tiny import curve, environment, make_world, metrics
+from training.log import cut_metrics
+
+# A run that the system kills without warning, right after step `die_at` was written down.
+KILLED = """
+import os, signal, sys, train_sft
+from training.log import Log
+plain, die_at = Log.step, int(sys.argv.pop(1))
+def step(self, number, figures):
+    plain(self, number, figures)
+    if number == die_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+Log.step = step
+train_sft.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """8.5 micro-batches an epoch in steps of 5: checkpoints lie inside of epochs."""
+    world = make_world(tmp_path_factory.mktemp("world"), count=34)
+    world[world.index("--steps"):world.index("--steps") + 2] = ["--epochs", "2.5"]
+    return [*world, "--batch_size", "4", "--accumulate", "3", "--model", "none"]
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing in the run may catch it and tidy up."""
+
+
+def die_in_step(monkeypatch, number):
+    from training.log import Log
+    plain = Log.step
+
+    def step(self, at, figures):
+        plain(self, at, figures)
+        if at == number:
+            raise Killed
+
+    monkeypatch.setattr(Log, "step", step)
+
+
+def same_weights(one, two):
+    first, second = (load_file(newest_checkpoint(run) / "model.safetensors")
+                     for run in (one, two))
+    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+
+
+def test_sigkill_then_resume(world, tmp_path):
+    """9 micro-batches an epoch, 23 in all: 7 steps of 3 and a last one of 2."""
+    flags = [*world, "--lora", "--lora_dropout", "0.2"]
+    train_sft.main([*flags, "--out", str(tmp_path / "whole")])
+    assert len(curve(tmp_path / "whole")) == 8
+    out = tmp_path / "killed"
+    done = subprocess.run([sys.executable, "-c", KILLED, "5", *flags, "--out", str(out)],
+                          env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == -9, done.stderr
+    assert len(metrics(out)) == 5 and newest_checkpoint(out).name == "step_000003"
+    train_sft.main(["--resume", "--out", str(out)])  # all other settings are the run's own
+    assert curve(out) == curve(tmp_path / "whole")
+    assert same_weights(out, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("trained", [[], ["--lora", "--lora_dropout", "0.2"],
+                                     ["--train_language", "all", "--train_vision"]])
+@pytest.mark.parametrize("die_at", [2, 3, 7])
+def test_stopped_at_any_step(world, tmp_path, monkeypatch, trained, die_at):
+    flags = [*world, *trained]
+    train_pretrain.main([*flags, "--out", str(tmp_path / "whole")])
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_in_step(patch, die_at)
+        train_pretrain.main([*flags, "--out", str(tmp_path / "stopped")])
+    train_pretrain.main([*flags, "--resume", "--out", str(tmp_path / "stopped")])
+    assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
+    assert same_weights(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_a_run_that_was_killed_while_it_saved(world, tmp_path, monkeypatch):
+    """The half-written directory has another name, and is neither resumed from nor kept."""
+    out = tmp_path / "out"
+    train_pretrain.main([*world, "--out", str(tmp_path / "whole")])
+    import model.checkpoint
+    rename, saved = model.checkpoint.os.rename, []
+
+    def killed(source, target):
+        if saved:
+            raise Killed
+        saved.append(rename(source, target))
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(model.checkpoint.os, "rename", killed)
+        train_pretrain.main([*world, "--out", str(out)])
+    assert (out / ".partial_step_000006").exists()
+    assert [path.name for path in checkpoints(out)] == ["step_000003"]
+    train_pretrain.main(["--resume", "--out", str(out)])
+    assert not (out / ".partial_step_000006").exists()
+    assert curve(out) == curve(tmp_path / "whole") and same_weights(out, tmp_path / "whole")
+
+
+def test_resume_counts_bad_samples_on(world, tmp_path, monkeypatch, capsys):
+    data = world[world.index("--data") + 1]
+    lines = open(data, encoding="utf-8").read().splitlines()
+    lines[11] = "{"
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    flags = [*world, "--data", str(tmp_path / "data.jsonl"), "--images",
+             str(data).rsplit("/", 1)[0], "--max_bad", "0.5", "--out", str(tmp_path / "out")]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_in_step(patch, 4)
+        train_pretrain.main(flags)
+    train_pretrain.main([*flags, "--resume"])
+    assert "3 of " in capsys.readouterr().out.split("skipped")[-2], "one in each epoch begun"
+
+
+def test_resume_refuses_what_would_be_another_run(world, tmp_path):
+    flags = [*world, "--out", str(tmp_path / "out"), "--steps", "3"]
+    train_pretrain.main(flags)
+    for other in (["--batch_size", "3"], ["--seed", "5"], ["--lora"], ["--learning_rate", "1"]):
+        with pytest.raises(SystemExit, match=f"{other[0]}.*was started with"):
+            train_pretrain.main([*flags, "--resume", *other])
+    data = world[world.index("--data") + 1]
+    content = open(data, encoding="utf-8").read()
+    with open(data, "a", encoding="utf-8") as file:
+        file.write("\n")
+    with pytest.raises(SystemExit, match="data order"):
+        train_pretrain.main([*flags, "--resume"])
+    with open(data, "w", encoding="utf-8") as file:
+        file.write(content)
+    # More steps, or another place of the towers, is no other run.
+    train_pretrain.main([*flags, "--resume", "--steps", "5", "--workers", "0"])
+    assert [m["step"] for m in metrics(tmp_path / "out")] == [1, 2, 3, 4, 5]
+
+
+def test_nothing_to_resume_starts_anew(world, tmp_path, capsys):
+    train_pretrain.main([*world, "--steps", "1", "--resume", "--out", str(tmp_path)])
+    assert [m["step"] for m in metrics(tmp_path)] == [1]
+
+
+def test_an_earlier_run_is_moved_aside(world, tmp_path, capsys):
+    flags = [*world, "--out", str(tmp_path)]
+    train_pretrain.main([*flags, "--steps", "4"])
+    train_pretrain.main([*flags, "--steps", "2"])
+    assert newest_checkpoint(tmp_path).name == "step_000002"
+    assert newest_checkpoint(tmp_path / "earlier_1").name == "step_000004"
+    assert len(metrics(tmp_path)) == 2 and len(metrics(tmp_path / "earlier_1")) == 4
+    assert "earlier_1" in capsys.readouterr().out
+
+
+def test_lines_after_the_checkpoint_are_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": s}) + "\n" for s in range(1, 6)) + '{"step": 6')
+    cut_metrics(path, 3)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]

@@ -1,0 +1,106 @@
+"""Several processes that train one model: who am I, and sums over all of us.
+
+    torchrun's environment variables -> Ranks(rank, world_size, device) -> sums over all ranks
+
+There is no DistributedDataParallel wrapper here. DDP averages gradients behind the scenes, in the
+backward pass of every micro-batch, and hangs when one rank's batch has no image and so no gradient
+for the projector. We need less: one sum of all gradients for each optimizer step, after its last
+micro-batch. A rank that has nothing to say about a parameter brings zeros to that sum.
+"""
+
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int  # 0..world_size-1; rank 0 writes the files and speaks
+    world_size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *numbers) -> list[float]:
+        """Add each number up over all ranks, in float64: token counts stay exact."""
+        # Apple's GPUs have no float64, and without a GPU device the sum is done on the CPU.
+        device = self.device if self.device.type == "cuda" else "cpu"
+        total = torch.tensor([float(number) for number in numbers],
+                             dtype=torch.float64, device=device)
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, items: list) -> list:
+        """The lists of all ranks, joined. Costs next to nothing when all are empty."""
+        if self.world_size == 1 or self.sum(len(items)) == [0.0]:
+            return items
+        lists = [None] * self.world_size
+        dist.all_gather_object(lists, items)
+        return [item for part in lists for item in part]
+
+    def sum_gradients(self, parameters) -> None:
+        """Add every parameter's gradient up over all ranks; afterwards all ranks hold the same.
+
+        One flat float32 buffer: a single message instead of hundreds, and no rounding in bf16.
+        """
+        for parameter in parameters:
+            if parameter.grad is None:  # no image in this rank's batches, say
+                parameter.grad = torch.zeros_like(parameter)
+        if self.world_size == 1:
+            return
+        flat = torch.cat([parameter.grad.float().flatten() for parameter in parameters])
+        dist.all_reduce(flat)
+        parts = flat.split([parameter.numel() for parameter in parameters])
+        for parameter, part in zip(parameters, parts):
+            parameter.grad.copy_(part.view_as(parameter))
+
+    def copy_from_main(self, parameters) -> None:
+        """Give every rank the weights of rank 0, so that all start from the same point."""
+        if self.world_size > 1:
+            for parameter in parameters:
+                dist.broadcast(parameter.data, src=0)
+
+    def wait(self) -> None:
+        """Return when every rank has come this far."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def start_ranks():
+    """Read torchrun's environment, connect to the other processes; disconnect at the end.
+
+    Without torchrun there is one process and nothing to connect to. A bare `torchrun script.py`
+    starts one process too, and then the process group is made all the same.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if not dist.is_torchelastic_launched():
+        yield Ranks(rank, world_size, device)
+        return
+    if device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
+        # torchrun sets this so that many processes do not fight for the cores. One process alone
+        # would train on one core at half speed or less: give each its fair share instead.
+        torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Ranks(rank, world_size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def cores() -> int:
+    """The cores that this process may use; a container often grants fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,121 @@
+"""What a run tells: OUT/metrics.jsonl for machines, one line of progress for people.
+
+    each optimizer step's figures -> one JSON line, flushed at once; and "step 12/400  loss 1.234"
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+LISTED_BAD = 5  # so many bad samples are shown in full; the rest are only counted
+
+
+class Log:
+    """Rank 0 writes; on the other ranks every method does nothing."""
+
+    def __init__(self, out, steps: int, progress, enabled: bool):
+        """progress: how far the run had come before; its later lines in the file are dropped."""
+        self.steps, self.enabled = steps, enabled
+        self.terminal = sys.stdout.isatty()
+        self.started = time.monotonic()
+        self.last_line = 0.0  # when the last plain line was printed
+        self.first_step, self.bad = progress.step + 1, progress.bad
+        if enabled:
+            path = Path(out) / "metrics.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cut_metrics(path, progress.step)
+            self.file = open(path, "a", encoding="utf-8")
+
+    def step(self, step: int, figures: dict) -> None:
+        """figures: the values of metrics.jsonl but the step's number, in their order."""
+        if not self.enabled:
+            return
+        self.file.write(json.dumps({"step": step, **figures}) + "\n")
+        self.file.flush()  # a killed run keeps every step that it has made
+        now = time.monotonic()
+        left = (now - self.started) / (step - self.first_step + 1) * (self.steps - step)
+        line = (f"step {step}/{self.steps}  loss {figures['loss']:.3f}  "
+                f"lr {figures['learning_rate']:.1e}  "
+                f"{figures['tokens_per_second']:,.0f} tok/s  left {clock(left)}")
+        if self.terminal:
+            print(f"\r{line}\033[K", end="\n" if step == self.steps else "", flush=True)
+        elif step in (self.first_step, self.steps) or now - self.last_line >= 10:
+            self.last_line = now
+            print(line, flush=True)
+
+    def say(self, text: str) -> None:
+        if self.enabled:
+            # On a terminal the line of progress is wiped first; the next step draws it again.
+            print(("\r\033[K" if self.terminal else "") + text, flush=True)
+
+    def bad_samples(self, new: list[str]) -> None:
+        """Show the first few samples that were skipped; count all."""
+        for number, line in enumerate(new, start=self.bad + 1):
+            if number <= LISTED_BAD:
+                self.say(f"skipped {line}")
+            elif number == LISTED_BAD + 1:
+                self.say("further skipped samples are only counted")
+        self.bad += len(new)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+
+def cut_metrics(path: Path, last_step: int) -> None:
+    """Drop the lines after last_step: a killed run wrote some past its last checkpoint.
+
+    A line that the kill cut in half goes too.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= last_step:
+                kept.append(line)
+        except ValueError:
+            continue
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def clock(seconds: float) -> str:
+    """151 -> "2:31", 3725 -> "1:02:05"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def introduction(model, optimizer, settings, data, batches, steps: int, ranks) -> str:
+    """What is about to happen, in a few lines."""
+    lines = []
+    for part in ("language", "projector", "vision"):
+        parameters = list(getattr(model, part).parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        lines.append(f"{part:<10}{sum(p.numel() for p in parameters):>14,} parameters, "
+                     f"{f'{trained:,} trained' if trained else 'frozen'}")
+    rates = ", ".join(f"{rate:g}" for rate in dict.fromkeys(
+        group["peak"] for group in optimizer.param_groups))
+    rows = settings.batch_size * settings.accumulate * ranks.world_size
+    lines += [
+        f"data      {len(data):,} samples from {settings.data}, "
+        f"{batches.batches_per_epoch:,} batches in an epoch",
+        f"run       {steps:,} steps of {rows} samples ({settings.batch_size} x "
+        f"{settings.accumulate} accumulated x {ranks.world_size} processes)",
+        f"settings  preset {settings.preset}, peak learning rate {rates}, {settings.dtype} on "
+        f"{ranks.device}, seed {settings.seed}, to {settings.out}",
+    ]
+    return "\n".join(lines)
+
+
+def closing(progress, log: Log, checkpoint: Path, next_command: str) -> str:
+    seen = progress.rows + progress.bad
+    return "\n".join([
+        f"{progress.step:,} steps, {progress.rows:,} samples trained on in {clock(log.seconds)}",
+        f"{progress.bad:,} of {seen:,} samples skipped as unusable; "
+        f"{progress.useful / max(1, progress.positions):.1%} of the positions were useful, the "
+        "rest was padding",
+        f"checkpoint: {checkpoint}",
+        f"next: {next_command}",
+    ])

@@ -1,0 +1,219 @@
+"""Settings -> everything that a run needs before its first step.
+
+    flags -> where_to_start -> a checkpoint, or none -> assemble -> Parts: model, template,
+    image processor, config;   --data -> open_training_data;   --out -> prepare_out;
+    Parts -> saver -> the function that the loop calls to write a checkpoint
+"""
+
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import tokenizers
+import torch
+
+from dataset.chat import DEFAULT_SYSTEM, ChatTemplate
+from dataset.formats import data_hash, open_data
+from dataset.images import ImageProcessor
+from dataset.tokenizer import Tokenizer
+from model.checkpoint import (
+    ROOT,
+    base_reference,
+    checkpoints,
+    find_base,
+    find_model,
+    load_checkpoint,
+    newest_checkpoint,
+    own_names,
+    read_config,
+    read_run,
+    save_checkpoint,
+    tensor_names,
+)
+from model.config import VLMConfig
+from model.language import LanguageModel
+from model.projector import Projector
+from model.vision import VisionTransformer
+from model.vlm import VLM
+from training.loop import Progress
+
+# What a run may change when it is resumed; all else would make it another run.
+CHANGEABLE = ("out", "resume", "model", "preset", "language", "vision", "steps", "epochs",
+              "save_every", "keep", "workers", "max_bad", "full_checkpoint")
+
+
+@dataclass
+class Parts:
+    model: VLM
+    template: ChatTemplate
+    processor: ImageProcessor
+    config: dict  # config.json of the checkpoints to come
+    held: set  # names of the parameters that differ from the public weights already
+
+
+def where_to_start(flags, stage: str) -> tuple[Path | None, dict]:
+    """-> the checkpoint to load (None: the public towers and a new projector), and the settings
+    that it brings: all of its run's to resume, the model's facts alone to train on."""
+    if flags.resume and newest_checkpoint(flags.out):
+        checkpoint = newest_checkpoint(flags.out)
+        return checkpoint, check_resumed(flags, read_run(checkpoint)["settings"], checkpoint)
+    if flags.model == "none" or (stage == "pretrain" and flags.model is None):
+        return None, {}
+    try:
+        checkpoint = find_model(flags.model, runs=("out/pretrain",))
+    except FileNotFoundError as error:
+        raise SystemExit(f"{error}; or --model none to start from the public towers") from error
+    if Path(flags.out).resolve() in checkpoint.resolve().parents:
+        raise SystemExit(f"the new run would write beside its own start, {checkpoint}: "
+                         "give another --out, or --resume to go on with that run")
+    config, run = read_config(checkpoint), read_run(checkpoint)
+    facts = {"preset": run["settings"]["preset"], "system": config["system"] or ""}
+    for name in ("projector", "pixel_shuffle", "vision_layer"):
+        facts[name] = config[name]
+        if getattr(flags, name) not in (None, config[name]):
+            raise SystemExit(f"--{name} {getattr(flags, name)}: {checkpoint} was trained with "
+                             f"{config[name]}, and its projector fits nothing else")
+    for part, reference in config["bases"].items():
+        facts[part] = reference["name"]
+    if config["lora"]:
+        facts.update({f"lora_{name}": value for name, value in config["lora"].items()})
+    return checkpoint, facts
+
+
+def check_resumed(flags, earlier: dict, checkpoint: Path) -> dict:
+    for name, value in vars(flags).items():
+        if name not in CHANGEABLE and value is not None and value != earlier[name]:
+            raise SystemExit(f"--{name} {value}: the run to resume, {checkpoint}, was started with "
+                             f"{earlier[name]}. Leave the flag out, or start a new run with "
+                             "another --out.")
+    return earlier
+
+
+def assemble(settings, checkpoint: Path | None) -> Parts:
+    """Load the model, and build the template and the image processor that belong to it."""
+    torch.manual_seed(settings.seed)  # of the new projector's and the adapters' first weights
+    if checkpoint:
+        config, held = read_config(checkpoint), tensor_names(checkpoint)
+        bases = config["bases"]
+        moved = {part: None if getattr(settings, part) == bases[part]["name"]
+                 else getattr(settings, part) for part in bases}
+        model = load_checkpoint(checkpoint, **moved)
+        language_directory = vision_directory = checkpoint
+        for part, reference in bases.items():
+            place = moved[part] or (reference.get("copied") and str(checkpoint / part))
+            bases[part] = {"name": place or reference["name"], "sha256": reference["sha256"]}
+    else:
+        language_directory = find_base(settings.language)
+        vision_directory = find_base(settings.vision)
+        language = LanguageModel.from_pretrained(str(language_directory))
+        vision = VisionTransformer.from_pretrained(str(vision_directory),
+                                                   feature_layer=settings.vision_layer)
+        bases = {part: base_reference(getattr(settings, part)) for part in ("language", "vision")}
+        held, config = set(), {"lora": None}
+
+    tokenizer = Tokenizer.from_directory(language_directory)
+    processor = ImageProcessor.from_directory(vision_directory)
+    if checkpoint:
+        language, vision = model.language, model.vision
+    system = settings.system
+    if system is None:
+        system = DEFAULT_SYSTEM[language.config.model_type]
+    K = image_tokens(vision.config.patch_size, processor.size, settings.pixel_shuffle)
+    template = ChatTemplate(tokenizer, K, system or None)
+    if not checkpoint:
+        projector = Projector(settings.projector, vision.config.hidden_size,
+                              language.config.hidden_size, settings.pixel_shuffle)
+        model = VLM(VLMConfig(language.config, vision.config, settings.projector,
+                              settings.pixel_shuffle, template.image_token_id),
+                    language, vision, projector)
+    config = {
+        "model_type": "vlm", "language": language.config.to_public(),
+        "vision": vision.config.to_public(), "vision_layer": vision.config.feature_layer,
+        "projector": settings.projector, "pixel_shuffle": settings.pixel_shuffle,
+        "image_tokens": K, "image_token_id": template.image_token_id,
+        "system": template.default_system, "lora": config["lora"], "bases": bases}
+    return Parts(model, template, processor, config, held)
+
+
+def image_tokens(patch_size: int, size: tuple[int, int], pixel_shuffle: int) -> int:
+    """K, for the size (H,W) that the image processor makes.
+
+    Not for the size in the tower's config: DINOv2 was trained on 518 pixels and published with a
+    processor that makes 224; its position grid is stretched to what comes in.
+    """
+    rows, columns = size[0] // patch_size, size[1] // patch_size
+    return rows * columns // pixel_shuffle**2
+
+
+def open_training_data(settings, kind: str):
+    """--data -> samples, and what run.json says about them. kind: "captions" or "chat", the half
+    of the embedded world that this stage learns from."""
+    if settings.data == "emoji":
+        from dataset.emoji.world import EmojiData  # here: other data has no use for it
+
+        data = EmojiData(kind)
+        return data, {"file": "emoji", "kind": kind, "samples": len(data)}
+    try:
+        data = open_data(settings.data, settings.images)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"--data {settings.data}: {error}") from error
+    return data, {**data_hash(settings.data), "samples": len(data)}
+
+
+def prepare_out(settings, ranks, checkpoint: Path | None, optimizer, about_data: dict) -> Progress:
+    """Resume: restore the optimizer and return how far the run had come.
+
+    Otherwise move what an earlier run left in OUT aside: nobody's training is overwritten.
+    """
+    out = Path(settings.out)
+    if settings.resume and checkpoint and checkpoint.parent == out:
+        run = read_run(checkpoint)
+        if run["data"] != about_data or run["processes"] != ranks.world_size:
+            raise SystemExit(f"{checkpoint} was made by {run['processes']} processes on "
+                             f"{run['data']}, this is {ranks.world_size} on {about_data}: "
+                             "the data order would not go on where it stopped")
+        state = torch.load(checkpoint / "training_state.pt", map_location="cpu",
+                           weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        return Progress(**state["progress"])
+    ranks.wait()  # every rank has looked for its start by now
+    if ranks.main and (checkpoints(out) or (out / "metrics.jsonl").exists()):
+        number = 1 + len(list(out.glob("earlier_*")))
+        (out / f"earlier_{number}").mkdir()
+        for path in [*checkpoints(out), out / "metrics.jsonl"]:
+            if path.exists():
+                path.rename(out / f"earlier_{number}" / path.name)
+        print(f"an earlier run was moved to {out / f'earlier_{number}'}")
+    ranks.wait()
+    return Progress()
+
+
+def saver(parts: Parts, settings, stage: str, ranks, about_data: dict):
+    """-> save(step, state), as the loop wants it."""
+    trained = {name for name, p in parts.model.named_parameters() if p.requires_grad}
+    changed = parts.held | trained | set(own_names(parts.model))
+    facts = {"stage": stage, "settings": vars(settings), "processes": ranks.world_size,
+             "data": about_data, "commit": commit(),
+             "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                          "safetensors": safetensors.__version__,
+                          "tokenizers": tokenizers.__version__}}
+
+    def save(step: int, state: dict) -> None:
+        tensors = {name: p for name, p in parts.model.named_parameters() if name in changed}
+        save_checkpoint(settings.out, step, tensors, parts.config, {"step": step, **facts},
+                        (parts.template.tokenizer, parts.processor), state, settings.keep,
+                        settings.full_checkpoint)
+
+    return save
+
+
+def commit() -> str | None:
+    """The version of this code, when it lies in a git repository."""
+    try:
+        told = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT,
+                              capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return told.stdout.strip()
