@@ -10,7 +10,7 @@ OUT := out/demo
 demo: .venv/installed
 	$(BIN)/torchrun train_pretrain.py --out $(OUT)/pretrain
 	$(BIN)/python train_sft.py --lora --model $(OUT)/pretrain --out $(OUT)/sft
-	$(BIN)/python eval.py --model $(OUT)/sft --data emoji --report $(OUT) --before $(OUT)/pretrain
+	$(BIN)/python eval.py --model $(OUT)/sft --data emoji --report $(OUT)
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest

@@ -49,10 +49,8 @@ def read_flags(arguments=None) -> argparse.Namespace:
     add("--images", help="directory that the file's picture names are relative to")
     add("--limit", type=int, help="score the first so many samples only")
     add("--batch_size", type=int, default=64, help="questions answered at once (%(default)s)")
-    add("--report", metavar="DIR", help="with --data: also score without picture and with a "
-        "wrong one; write scores.json, answers.jsonl, contact_sheet.png and loss.png here")
-    add("--before", metavar="DIR", help="with --report: the run of stage one, scored as it is and "
-        "with an untrained projector")
+    add("--report", metavar="DIR", help="with --data: also score the model before each stage, and "
+        "without or with a wrong picture; write scores.json, answers.jsonl and two PNG files here")
     add("--max_new_tokens", type=int, default=256, help="longest answer (%(default)s)")
     add("--temperature", type=float, default=0.0, help="0: always the likeliest token")
     add("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all")
@@ -68,8 +66,8 @@ def read_flags(arguments=None) -> argparse.Namespace:
             parser.error(f"--{name} {getattr(flags, name)}: expected a number above 0")
     if flags.image and flags.prompt is None:
         parser.error("--image needs --prompt; in the chat, /image shows a picture")
-    if flags.report and not flags.data or flags.before and not flags.report:
-        parser.error("--report needs --data, and --before needs --report")
+    if flags.report and not flags.data:
+        parser.error("--report needs --data")
     return flags
 
 

@@ -230,7 +230,7 @@ def test_newest_checkpoint_and_what_to_do_without_one(world, monkeypatch, capsys
     assert "out/sft/step_000006" in run(monkeypatch, capsys, [], "--prompt", "hi").err
 
 
-@pytest.mark.parametrize("wrong", [["--image", "a.png"], ["--report", "x"], ["--before", "x"],
+@pytest.mark.parametrize("wrong", [["--image", "a.png"], ["--report", "x"],
                                    ["--max_new_tokens", "0"], ["--dtype", "fp64"]])
 def test_flags_that_make_no_sense(wrong, capsys):
     with pytest.raises(SystemExit):
@@ -255,8 +255,8 @@ def test_report_writes_everything(world, monkeypatch, capsys, tmp_path):
     for i, line in enumerate(lines):
         line.update(kind=("what", "hello")["image" not in line], language=("en", "zh")[i % 2])
     data.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
-    out, _ = run(monkeypatch, capsys, [], "--model", world / "sft", "--before",
-                 world / "pretrain", "--data", data, "--report", tmp_path)
+    out, _ = run(monkeypatch, capsys, [], "--model", world / "sft", "--data", data,
+                 "--report", tmp_path)
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert list(scores) == ["before", "pretrain", "sft", "no_picture", "wrong_picture", "by_kind",
                             "by_language"]

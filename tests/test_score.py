@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from PIL import Image, ImageFont
+from PIL import Image
 from tiny import make_pair
 
 import training.report as report
@@ -159,8 +159,8 @@ def test_scores_json(tmp_path):
 
 
 def test_contact_sheet_has_a_card_for_each_kind_and_language(tmp_path):
-    cards = [answered("a cat", "a dog", kind=kind, language="en") for kind in "abcdefg" * 2]
-    assert report.contact_sheet(cards, tmp_path / "sheet.png") in (True, False)
+    cards = [answered("a cat\n", "a dog", kind=kind, language="en") for kind in "abcdefg" * 2]
+    assert report.contact_sheet(cards, tmp_path / "sheet.png") is True
     sheet = Image.open(tmp_path / "sheet.png")
     assert sheet.width == 5 * (report.PICTURE + report.MARGIN) + report.MARGIN
     heights = sheet.height - report.MARGIN
@@ -168,23 +168,32 @@ def test_contact_sheet_has_a_card_for_each_kind_and_language(tmp_path):
     assert sheet.getpixel((report.MARGIN + 100, report.MARGIN + 100)) == (255, 0, 0)
 
 
-def test_without_a_chinese_font_there_are_english_cards_only(tmp_path, monkeypatch):
+def test_what_no_font_here_can_write_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(report.font_manager, "findSystemFonts", lambda: [])
-    cards = [answered("一只猫。", "一只猫。", language="zh"),
-             answered("A cat.", "A cat.", language="en")]
-    font, chinese = report.find_font(16)
-    assert isinstance(font, ImageFont.FreeTypeFont) and chinese is False
+    odd = "\u9f98"  # a rare character, not in the embedded font
+    cards = [answered(odd, odd, language="zh"), answered("A cat.", "A cat.", language="en")]
+    assert report.find_fonts(odd, 16)[1] is None
     assert report.contact_sheet(cards, tmp_path / "sheet.png") is False
     width = Image.open(tmp_path / "sheet.png").width
     assert width == report.PICTURE + 2 * report.MARGIN  # one card
 
 
+def test_the_embedded_font_can_write_the_emoji_world(monkeypatch):
+    make_font = pytest.importorskip("tools.make_font")
+    monkeypatch.setattr(report.font_manager, "findSystemFonts", lambda: [])
+    assert len(make_font.characters()) > 200
+    _, chinese = report.find_fonts(make_font.characters(), 16)
+    assert chinese is not None, "the texts have new characters: run tools/make_font.py again"
+
+
 def test_lines_are_no_wider_than_a_picture():
-    font, _ = report.find_font(16)
-    for text in ("many words " * 20, "图片里有一只猫和两只狗" * 10, "", "one"):
-        lines = report.wrap(text, font)
+    fonts = report.find_fonts("\u56fe\u7247\u91cc", 16)
+    for text in ("many words " * 20, "\u56fe\u7247\u91cc" * 30, "", "one"):
+        lines = report.wrap(text, fonts)
         assert "".join(lines).replace(" ", "") == text.replace(" ", "")
-        assert all(font.getlength(line) <= report.PICTURE for line in lines)
+        for line in lines:
+            width = sum(font.getlength(part) for part, font in report.parts(line.rstrip(), fonts))
+            assert width <= report.PICTURE
 
 
 def test_loss_curve_of_two_stages(tmp_path):

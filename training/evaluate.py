@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from dataset.formats import open_data
-from model.checkpoint import find_model
+from model.checkpoint import find_model, read_run
 from model.projector import Projector
 from training.report import contact_sheet, loss_curve, write_scores
 from training.score import (
@@ -43,8 +43,9 @@ def evaluate(flags, load, model, template, processor) -> None:
     def ask(condition: str, model, questions) -> None:
         answers[condition] = run(WORDS[condition], model, template, processor, questions, flags)
 
-    if flags.report and flags.before:
-        earlier, _, _ = load(flags, flags.before)
+    runs = runs_of(flags.model) if flags.report else []
+    if len(runs) == 2:
+        earlier, _, _ = load(flags, str(runs[0]))
         ask("pretrain", earlier, questions)
         earlier.projector = untrained_projector(earlier)
         ask("before", earlier, questions)
@@ -56,7 +57,22 @@ def evaluate(flags, load, model, template, processor) -> None:
     print(f"\nexact answers to {len(answers['sft']):,} questions of {flags.data}\n")
     print(table(answers["sft"]))
     if flags.report:
-        report(flags, answers)
+        report(flags, answers, runs)
+
+
+def runs_of(model: str | None) -> list[Path]:
+    """The checkpoint, and in front of it the one that its training started from, if it is there."""
+    if model == "none":
+        return []
+    checkpoint = find_model(model)
+    run = read_run(checkpoint)
+    if run["stage"] == "pretrain" or run["settings"]["model"] == "none":
+        return [checkpoint]
+    try:
+        return [find_model(run["settings"]["model"], runs=("out/pretrain",)), checkpoint]
+    except FileNotFoundError as error:
+        print(f"cannot score the stage before: {error}", file=sys.stderr)
+        return [checkpoint]
 
 
 def open_scored_data(flags):
@@ -97,7 +113,7 @@ def untrained_projector(model) -> Projector:
     return fresh.to(weight.device, weight.dtype).eval()
 
 
-def report(flags, answers: dict) -> None:
+def report(flags, answers: dict, runs: list[Path]) -> None:
     out = Path(flags.report)
     out.mkdir(parents=True, exist_ok=True)
     shares = {name: share(answers[name]) for name in WORDS if name in answers}
@@ -109,15 +125,14 @@ def report(flags, answers: dict) -> None:
     written = ["scores.json", "answers.jsonl"]
     if any(a.question.images for a in answers["sft"]):
         if not contact_sheet(answers["sft"], out / "contact_sheet.png"):
-            print("no font here can write Chinese, so the contact sheet shows English questions "
-                  "alone; the package fonts-noto-cjk would help")
+            print("no font here can write all the Chinese of these answers: their cards are not "
+                  "on the contact sheet (the package fonts-noto-cjk would help)")
         written.append("contact_sheet.png")
-    stages = {"stage one: projector": flags.before, "stage two": flags.model}
-    runs = {name: find_model(model).parent / "metrics.jsonl" for name, model in stages.items()
-            if model or name == "stage two"}
-    runs = {name: file for name, file in runs.items() if file.exists()}
-    if runs:
-        loss_curve(runs, out / "loss.png")
+    names = ["this model"] if len(runs) == 1 else ["stage one: projector", "stage two"]
+    metrics = {name: run.parent / "metrics.jsonl" for name, run in zip(names, runs)}
+    metrics = {name: file for name, file in metrics.items() if file.exists()}
+    if metrics:
+        loss_curve(metrics, out / "loss.png")
         written.append("loss.png")
     print(f"\nwritten to {out}: {', '.join(written)}")
     chosen = f" --model {flags.model}" if flags.model else ""

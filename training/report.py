@@ -21,34 +21,40 @@ PICTURE, MARGIN = 288, 12  # pixels a side; pixels between cards
 COLUMNS, MOST_CARDS = 5, 40
 LINES, LINE_HEIGHT = 7, 21  # lines below a picture; pixels
 INK, GREY, RIGHT, WRONG = (40, 40, 40), (120, 120, 120), (20, 120, 40), (190, 30, 30)
-# Tried first; any other font on the machine that knows the characters will do as well.
+CHINESE = re.compile("([\u2e80-\uffef]+)")
+# Enough for the emoji world, on any machine; for other texts the machine's own fonts are tried,
+# likely names first.
+EMBEDDED_FONT = Path(__file__).resolve().parent.parent / "dataset" / "emoji" / "chinese.ttf"
 CHINESE_FONTS = ("notosanscjk", "notosanssc", "sourcehansans", "pingfang", "msyh", "wqy", "simhei",
                  "hiragino sans gb", "droidsansfallback")
 
 
-
 def contact_sheet(answered: list[Answered], path) -> bool:
     """One card for each kind and language: the first such sample, right or wrong, and its last
-    question. False when Chinese cards were left out, because no font here can write them.
+    question. False when Chinese cards were left out, because no font here can write them all.
     """
-    font, chinese = find_font(16)
     cards = {}
     for a in answered:
         tags = a.question.tags
         key = tags.get("kind"), tags.get("language"), None if tags else a.question.where
-        same_sample = key in cards and cards[key].question.where == a.question.where
-        if a.question.images and (chinese or all(ord(c) < 0x2e80 for c in a.question.truth)):
-            if same_sample or (key not in cards and len(cards) < MOST_CARDS):
+        if key in cards:
+            if cards[key].question.where == a.question.where:
                 cards[key] = a
-    columns, rows = min(COLUMNS, len(cards)), -(-len(cards) // COLUMNS)
+        elif a.question.images and len(cards) < MOST_CARDS:
+            cards[key] = a
+    texts = ["".join(text for text, _ in words(card)) for card in cards.values()]
+    fonts = find_fonts("".join(texts), 16)
+    chosen = [card for card, text in zip(cards.values(), texts)
+              if fonts[1] or not CHINESE.search(text)]
+    columns, rows = min(COLUMNS, len(chosen)), -(-len(chosen) // COLUMNS)
     width, height = PICTURE + MARGIN, PICTURE + LINES * LINE_HEIGHT + MARGIN
     sheet = Image.new("RGB", (columns * width + MARGIN, rows * height + MARGIN), "white")
-    for number, card in enumerate(cards.values()):
+    for number, card in enumerate(chosen):
         left, top = number % COLUMNS * width + MARGIN, number // COLUMNS * height + MARGIN
         sheet.paste(enlarge(load_image(card.question.images[-1])), (left, top))
-        write_card(ImageDraw.Draw(sheet), font, card, left, top + PICTURE + 4)
+        write_card(ImageDraw.Draw(sheet), fonts, card, left, top + PICTURE + 4)
     sheet.save(path)
-    return chinese
+    return len(chosen) == len(cards)
 
 
 def enlarge(image: Image.Image) -> Image.Image:
@@ -61,46 +67,65 @@ def enlarge(image: Image.Image) -> Image.Image:
     return square
 
 
-def write_card(draw, font, card: Answered, left: int, top: int) -> None:
-    """What was said before, the question, the answer, and the truth when it is another one."""
-    words = [(m.content.replace(IMAGE, "").strip(), GREY) for m in card.question.messages
-             if m.role != "system"]
-    words[-1] = (words[-1][0], INK)
-    words.append(("\u2192 " + card.answer.strip(), RIGHT if card.right else WRONG))
+def words(card: Answered) -> list[tuple[str, tuple]]:
+    """[(text, colour)]: what was said before, the question, the answer, and the truth when it is
+    another one."""
+    said = [m.content.replace(IMAGE, "") for m in card.question.messages if m.role != "system"]
+    told = [*((text, GREY) for text in said[:-1]), (said[-1], INK),
+            ("\u2192 " + card.answer, RIGHT if card.right else WRONG)]
     if not card.right:
-        words.append(("truth: " + card.question.truth.strip(), INK))
-    lines = [(line, ink) for text, ink in words for line in wrap(text, font)]
-    if len(lines) > LINES:  # the answer matters more than how the talk began
-        lines = lines[-LINES:]
-    for number, (line, ink) in enumerate(lines):
-        draw.text((left, top + number * LINE_HEIGHT), line, font=font, fill=ink)
+        told.append(("truth: " + card.question.truth, INK))
+    return [(" ".join(text.split()), ink) for text, ink in told]  # a line break would not fit
 
 
-def wrap(text: str, font) -> list[str]:
+def write_card(draw, fonts, card: Answered, left: int, top: int) -> None:
+    lines = [(line, ink) for text, ink in words(card) for line in wrap(text, fonts)]
+    # When there is too much, the answer matters more than how the talk began.
+    for number, (line, ink) in enumerate(lines[-LINES:]):
+        x, base = left, top + number * LINE_HEIGHT + 16
+        for part, font in parts(line, fonts):
+            draw.text((x, base), part, font=font, fill=ink, anchor="ls")
+            x += font.getlength(part)
+
+
+def parts(text: str, fonts) -> list[tuple]:
+    """[(part, font)]: English and Chinese characters, each with the font that has them."""
+    latin, chinese = fonts
+    return [(part, chinese if CHINESE.match(part) else latin)
+            for part in CHINESE.split(text) if part]
+
+
+def wrap(text: str, fonts) -> list[str]:
     """Lines no wider than a picture; Chinese may break anywhere, English between words."""
+    def width(line: str) -> float:
+        return sum(font.getlength(part) for part, font in parts(line, fonts))
+
     lines = [""]
-    for piece in re.findall(r"[^\s\u2e80-\uffff]+\s*|[\u2e80-\uffff]|\s+", text):
-        if lines[-1] and font.getlength(lines[-1] + piece.rstrip()) > PICTURE:
+    for piece in re.findall("[\u2e80-\uffef]|\\s+|[^\\s\u2e80-\uffef]+", text):
+        if lines[-1] and width(lines[-1] + piece) > PICTURE:
             lines.append("")
-        lines[-1] += piece
-    return [line.rstrip() for line in lines]
+        lines[-1] = (lines[-1] + piece).lstrip()
+    return lines
 
 
-def find_font(size: int):
-    """A font of this machine that can write Chinese, and True; else one for English, and False."""
+def find_fonts(text: str, size: int) -> tuple:
+    """(a font for English, one for all Chinese in the text, or None when there is no such one)"""
     def rank(path: str) -> int:
         name = Path(path).name.lower()
         return next((i for i, known in enumerate(CHINESE_FONTS) if known in name), 99)
 
-    for path in sorted(font_manager.findSystemFonts(), key=lambda path: (rank(path), path)):
+    latin = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)  # matplotlib brings it
+    needed = set("".join(CHINESE.findall(text)))
+    here = sorted(font_manager.findSystemFonts(), key=lambda path: (rank(path), path))
+    for path in [str(EMBEDDED_FONT), *here]:
         try:
             font = ImageFont.truetype(path, size)
-            # A font draws every character that it lacks as the same empty box.
-            if len({bytes(font.getmask(character)) for character in "\u8fd9\u732b\u9e21"}) == 3:
-                return font, True
+            missing = bytes(font.getmask("\U0010fffe"))  # the box that stands for no character
+            if all(bytes(font.getmask(character)) != missing for character in needed):
+                return latin, font
         except (OSError, ValueError):  # a font for other programs, or of pixels of one size
             continue
-    return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size), False
+    return latin, None
 
 
 def loss_curve(runs: dict[str, Path], path) -> None:
