@@ -1,0 +1,133 @@
+"""Claims: every flag is read, wins over the preset, and a wrong value says what is expected."""
+
+import re
+from dataclasses import asdict
+
+import pytest
+
+import train_pretrain
+import train_sft
+from model.checkpoint import newest_checkpoint, read_run
+from tests.tiny import ROOT, make_world, metrics
+from training.presets import PRESETS, read_flags, resolve, settings_of_preset
+
+# Every flag with a value that no preset has; booleans have both of theirs.
+VALUES = {
+    "preset": [("smollm2-dinov2", "smollm2-dinov2")], "model": [("some/dir", "some/dir")],
+    "language": [("L", "L")], "vision": [("V", "V")], "vision_layer": [("-3", -3)],
+    "projector": [("linear", "linear"), ("mlp", "mlp")], "pixel_shuffle": [("3", 3)],
+    "system": [("S", "S"), ("", "")], "data": [("D", "D")], "images": [("I", "I")],
+    "out": [("O", "O")], "resume": [(True, True), (False, False)], "steps": [("7", 7)],
+    "epochs": [("1.5", 1.5)], "batch_size": [("5", 5)], "accumulate": [("9", 9)],
+    "max_length": [("77", 77)], "learning_rate": [("0.5", 0.5)],
+    "projector_learning_rate": [("0.25", 0.25)], "vision_learning_rate": [("0.125", 0.125)],
+    "weight_decay": [("0.3", 0.3)], "warmup_ratio": [("0.4", 0.4)], "clip": [("2.5", 2.5)],
+    "dtype": [("bf16", "bf16"), ("fp32", "fp32")], "seed": [("8", 8)], "save_every": [("6", 6)],
+    "keep": [("4", 4)], "workers": [("0", 0)], "max_bad": [("0.2", 0.2)],
+    "train_projector": [(True, True), (False, False)],
+    "train_language": [("last:2", "last:2"), ("none", "none"), ("all", "all")],
+    "train_vision": [(True, True), (False, False)], "lora": [(True, True), (False, False)],
+    "lora_rank": [("3", 3)], "lora_alpha": [("5", 5.0)], "lora_dropout": [("0.5", 0.5)],
+    "lora_targets": [("q_proj", ["q_proj"])], "full_checkpoint": [(True, True), (False, False)],
+}
+
+
+def settings(*flags, stage="pretrain", earlier=None):
+    return vars(resolve(read_flags("", stage, flags), stage, earlier or {}))
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_every_flag_reaches_the_settings(stage):
+    assert VALUES.keys() == vars(read_flags("", stage, [])).keys(), "the list above is complete"
+    for name, pairs in VALUES.items():
+        for given, expected in pairs:
+            flags = ([f"--{name}", given] if isinstance(given, str)
+                     else [f"--{name}" if given else f"--no-{name}"])
+            assert settings(*flags, stage=stage)[name] == expected, flags
+
+
+def test_every_setting_is_read_by_the_code():
+    sources = [ROOT / "train_pretrain.py", ROOT / "train_sft.py",
+               *(ROOT / "training" / f"{name}.py" for name in ("setup", "loop", "optim", "log"))]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    unread = [name for name in settings() if not re.search(rf"(settings|flags)\.{name}\b", code)]
+    # These are read by name, in a loop over names or by resolve() itself.
+    assert set(unread) <= {"language", "vision", "projector_learning_rate"}, unread
+    assert "getattr(settings, part)" in code
+
+
+def test_presets_are_complete():
+    for name in PRESETS:
+        for stage in ("pretrain", "sft"):
+            assert settings("--preset", name, stage=stage)["preset"] == name
+            assert settings_of_preset(name, stage).keys() >= asdict(PRESETS[name].sft).keys()
+    assert settings()["preset"] == "emoji", "bare commands are the embedded default"
+    assert (settings()["train_language"], settings()["lora"]) == ("none", False)
+    assert settings(stage="sft")["train_language"] == "all"
+    assert settings("--lora", stage="sft")["train_language"] == "none"
+    with pytest.raises(SystemExit):
+        settings("--preset", "nothing")
+
+
+def test_explicit_flags_win_over_the_checkpoint_and_that_over_the_preset():
+    earlier = {"language": "theirs", "preset": "qwen2.5-siglip"}
+    told = settings(stage="sft", earlier=earlier)
+    assert told["language"] == "theirs" and told["learning_rate"] == 3e-4
+    told = settings("--language", "mine", "--preset", "emoji", stage="sft", earlier=earlier)
+    assert told["language"] == "mine" and told["data"] == "emoji"
+    assert settings("--epochs", "2")["steps"] is None
+    assert settings("--epochs", "2", "--steps", "5")["steps"] == 5
+
+
+@pytest.mark.parametrize("flags", [
+    ["--batch_size", "0"], ["--accumulate", "0"], ["--steps", "0"], ["--epochs", "0"],
+    ["--learning_rate", "0"], ["--clip", "-1"], ["--keep", "0"], ["--save_every", "0"],
+    ["--max_length", "0"], ["--warmup_ratio", "1"], ["--lora_dropout", "1"], ["--lora_rank", "0"],
+    ["--max_bad", "-0.1"], ["--workers", "-1"], ["--learning_rate", "nan"]])
+def test_impossible_numbers_are_refused(flags):
+    with pytest.raises(SystemExit, match=f"{flags[0]} .*expected"):
+        settings(*flags)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def told_by(out, script, flags):
+    script.main([*flags, "--out", str(out)])
+    return metrics(out), read_run(newest_checkpoint(out))
+
+
+@pytest.mark.parametrize("flags", [
+    ["--projector", "linear"], ["--pixel_shuffle", "2"], ["--vision_layer", "-2"],
+    ["--system", "Say it"], ["--batch_size", "3"], ["--accumulate", "2"], ["--seed", "1"],
+    ["--learning_rate", "0.02"], ["--projector_learning_rate", "0.02"], ["--warmup_ratio", "0.5"],
+    ["--clip", "0.001"], ["--weight_decay", "5.0"], ["--max_length", "45"]])
+def test_flags_change_the_run(world, tmp_path, flags):
+    """The losses are those of another run, so the flag was not only parsed."""
+    plain, _ = told_by(tmp_path / "plain", train_pretrain, world)
+    told, run = told_by(tmp_path / "told", train_pretrain,
+                        [*world, "--max_bad", "1", *flags])
+    assert [m["loss"] for m in plain] != [m["loss"] for m in told]
+    assert str(run["settings"][flags[0][2:]]) == flags[1]
+
+
+def test_workers_change_nothing(world, tmp_path):
+    alone, _ = told_by(tmp_path / "0", train_pretrain, world)
+    helped, _ = told_by(tmp_path / "1", train_pretrain, [*world, "--workers", "1"])
+    assert [m["loss"] for m in alone] == [m["loss"] for m in helped]
+
+
+def test_wrong_words_are_explained(world, tmp_path):
+    for flags, message in (
+        (["--train_language", "last:9"], "--train_language last:9.*last:N"),
+        (["--train_language", "some"], "--train_language some"),
+        (["--no-train_projector", "--train_language", "none"], "nothing to train"),
+        (["--lora", "--train_language", "all"], "--lora .*leave one of them out"),
+        (["--data", str(tmp_path / "none.json")], "--data .*none.json"),
+        (["--model", str(tmp_path)], "not a checkpoint"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            train_sft.main([*world, "--model", "none", "--out", str(tmp_path / "out"), *flags])
+    assert not (tmp_path / "out").exists()
