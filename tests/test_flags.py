@@ -125,6 +125,8 @@ def test_wrong_words_are_explained(world, tmp_path):
         (["--train_language", "some"], "--train_language some"),
         (["--no-train_projector", "--train_language", "none"], "nothing to train"),
         (["--lora", "--train_language", "all"], "--lora .*leave one of them out"),
+        (["--lora", "--lora_targets", "c_attn"], "--lora: .*c_attn.*there are: .*q_proj"),
+        (["--vision", str(tmp_path)], "cannot build the model: .*config.json"),
         (["--data", str(tmp_path / "none.json")], "--data .*none.json"),
         (["--model", str(tmp_path)], "not a checkpoint"),
     ):

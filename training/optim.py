@@ -25,7 +25,10 @@ def choose_trained(model, settings, lora: dict | None) -> dict | None:
         if language != "none":
             raise SystemExit(f"--lora trains adapters in a frozen language model, but "
                              f"--train_language is {language}: leave one of them out")
-        lora, language = put_adapters(model, settings, lora), "lora"
+        try:
+            lora, language = put_adapters(model, settings, lora), "lora"
+        except ValueError as error:
+            raise SystemExit(f"--lora: {error}") from error
     try:
         set_trainable(model, settings.train_projector, settings.train_vision, language)
     except ValueError as error:
