@@ -171,3 +171,10 @@ def test_bfloat16_weights_give_about_the_same(tmp_path):
         full = LanguageModel.from_pretrained(tmp_path)(ids)
     assert half.dtype == torch.bfloat16
     assert_close(half.float(), full, 0.1 * full.abs().max().item(), "bfloat16")
+
+
+def test_nothing_is_tied_to_the_cpu():
+    """On the meta device any tensor that is made elsewhere on the way raises."""
+    model = tiny_vlm().language.to("meta")
+    ids = torch.zeros(2, 9, dtype=torch.long, device="meta")
+    assert model(ids).device.type == "meta"

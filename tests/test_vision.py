@@ -130,3 +130,10 @@ def test_bfloat16_weights_take_float32_pixels(tmp_path):
     tower = VisionTransformer.from_pretrained(tmp_path, dtype=torch.bfloat16)
     with torch.no_grad():
         assert tower(random_pixels(1, 64, 64)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["siglip_vision_model", "clip_vision_model", "dinov2"])
+def test_nothing_is_tied_to_the_cpu(family):
+    """On the meta device any tensor that is made elsewhere on the way raises."""
+    tower = VisionTransformer(VisionConfig.from_public({"model_type": family, **VISION}))
+    assert tower.to("meta")(torch.zeros(1, 3, 64, 80, device="meta")).shape == (1, 20, 36)

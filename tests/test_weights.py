@@ -193,6 +193,17 @@ def test_only_what_is_needed_is_read(layer, blocks, tmp_path, monkeypatch):
         assert_close(ours(PIXELS), expected[:, 1:], 2e-4, f"out of a whole CLIP, layer {layer}")
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+def test_weights_in_their_stored_dtype_are_the_mapped_file_and_no_copy(qwen2):
+    directory, _ = qwen2
+    ours, mapped = load_language(directory), []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if str(directory / "model.safetensors") in line:
+            mapped.append([int(end, 16) for end in line.split()[0].split("-")])
+    for name, p in ours.named_parameters():
+        assert any(start <= p.data_ptr() < end for start, end in mapped), name
+
+
 def test_a_loaded_model_can_be_trained_and_the_file_stays_as_it_was(qwen2):
     """The weights are the mapped file itself, in pages of our own as soon as they change."""
     directory, _ = qwen2
