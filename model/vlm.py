@@ -68,8 +68,8 @@ class VLM(nn.Module):
         if wanted != N * K:
             raise ValueError(
                 f"the ids hold {wanted} image placeholders (id {self.config.image_token_id}), but "
-                f"{N} pictures of {K} tokens make {N * K}; each picture needs one full run of "
-                f"{self.config.image_tokens} placeholders, and each run its picture"
+                f"{N} pictures of {K} tokens make {N * K}; each picture needs its full run of "
+                "placeholders, and each run its picture"
             )
 
     def nothing(self):

@@ -217,7 +217,7 @@ def test_pictures_of_another_size_than_the_trained_grid(vlm):
     assert larger.image_tokens == (64 // 16 // 2) ** 2
     vlm.config = replace(vlm.config, image_size=64)
     assert vlm.encode_images(torch.randn(1, 3, 64, 64)).shape[1] == vlm.config.image_tokens == 16
-    with pytest.raises(ValueError, match="hold 16 .*make 9.*16 placeholders"):
+    with pytest.raises(ValueError, match="hold 16 .*make 9"):
         vlm.embed(torch.tensor([[IMAGE] * 16]), pictures(1))
 
 
