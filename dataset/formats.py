@@ -35,7 +35,7 @@ TAGS = ("kind", "language")  # optional, for scores by kind and by language
 @dataclass(frozen=True)
 class Sample:
     messages: tuple  # of Message
-    images: tuple  # path, bytes or PIL.Image, in the order of the <image> markers
+    images: tuple  # each a path, bytes, a PIL.Image or a function that draws one; as the markers
     where: str  # "file:line", for whoever has to repair it
     tags: dict = field(default_factory=dict)  # e.g. {"kind": "count", "language": "en"}
 

@@ -32,13 +32,15 @@ DEFAULTS = {
 
 
 def load_image(source) -> Image.Image:
-    """A path, the bytes of an image file or a PIL image -> upright RGB.
+    """A path, the bytes of an image file, a PIL image, or a function that draws one -> upright RGB.
 
     Transparency becomes white. A damaged or truncated file raises OSError: Pillow could fill the
     missing part with grey, and the model would learn to describe what it cannot see.
     """
     name = f"a picture of {len(source)} bytes" if isinstance(source, bytes) else str(source)
     try:
+        if callable(source):
+            source = source()
         if not isinstance(source, Image.Image):
             source = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         image = ImageOps.exif_transpose(source)  # cameras store the turn, not turned pixels

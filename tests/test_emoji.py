@@ -21,7 +21,7 @@ def test_scene_number_n_is_always_the_same_scene():
     assert hashlib.sha256(facts.encode()).hexdigest()[:16] == "2d07e85d83651a30"
     first, again = EmojiData("chat")[5], EmojiData("chat")[5]
     assert first.messages == again.messages
-    assert first.images[0].tobytes() == again.images[0].tobytes()
+    assert first.images[0]().tobytes() == again.images[0]().tobytes()
 
 
 def test_things_stay_inside_their_quarter():

@@ -15,6 +15,7 @@ from their training text; a model of three million parameters has to be shown it
 """
 
 import argparse
+import copy
 import json
 import math
 import random
@@ -42,6 +43,7 @@ PIECES = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p
           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 SIDE = 4  # the map has SIDE x SIDE words
 EMPTY = (" .", " -", " *")
+COUNTS = ((0, 1), (0, 1, 2, 2), (0, 1, 2, 2, 3, 3, 4, 4))  # things in a scene, stage by stage
 SMALL_TALK = {
     "en": (("Hello!", "Hello! How can I help you?"), ("Hi.", "Hello! How can I help you?"),
            ("Who are you?", "I am a small model that looks at pictures."),
@@ -97,8 +99,9 @@ def told_as_map(what, language: str, rng) -> list[str]:
     return words
 
 
-def training_scene(rng):
-    return scene(rng.randrange(CHAT_START, TEST_START))  # the test scenes begin after these
+def training_scene(rng, counts=(0, 1, 2, 2, 3, 3, 4, 4)):
+    number = rng.randrange(CHAT_START, TEST_START)  # the test scenes begin after these
+    return scene(number, rng.choice(counts))
 
 
 def make_tokenizer(out: Path) -> None:
@@ -112,7 +115,7 @@ def make_tokenizer(out: Path) -> None:
             corpus += [t for turn in texts.conversation(what, language, rng) for t in turn]
         corpus += [t for turn in small_talk(rng) for t in turn]
     for thing in texts.THINGS:  # enough weight that no name stays in pieces
-        corpus += [f" {thing.english}", f" {thing.plural}", f" {thing.chinese}"] * 3000
+        corpus += [f" {thing.english}", f" {thing.plural}", f" {thing.chinese}", *EMPTY] * 3000
     tokenizer = FastTokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
@@ -122,64 +125,64 @@ def make_tokenizer(out: Path) -> None:
         vocab_size=2048, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False))
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
-    for thing in texts.THINGS:
-        for name in (thing.english, thing.chinese):
-            if len(tokenizer.encode(" " + name).ids) != 1:
-                raise SystemExit(f"{name!r} is not one token: raise its weight or vocab_size")
+    names = [f" {name}" for thing in texts.THINGS for name in (thing.english, thing.chinese)]
+    for word in (*names, *EMPTY):
+        if len(tokenizer.encode(word).ids) != 1:
+            raise SystemExit(f"{word!r} is not one token: raise its weight or vocab_size")
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer.json"))
     config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>",
               "pad_token": "<|endoftext|>", "add_prefix_space": False, "model_max_length": 512}
-    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    stop = [tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
+    (out / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}) + "\n")
     print(f"tokenizer: {tokenizer.get_vocab_size()} tokens")
 
 
-def read_aloud(template: ChatTemplate, tokenizer: Tokenizer, rng) -> tuple[list[int], list[bool]]:
-    """One text as (ids, learned): a conversation, rendered just as one about a picture will be,
-    with the words of the map in place of the picture. The map itself is not learned: it is
-    random, nobody can predict it."""
+def read_aloud(template: ChatTemplate, tokenizer: Tokenizer, stage: int, rng):
+    """One text as (ids, mask, map places): a conversation, rendered just as one about a picture
+    will be, with the words of the map in place of the picture."""
     talk, language = rng.random(), rng.choice(("en", "zh"))
     if talk < 0.1:
         turns, told = small_talk(rng), None
     else:
-        what = training_scene(rng)
+        what = training_scene(rng, COUNTS[stage])
         turns = texts.conversation(what, language, rng)
         told = rng.choice(("en", "zh"))
-        head = "<image>\n" if talk < 0.8 else told_in_prose(what, told) + "\n"
+        head = "<image>\n" if talk < 0.85 else told_in_prose(what, told) + "\n"
         turns[0] = (head + turns[0][0], turns[0][1])
     messages = []
     for question, answer in turns:
         messages += [Message("user", question), Message("assistant", answer)]
-    ids, _ = template.render(messages)
-    learned = [True] * len(ids)
-    if template.image_token_id in ids:
-        start = ids.index(template.image_token_id)
-        words = [tokenizer.encode(word)[0] for word in told_as_map(what, told, rng)]
-        ids[start:start + len(words)] = words
-        learned[start:start + len(words)] = [False] * len(words)
-    return ids, learned
+    ids, mask = template.render(messages)
+    places = [t for t, i in enumerate(ids) if i == template.image_token_id]
+    if places:
+        for t, word in zip(places, told_as_map(what, told, rng)):
+            ids[t], = tokenizer.encode(word)
+    return ids, mask, places
 
 
-def batches(template, tokenizer, batch_size: int, rng):
+def batches(template, tokenizer, batch_size: int, stage_of, rng):
     """Endless (ids, labels, on_map), rows of like length together, padded on the right."""
+    step = 0
     while True:
-        rows = [read_aloud(template, tokenizer, rng) for _ in range(16 * batch_size)]
+        rows = [read_aloud(template, tokenizer, stage_of(step), rng)
+                for _ in range(16 * batch_size)]
         rows.sort(key=lambda row: len(row[0]))
         cuts = list(range(0, len(rows), batch_size))
         rng.shuffle(cuts)
         for cut in cuts:
             some = rows[cut:cut + batch_size]
-            longest = max(len(ids) for ids, _ in some)
+            longest = max(len(ids) for ids, _, _ in some)
             ids = torch.zeros(len(some), longest, dtype=torch.long)
             labels = torch.full((len(some), longest), -100)
             on_map = torch.zeros(len(some), longest, 1)
-            for row, (row_ids, learned) in enumerate(some):
+            for row, (row_ids, mask, places) in enumerate(some):
                 ids[row, :len(row_ids)] = torch.tensor(row_ids)
-                for t in range(1, len(row_ids)):
-                    if learned[t]:
-                        labels[row, t - 1] = row_ids[t]
-                    else:
-                        on_map[row, t] = 1
+                target = ids[row, 1:len(row_ids)]
+                labels[row, :len(row_ids) - 1] = target.where(torch.tensor(mask[1:]), -100)
+                on_map[row, places] = 1
+            step += 1
             yield ids, labels, on_map
 
 
@@ -208,7 +211,10 @@ def main() -> None:
             torch.nn.init.zeros_(parameter)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05)
-    source, start = batches(template, tokenizer, args.batch_size, rng), time.time()
+    def stage_of(step):  # one thing, up to two, up to four
+        return 0 if step < 0.12 * args.steps else 1 if step < 0.25 * args.steps else 2
+
+    source, start = batches(template, tokenizer, args.batch_size, stage_of, rng), time.time()
     log = (args.out / "training_log.jsonl").open("w")
     for step in range(args.steps):
         rate = args.learning_rate * min(1, (step + 1) / 100)
@@ -218,8 +224,8 @@ def main() -> None:
         ids, labels, on_map = next(source)
         with torch.autocast("cpu", torch.bfloat16):
             embeds = model.embed(ids)  # (B,T,D)
-            # Blurred words: the projector's words will never be quite those of the table either.
-            scale = embeds.detach().pow(2).mean().sqrt() * rng.random()
+            # Blurred words, more and more: the projector's will never be quite the table's either.
+            scale = embeds.detach().pow(2).mean().sqrt() * rng.random() * step / args.steps
             embeds = embeds + torch.randn_like(embeds) * on_map * scale
             logits = model.logits(model.decode(embeds)[labels != -100])  # (supervised, V)
         loss = F.cross_entropy(logits.float(), labels[labels != -100])
@@ -234,7 +240,8 @@ def main() -> None:
             log.write(json.dumps(line) + "\n")
             log.flush()
         if step % 1000 == 999 or step == args.steps - 1:
-            save_language(model, args.out)
+            # bf16 halves the file, and rounds the weights to what training computed with.
+            save_language(copy.deepcopy(model).to(torch.bfloat16), args.out)
 
 
 if __name__ == "__main__":

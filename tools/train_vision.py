@@ -13,6 +13,7 @@ large or small thing, then up to two, then all.
 """
 
 import argparse
+import copy
 import json
 import math
 import random
@@ -22,10 +23,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from dataset.emoji import texts
 from dataset.emoji.world import PICTURE_SIZE, TEST_START, picture, scene
+from dataset.images import HALF, ImageProcessor
 from dataset.tokenizer import Tokenizer
 from model.config import LanguageConfig, VisionConfig
 from model.language import LanguageModel
@@ -143,7 +146,9 @@ def main() -> None:
     everything = [*vision.parameters(), *pool.parameters(), *text_tower.parameters(), scale, bias]
     print(f"{sum(p.numel() for p in vision.parameters()) / 1e6:.2f} M parameters", flush=True)
     optimizer = torch.optim.AdamW(everything, betas=(0.9, 0.98), weight_decay=0.05)
-    args.out.mkdir(parents=True, exist_ok=True)
+    processor = ImageProcessor("SiglipImageProcessor", (PICTURE_SIZE, PICTURE_SIZE), None,
+                               Image.Resampling.BICUBIC, 1 / 255, HALF, HALF)
+    processor.save(args.out)
     log, start = (args.out / "training_log.jsonl").open("w"), time.time()
     for step in range(args.steps):
         rate = args.learning_rate * min(1, (step + 1) / 300)
@@ -169,7 +174,10 @@ def main() -> None:
             log.write(json.dumps(line) + "\n")
             log.flush()
         if step % 1000 == 999 or step == args.steps - 1:
-            save_vision(vision, args.out, {f"head.{k}": v for k, v in pool.state_dict().items()})
+            # bf16 halves the file, and rounds the weights to what training computed with.
+            head = copy.deepcopy(pool).to(torch.bfloat16).state_dict()
+            save_vision(copy.deepcopy(vision).to(torch.bfloat16), args.out,
+                        {f"head.{name}": tensor for name, tensor in head.items()})
 
 
 if __name__ == "__main__":

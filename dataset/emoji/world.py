@@ -12,7 +12,7 @@ in a training scene and stands in every second test scene: what is right there w
 
 import random
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -161,4 +161,4 @@ class EmojiData:
             messages += [Message("user", question), Message("assistant", answer)]
         messages[0] = Message("user", "<image>\n" + messages[0].content)
         where = f"emoji {self.kind}:{index} (scene {what.number})"
-        return Sample(tuple(messages), (picture(what),), where, tags)
+        return Sample(tuple(messages), (partial(picture, what),), where, tags)  # drawn when needed

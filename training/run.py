@@ -1,0 +1,54 @@
+"""One stage of training from its flags to its last checkpoint: what both scripts do.
+
+    flags + preset + checkpoint -> settings -> data, model, optimizer -> train -> checkpoint
+
+The two scripts differ in their recipe (presets.py), in the half of the embedded world that they
+read and in what comes next; that is all they say. The loop itself is loop.py.
+"""
+
+from dataset.batching import Batches
+from training.distributed import start_ranks
+from training.log import Log, closing, introduction
+from training.loop import StopTraining, steps_of_run, train
+from training.optim import choose_trained, make_optimizer
+from training.presets import read_flags, resolve
+from training.setup import (
+    assemble,
+    newest_checkpoint,
+    open_training_data,
+    prepare_out,
+    saver,
+    where_to_start,
+)
+
+
+def run(stage: str, description: str, emoji_kind: str, next_command: str, arguments=None) -> None:
+    """stage: "pretrain" or "sft", which recipe of the preset counts. description: the script's
+    docstring, for --help. emoji_kind: what --data emoji means. arguments: as on the command line.
+    """
+    flags = read_flags(description, stage, arguments)
+    checkpoint, earlier = where_to_start(flags, stage)
+    settings = resolve(flags, stage, earlier)
+    data, about_data = open_training_data(settings, emoji_kind)
+
+    with start_ranks() as ranks:
+        parts = assemble(settings, checkpoint)
+        parts.config["lora"] = choose_trained(parts.model, settings, parts.config["lora"])
+        parts.model.to(ranks.device)
+        optimizer = make_optimizer(parts.model, settings)
+        progress = prepare_out(settings, ranks, checkpoint, optimizer, about_data)
+        ranks.copy_from_main(parts.model.parameters())
+
+        batches = Batches(data, parts.template, parts.processor, settings.batch_size,
+                          settings.max_length, settings.seed, ranks.rank, ranks.world_size,
+                          settings.workers)
+        steps = steps_of_run(settings, batches)
+        log = Log(settings.out, steps, progress, ranks.main)
+        log.say(introduction(parts.model, optimizer, settings, data, batches, steps, ranks))
+        save = saver(parts, settings, stage, ranks, about_data)
+        try:
+            progress = train(parts.model, batches, optimizer, settings, ranks, log, save, progress)
+        except StopTraining as reason:
+            raise SystemExit(f"\nstopped: {reason}") from reason
+        model = "" if settings.out == f"out/{stage}" else f" --model {settings.out}"
+        log.say(closing(progress, log, newest_checkpoint(settings.out), next_command + model))
