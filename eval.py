@@ -196,6 +196,8 @@ def main(arguments=None) -> None:
                 print(f"[{conversation.speed}]", file=sys.stderr)
     except (OSError, ValueError, KeyError) as error:  # each says what is wrong and what to do
         raise SystemExit(f"eval.py: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # what a shell expects of an interrupted program
 
 
 if __name__ == "__main__":
