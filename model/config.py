@@ -189,15 +189,6 @@ class VLMConfig:
     projector: str  # "linear" or "mlp"
     pixel_shuffle: int  # n: each n x n square of patches becomes one language token
     image_token_id: int  # placeholder in the ids; may lie past the vocabulary: never looked up
-    # Pixels a side of the pictures as they come in; None: what the tower was trained for. DINOv2
-    # has a grid of positions for 518 pixels and is published with pictures of 224.
-    image_size: int | None = None
-
-    @property
-    def image_tokens(self) -> int:
-        """K, the language tokens that one picture takes."""
-        side = (self.image_size or self.vision.image_size) // self.vision.patch_size
-        return (side // self.pixel_shuffle) ** 2
 
 
 def refuse(public: dict, name: str, found, supported) -> None:
