@@ -6,7 +6,7 @@
     python eval.py --data emoji                               the same, on unseen emoji scenes
     python eval.py --model none --language DIR                chat with a language model alone
 
-Flow: checkpoint directory -> load -> model, template, processor -> chat, answer_once or score.
+Flow: checkpoint directory -> load -> model, template, processor -> chat, one answer or scores.
 """
 
 import argparse
@@ -99,12 +99,6 @@ def load(flags, name: str | None):
     return model.to(device), template, processor
 
 
-def answer_once(conversation: Conversation, flags) -> None:
-    for path in flags.image:
-        conversation.show(path)
-    print("".join(conversation.reply(flags.prompt)))
-
-
 def chat(conversation: Conversation, stats: bool) -> None:
     """Lines from the terminal, or from a pipe: then only answers go to stdout."""
     person = sys.stdin.isatty()
@@ -160,9 +154,7 @@ def command(conversation: Conversation, line: str) -> str:
     if name == "/system" and rest:
         conversation.reset(rest)
         return "a new conversation with this system turn"
-    if name == "/speed":
-        return conversation.speed
-    return HELP
+    return conversation.speed if name == "/speed" else HELP
 
 
 def show_scene(conversation: Conversation, number: int) -> str:
@@ -191,7 +183,9 @@ def main(arguments=None) -> None:
         if flags.prompt is None:
             chat(conversation, flags.stats)
         else:
-            answer_once(conversation, flags)
+            for path in flags.image:
+                conversation.show(path)
+            print("".join(conversation.reply(flags.prompt)))
             if flags.stats:
                 print(f"[{conversation.speed}]", file=sys.stderr)
     except (OSError, ValueError, KeyError) as error:  # each says what is wrong and what to do
