@@ -59,13 +59,19 @@ class Lesson:
     told: tuple = ("en", "zh")  # languages of the map
     fewest: int = 1  # cells of its quarter in which a thing is named, at least
     empty: tuple = EMPTY  # words for nothing there
+    kinds: tuple = texts.KINDS  # of questions
 
 
 ALL = (0, 1, 2, 2, 3, 3, 4, 4)
-FIRST_CALL = (Lesson(0.12, (0, 1)), Lesson(0.25, (0, 1, 2, 2)), Lesson(1.0, ALL))
-# The second call narrows down to one way of writing maps. Read in either language, they were
-# learned too slowly: after 2,000 steps "where is" was still a guess.
-SECOND_CALL = (Lesson(1.0, ALL, told=("en",), fewest=2, empty=EMPTY[:1]),)
+LESSONS = {
+    1: (Lesson(0.12, (0, 1)), Lesson(0.25, (0, 1, 2, 2)), Lesson(1.0, ALL)),
+    # One way of writing maps: with two languages and any filling, too much was asked at once.
+    2: (Lesson(1.0, ALL, told=("en",), fewest=2, empty=EMPTY[:1]),),
+    # What was still a guess by then: to find the thing that a question names.
+    3: (Lesson(0.5, (2, 2, 3, 4), told=("en",), fewest=2, empty=EMPTY[:1],
+               kinds=("where", "exists", "relation", "followup", "count")),
+        Lesson(1.0, ALL, told=("en",), fewest=2, empty=EMPTY[:1])),
+}
 SMALL_TALK = {
     "en": (("Hello!", "Hello! How can I help you?"), ("Hi.", "Hello! How can I help you?"),
            ("Who are you?", "I am a small model that looks at pictures."),
@@ -170,7 +176,7 @@ def read_aloud(template: ChatTemplate, tokenizer: Tokenizer, lesson: Lesson, rng
         turns = small_talk(rng)
     else:
         what = training_scene(rng, lesson.counts)
-        turns = texts.conversation(what, language, rng)
+        turns = texts.conversation(what, language, rng, lesson.kinds)
         head = "<image>\n" if talk < 0.85 else told_in_prose(what, rng.choice(("en", "zh"))) + "\n"
         turns[0] = (head + turns[0][0], turns[0][1])
     messages = []
@@ -213,11 +219,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--start", type=Path, help="go on from this directory: the second call")
+    parser.add_argument("--call", type=int, choices=LESSONS, default=1, help="which lessons")
+    parser.add_argument("--start", type=Path, help="weights to go on from, for calls 2 and 3")
     parser.add_argument("--out", type=Path, default=HERE)
     args = parser.parse_args()
     torch.manual_seed(0)
-    rng = random.Random(2 if args.start else 1)
+    rng = random.Random(args.call)
     if not args.start:
         make_tokenizer(args.out)
     tokenizer = Tokenizer.from_directory(args.out)
@@ -238,7 +245,7 @@ def main() -> None:
                 torch.nn.init.zeros_(parameter)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05)
-    lessons = SECOND_CALL if args.start else FIRST_CALL
+    lessons = LESSONS[args.call]
 
     def lesson_of(step):
         return next(lesson for lesson in lessons if step <= lesson.until * args.steps)

@@ -168,9 +168,9 @@ def ask(scene, kind: str, language: str, rng):
     return ASK[kind](scene, rng, language)
 
 
-def conversation(scene, language: str, rng) -> list[tuple[str, str]]:
+def conversation(scene, language: str, rng, kinds=KINDS) -> list[tuple[str, str]]:
     """A talk about a scene: one to three kinds of question, in any order."""
     turns = []
-    for kind in rng.sample(KINDS, rng.randint(1, 3)):
+    for kind in rng.sample(kinds, rng.randint(1, 3)):
         turns += ask(scene, kind, language, rng) or []
     return turns or caption(scene, rng, language)
