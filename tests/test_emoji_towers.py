@@ -14,7 +14,7 @@ from dataset.tokenizer import Tokenizer
 from model.generate import generate_batch
 from model.language import LanguageModel
 from model.vision import VisionTransformer
-from tools.train_language import LESSONS, told_as_map
+from tools.train_language import LESSONS, embed_told, told_as_map
 
 EMOJI = Path(world.__file__).parent
 LANGUAGE, VISION = EMOJI / "language", EMOJI / "vision"
@@ -58,26 +58,29 @@ def test_vision_tower_is_what_transformers_loads():
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_language_tower_answers_from_what_it_reads(language):
-    """Test scenes told in words, one for each patch: the skill that the projector relies on."""
+    """Test scenes told in words, one cell for each patch: the skill that the projector relies on.
+
+    An answer is exact when every token of the truth is the likeliest one after those before it.
+    """
     tokenizer = Tokenizer.from_directory(LANGUAGE)
     template = ChatTemplate(tokenizer, image_tokens=16)
     model = LanguageModel.from_pretrained(LANGUAGE)
-    data, rng = EmojiData("test", 140), random.Random(0)
-    prompts, truths = [], []
+    data, rng, right = EmojiData("test", 140), random.Random(0), []
     for index in range(language == "zh", len(data), 2):
         sample = data[index]
         number = int(sample.where.rpartition(" ")[2][:-1])
         assert number >= TEST_START
-        ids = template.prompt(sample.messages[:-1])
-        start = ids.index(template.image_token_id)
-        words = told_as_map(scene(number), LESSONS[2][0], rng)
-        ids[start:start + 16] = [tokenizer.encode(word)[0] for word in words]
-        prompts.append(ids)
-        truths.append(sample.messages[-1].content)
-    answers = generate_batch(model, prompts, [None] * len(prompts), 40, template.stop_ids)
-    right = [tokenizer.decode(ids) == truth for ids, truth in zip(answers, truths)]
-    assert sum(right) / len(right) >= 0.95, [
-        (tokenizer.decode(a), t) for a, t, r in zip(answers, truths, right) if not r]
+        ids, start = template.render(sample.messages)[0], len(template.prompt(sample.messages[:-1]))
+        places = [t for t, i in enumerate(ids) if i == template.image_token_id]
+        for t, word in zip(places, told_as_map(scene(number), LESSONS[5][0], rng)):
+            ids[t], = tokenizer.encode(word)
+        ids = torch.tensor([ids[:-1]])  # up to <|im_end|>, without the newline
+        with torch.no_grad():
+            embeds = embed_told(model, ids, torch.tensor([places]), tokenizer)
+            logits = model.logits(model.decode(embeds)[0])  # (T,V)
+        right.append(bool((logits[start - 1:-1].argmax(-1) == ids[0, start:]).all()))
+    share = sum(right) / len(right)
+    assert share >= 0.7, share  # dataset/emoji/README.md tells 81 % over both languages
 
 
 def test_language_tower_chats_without_a_scene():

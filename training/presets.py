@@ -55,7 +55,7 @@ class Preset:
                            "gate_proj", "up_proj", "down_proj")
 
 
-EMOJI = Recipe(data="emoji", learning_rate=2e-3, batch_size=64, train_language="none", steps=400,
+EMOJI = Recipe(data="emoji", learning_rate=3e-3, batch_size=64, train_language="none", steps=500,
                max_length=256, save_every=100)
 # The write-up's numbers for both stages: 3e-4, warmup 2 %, decay 0.01, batch 40, 8 epochs.
 MINIMIND_DATA = Recipe(
