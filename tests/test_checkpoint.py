@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import train_pretrain
 import train_sft
+import training.run
 from dataset.chat import Message
 from dataset.tokenizer import Tokenizer
 from model.checkpoint import (
@@ -43,19 +44,18 @@ def logits(model):
 
 def trained(flags, script=train_pretrain):
     """Run and keep the model of the last save -> the model, the checkpoint."""
-    import training.setup
     kept = []
-    plain = training.setup.saver
+    plain = training.run.saver
 
     def keeping(parts, *rest):
         kept.append(parts.model)
         return plain(parts, *rest)
 
-    script.saver, before = keeping, script.saver
+    training.run.saver = keeping
     try:
         script.main(flags)
     finally:
-        script.saver = before
+        training.run.saver = plain
     return kept[0].eval(), newest_checkpoint(flags[flags.index("--out") + 1])
 
 

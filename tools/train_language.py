@@ -77,6 +77,8 @@ LESSONS = {
     4: (Lesson(0.31, (2,), **MAP, placed=True, kinds=HARD[:2], asked=("en",), drill=True),
         Lesson(1.0, (2,), **MAP, placed=True, kinds=HARD[:2], drill=True)),
     5: (Lesson(1.0, ALL, **MAP, placed=True, kinds=texts.KINDS + HARD),),  # the hard ones twice
+    6: (Lesson(0.5, (2, 2, 3, 4), **MAP, placed=True, kinds=HARD[:4], drill=True),
+        Lesson(1.0, ALL, **MAP, placed=True, kinds=texts.KINDS + HARD)),
 }
 SMALL_TALK = {
     "en": (("Hello!", "Hello! How can I help you?"), ("Hi.", "Hello! How can I help you?"),

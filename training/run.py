@@ -32,7 +32,10 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
     data, about_data = open_training_data(settings, emoji_kind)
 
     with start_ranks() as ranks:
-        parts = assemble(settings, checkpoint)
+        try:
+            parts = assemble(settings, checkpoint)
+        except (OSError, ValueError) as error:  # each says what is wrong and what to do
+            raise SystemExit(f"cannot build the model: {error}") from error
         parts.config["lora"] = choose_trained(parts.model, settings, parts.config["lora"])
         parts.model.to(ranks.device)
         optimizer = make_optimizer(parts.model, settings)
