@@ -161,7 +161,6 @@ def test_commands(conversation):
 
 
 def test_scene_shows_and_saves_an_unseen_scene(conversation, tmp_path, monkeypatch):
-    pytest.importorskip("dataset.emoji.world")
     monkeypatch.chdir(tmp_path)
     told = script.command(conversation, "/scene 3")
     assert "scene_3.png" in told and (tmp_path / "out" / "scene_3.png").is_file()
