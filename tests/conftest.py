@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+import torch
 
 from dataset.tiktoken import PIECES, SPECIAL_TOKENS
 
 ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)  # tiny tensors: on a busy machine threads only wait for each other
 
 
 def shared_dir() -> Path | None:
