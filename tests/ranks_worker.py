@@ -2,8 +2,9 @@
 
     ranks_worker.py DIRECTORY FLAGS...
 
-Starting processes costs seconds, so all is done in one go; the tests look at the files:
-gradients_N.pt of the first step with TRAINED[N], weights_RANK.pt after three steps, and run/.
+Starting processes costs seconds, so both are done in one go; the tests look at the files:
+gradients_N.pt of the first step with TRAINED[N], and weights_RANK.pt after three steps. A process
+joins its group once and no more: joining anew through the same store can wait for ever.
 """
 
 import itertools
@@ -11,7 +12,6 @@ import sys
 
 import torch
 
-import train_pretrain
 import training.loop
 from dataset.batching import Batches
 from training.distributed import start_ranks
@@ -77,7 +77,6 @@ def main():
                 torch.save({"gradients": flat, "images": images},
                            f"{directory}/gradients_{number}.pt")
         torch.save(three_steps(ranks, flags), f"{directory}/weights_{ranks.rank}.pt")
-    train_pretrain.main([*flags, "--out", f"{directory}/run"])
 
 
 if __name__ == "__main__":

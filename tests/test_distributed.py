@@ -19,9 +19,11 @@ def world(tmp_path_factory):
 def two(world, tmp_path_factory):
     """What two processes have left, each with half of the rows."""
     directory = tmp_path_factory.mktemp("two")
-    done = torchrun(["--standalone", "--nproc_per_node", "2"],
-                    ROOT / "tests" / "ranks_worker.py", directory, *world, "--batch_size", "1")
-    assert done.returncode == 0, done.stdout + done.stderr
+    flags, processes = [*world, "--batch_size", "1"], ["--standalone", "--nproc_per_node", "2"]
+    for command in ([ROOT / "tests" / "ranks_worker.py", directory, *flags],
+                    [ROOT / "train_pretrain.py", *flags, "--out", directory / "run"]):
+        done = torchrun(processes, *command)
+        assert done.returncode == 0, done.stdout + done.stderr
     return directory
 
 
