@@ -33,7 +33,7 @@ def talk(*contents, first="user"):
 
 def published(template, messages, open_turn=False):
     """Ids of the published way: Jinja writes one text, the tokenizer cuts it up."""
-    jinja2 = pytest.importorskip("jinja2")
+    import jinja2  # a test requirement: its absence is a failure
     images = "<|vision_start|>" + "<|image_pad|>" * template.image_tokens + "<|vision_end|>"
     turns = [{"role": m.role, "content": m.content.replace("<image>", images) if m.images
               else m.content} for m in messages]
@@ -72,7 +72,7 @@ def test_ids_equal_the_published_template_with_qwens_own_tokenizer(messages):
 @pytest.mark.parametrize("messages", ORDINARY)
 def test_prompt_equals_the_published_qwen3_template(messages):
     # As transformers renders that file; it adds no system turn, and thinking is left on.
-    jinja2 = pytest.importorskip("jinja2")
+    import jinja2  # a test requirement: its absence is a failure
     source = needed(shared_dir(), "templates/qwen3.jinja").read_text(encoding="utf-8")
     tokenizer = Tokenizer.from_directory(needed(weights_dir(), "qwen"))
     messages = [Message(m.role, m.content.replace("<image>", "it")) for m in messages[:-1]]
