@@ -77,6 +77,8 @@ def test_explicit_flags_win_over_the_checkpoint_and_that_over_the_preset():
     assert told["language"] == "mine" and told["data"] == "emoji"
     assert settings("--epochs", "2")["steps"] is None
     assert settings("--epochs", "2", "--steps", "5")["steps"] == 5
+    assert settings()["dtype"] == "auto"
+    assert settings("--dtype", "auto", earlier={"dtype": "bf16"})["dtype"] == "bf16"
 
 
 @pytest.mark.parametrize("flags", [

@@ -18,6 +18,7 @@ from training.distributed import start_ranks
 from training.log import clock
 from training.loop import backward
 from training.optim import choose_trained, make_optimizer, parameter_groups, schedule
+from training.precision import choose_dtype
 from training.presets import read_flags, resolve
 from training.setup import assemble, open_training_data
 
@@ -174,6 +175,16 @@ def test_schedule_rises_to_one_and_falls_to_a_tenth():
     assert shares[54] == pytest.approx(0.55) and shares[99] == pytest.approx(0.1)
     assert all(a >= b for a, b in zip(shares[9:], shares[10:]))
     assert schedule(1, 1, 0.0) == pytest.approx(0.1)
+
+
+def test_auto_takes_bf16_only_where_the_hardware_multiplies_it(monkeypatch):
+    cpu = torch.device("cpu")
+    for native, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        assert choose_dtype("auto", cpu)[0] == expected
+        for asked in ("bf16", "fp32"):
+            assert choose_dtype(asked, cpu) == (asked, "as asked")
 
 
 def test_bf16_stays_close_to_fp32(world, tmp_path):

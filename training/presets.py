@@ -28,7 +28,7 @@ class Recipe:
     weight_decay: float = 0.01
     warmup_ratio: float = 0.03
     clip: float = 1.0
-    dtype: str = "bf16"
+    dtype: str = "auto"  # or "bf16", "fp32"
     save_every: int = 500
     keep: int = 3
     train_projector: bool = True
@@ -123,7 +123,8 @@ def read_flags(description: str, stage: str, arguments=None) -> argparse.Namespa
     add("--weight_decay", type=float, help="for matrices; norms and biases have none")
     add("--warmup_ratio", type=float, help="share of the steps in which the rate rises")
     add("--clip", type=float, help="longest gradient; longer ones are scaled down to it")
-    add("--dtype", choices=("bf16", "fp32"), help="numbers that the matrix products use")
+    add("--dtype", choices=("auto", "bf16", "fp32"), help="numbers that the matrix products use; "
+        "auto: bf16 where the hardware multiplies it natively, else fp32")
     add("--seed", type=int, default=None, help="of new weights, data order, dropout (default: 0)")
     add("--save_every", type=int, help="steps between checkpoints")
     add("--keep", type=int, help="newest checkpoints that are kept")
@@ -140,7 +141,10 @@ def read_flags(description: str, stage: str, arguments=None) -> argparse.Namespa
     add("--lora_targets", nargs="+", help="names of the linear layers that get an adapter")
     add("--full_checkpoint", action=yes_no,
         help="copy the public towers into each checkpoint instead of referring to them")
-    return parser.parse_args(arguments)
+    flags = parser.parse_args(arguments)
+    if flags.dtype == "auto":  # what every preset says; a resumed run goes on with what it chose
+        flags.dtype = None
+    return flags
 
 
 def resolve(flags: argparse.Namespace, stage: str, earlier: dict) -> argparse.Namespace:

@@ -11,6 +11,7 @@ from training.distributed import start_ranks
 from training.log import Log, closing, introduction
 from training.loop import StopTraining, steps_of_run, train
 from training.optim import choose_trained, make_optimizer
+from training.precision import choose_dtype
 from training.presets import read_flags, resolve
 from training.setup import (
     assemble,
@@ -32,6 +33,7 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
     data, about_data = open_training_data(settings, emoji_kind)
 
     with start_ranks() as ranks:
+        settings.dtype, why = choose_dtype(settings.dtype, ranks.device)
         try:
             parts = assemble(settings, checkpoint)
         except (OSError, ValueError) as error:  # each says what is wrong and what to do
@@ -48,6 +50,7 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
         steps = steps_of_run(settings, batches)
         log = Log(settings.out, steps, progress, ranks.main)
         log.say(introduction(parts.model, optimizer, settings, data, batches, steps, ranks))
+        log.say(f"numbers   {settings.dtype}: {why}")
         save = saver(parts, settings, stage, ranks, about_data)
         try:
             progress = train(parts.model, batches, optimizer, settings, ranks, log, save, progress)
