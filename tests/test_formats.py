@@ -203,9 +203,9 @@ def test_a_damaged_row_group_costs_only_its_rows(folder):
 
 def test_row_groups_are_read_in_order_and_once(folder, monkeypatch):
     data = open_data(write_parquet(folder / "data", [MINIMIND] * 7, image_bytes=[picture()] * 7))
-    reads, read = [], pq.ParquetFile.read_row_group
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda self, group, **options:
-                        reads.append(group) or read(self, group, **options))
+    reads, read = [], pq.ParquetFile.iter_batches
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda self, **options:
+                        reads.append(*options["row_groups"]) or read(self, **options))
     assert [sample.where.rsplit(":")[-1] for sample in data] == list("1234567")
     assert reads == [0, 1, 2, 3]
     assert pickle.loads(pickle.dumps(data))[6].messages == MESSAGES
