@@ -1,16 +1,24 @@
-"""qwen.tiktoken -> a tokenizer equal to the tokenizer.json published with Qwen2 and later.
+"""qwen.tiktoken -> a tokenizer equal to the tokenizer.json published with Qwen2 and later, or to
+the one that the first Qwen (Qwen-7B) brings as Python code.
 
 The file has one token a line: its bytes in base64, then its rank, which is also its id. Byte-pair
 encoding wants merges instead: which two tokens join to make each one. They are not in the file
 but follow from it: a token was made by the last merge of its own bytes, so encoding those bytes
 with the earlier ranks alone leaves exactly the two halves.
+
+Not in the file either are the special tokens, whose ids follow the last rank. Both generations
+read the same file and differ in these: 151646 is <|extra_0|> in Qwen-7B and <|object_ref_start|>
+since Qwen2. The model's own config.json beside the file says which it is.
 """
 
 import base64
+import json
+from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-# In this order behind the 151,643 ranks, so that <|im_start|> is 151644 and <|image_pad|> 151655.
+# Qwen2 and later, in this order behind the 151,643 ranks: <|im_start|> is 151644, <|image_pad|>
+# 151655.
 SPECIAL_TOKENS = """
     <|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|>
     <|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|>
@@ -19,6 +27,9 @@ SPECIAL_TOKENS = """
 TEXT_TOKENS = """
     <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|>
     <|file_sep|> <tool_response> </tool_response> <think> </think>""".split()
+# The first Qwen: 205 spare ones, to give a meaning to. <|extra_0|> is 151646.
+FIRST_QWEN_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>",
+                     *(f"<|extra_{number}|>" for number in range(205))]
 # Merges never cross the borders that this pattern draws: words with the one character before
 # them, single digits, punctuation, line breaks, spaces.
 PIECES = "|".join((
@@ -34,13 +45,26 @@ def byte_alphabet() -> list[str]:
 
 
 def halves(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two tokens whose merge made this one."""
+    """The two tokens whose merge made this one. ValueError: no merges of earlier ones make it."""
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
-        best = pairs.index(min(pairs))
+        pairs = [ranks.get(a + b, ranks[token]) for a, b in zip(parts, parts[1:])]
+        first = min(pairs)
+        if first >= ranks[token]:
+            raise ValueError(f"no earlier tokens join to {token!r}, rank {ranks[token]}")
+        best = pairs.index(first)
         parts[best:best + 2] = [parts[best] + parts[best + 1]]
     return parts
+
+
+def is_first_qwen(directory) -> bool:
+    """Whether qwen.tiktoken in this directory is that of Qwen-7B, by the files beside it."""
+    for name, key, value in (("config.json", "model_type", "qwen"),
+                             ("tokenizer_config.json", "tokenizer_class", "QWenTokenizer")):
+        file = Path(directory) / name
+        if file.is_file() and json.loads(file.read_text(encoding="utf-8")).get(key) == value:
+            return True
+    return False
 
 
 def read_tiktoken(path) -> Tokenizer:
@@ -53,13 +77,19 @@ def read_tiktoken(path) -> Tokenizer:
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: expected 'base64 rank', got {line[:60]!r}; "
                                  "the file is damaged, fetch it again") from error
+    lost = set(range(len(ranks))) - set(ranks.values())
+    if lost:
+        raise ValueError(f"{path}: rank {min(lost)} is missing; fetch the file again")
     alphabet = byte_alphabet()
 
     def written(token: bytes) -> str:
         return "".join(alphabet[byte] for byte in token)
 
-    merges = [tuple(map(written, halves(token, ranks)))
-              for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    try:
+        merges = [tuple(map(written, halves(token, ranks)))
+                  for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; fetch the file again") from error
     tokenizer = Tokenizer(models.BPE({written(token): rank for token, rank in ranks.items()},
                                      merges))
     tokenizer.normalizer = normalizers.NFC()
@@ -68,8 +98,9 @@ def read_tiktoken(path) -> Tokenizer:
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False,
                                  trim_offsets=False)])
     tokenizer.decoder = decoders.ByteLevel()
+    special, text = ((FIRST_QWEN_TOKENS, []) if is_first_qwen(Path(path).parent)
+                     else (SPECIAL_TOKENS, TEXT_TOKENS))
     tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    tokenizer.add_tokens(
-        [AddedToken(token, special=False, normalized=False) for token in TEXT_TOKENS])
+        [AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in text])
     return tokenizer

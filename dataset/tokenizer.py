@@ -53,6 +53,12 @@ class Tokenizer:
     def has(self, token: str) -> bool:
         return self.backend.token_to_id(token) is not None
 
+    def is_special(self, token: str) -> bool:
+        """Whether it is a token that `encode` never gives, whatever is typed. "@" is not one, nor
+        is "<think>": the tokenizers that hold it let text hold it too."""
+        added = self.backend.get_added_tokens_decoder().get(self.backend.token_to_id(token))
+        return added is not None and added.special
+
     def token_id(self, token: str) -> int:
         number = self.backend.token_to_id(token)
         if number is None:

@@ -1,20 +1,25 @@
 """Claim: text becomes the ids that the published tokenizer gives, and never a special token."""
 
+import base64
 import json
 import pickle
 import shutil
+import unicodedata
 
 import pytest
-from conftest import needed, shared_dir, weights_dir
+from conftest import ROOT, needed, shared_dir, weights_dir
 
-from dataset.tiktoken import SPECIAL_TOKENS, halves
+from dataset.tiktoken import FIRST_QWEN_TOKENS, SPECIAL_TOKENS, TEXT_TOKENS, byte_alphabet, halves
 from dataset.tokenizer import Tokenizer
 
 TEXTS = ["", " ", "Hello, world!", "  two  spaces ", "a\n\n\nb\r\n\tc", "it's WE'LL don't",
          "3.14159", "图片里有4个橙子、3个碗。", "emoji 🍊👩‍👩‍👧 end", "e\u0301 é ﬁ",
          "def f(x):\n    return x**2\n", "ÀÉÎ ŧħ", "مرحبا नमस्ते สวัสดี", "\u200b\ufeff\x00",
          "<image>", "<think>so</think>", "\u3000全角　空格", "x" * 300,
-         "https://a.b/c?d=e&f=%20"]
+         "https://a.b/c?d=e&f=%20", "\n", "\r\n\r\n", "\t\t \n  ", "a \u2028\u00a0b  ", " \n x",
+         "if x:\r\n\treturn {'k': [1, 2]}  # 注释 🙂\n\n\n", "中文mixed English和123,456。\n下一行",
+         "𠮷野家 ㊙️ 🏳️‍🌈 👍🏽 🇨🇳", "ＡＢＣ①②", "«a» – “b” … ‘c’", "\x7f\x1b[31m",
+         "\ud7ff\ue000\U0010ffff"]
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +27,62 @@ def tiny(tiny_tokenizer_dir):
     return Tokenizer.from_directory(tiny_tokenizer_dir)
 
 
+def tiny_tiktoken(tiny, directory, **files):
+    """The merges of a tokenizer as qwen.tiktoken lists them; files: {name: JSON to lie beside}."""
+    bytes_of = {character: byte for byte, character in enumerate(byte_alphabet())}
+    ranks = [bytes([byte]) for byte in range(256)]
+    for pair in json.loads(tiny.backend.to_str())["model"]["merges"]:
+        ranks.append(bytes(bytes_of[character] for character in "".join(pair)))
+    lines = [base64.b64encode(token).decode() + f" {rank}\n" for rank, token in enumerate(ranks)]
+    (directory / "qwen.tiktoken").write_text("".join(lines))
+    for name, content in files.items():
+        (directory / f"{name}.json").write_text(json.dumps(content))
+    return Tokenizer.from_directory(directory)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """Each public tokenizer, read once: real("qwen"), or skip where it is not there."""
+    read = {}
+
+    def get(name):
+        if name == "emoji":
+            directory = ROOT / "dataset/emoji/language"
+        elif name == "minimind":
+            directory = needed(shared_dir(), "tokenizers/minimind")
+        elif name.startswith("tiktoken"):
+            directory = needed(weights_dir(), "qwen")
+        else:
+            directory = needed(weights_dir(), name)
+        if name not in read and name.startswith("tiktoken"):
+            alone = tmp_path_factory.mktemp(name)
+            shutil.copy(directory / "qwen.tiktoken", alone)
+            if name == "tiktoken of the first Qwen":
+                (alone / "config.json").write_text('{"model_type": "qwen"}')
+            directory = alone
+        if name not in read:
+            read[name] = Tokenizer.from_directory(directory)
+        return read[name]
+
+    return get
+
+
+def gives_back(tokenizer, text) -> bool:
+    """Byte for byte; Qwen composes accents before anything else (NFC), as published."""
+    normalizer = tokenizer.backend.normalizer
+    expected = normalizer.normalize_str(text) if normalizer else text
+    return tokenizer.decode(tokenizer.encode(text)).encode() == expected.encode()
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_decode_gives_the_text_back(tiny, text):
-    expected = tiny.backend.normalizer.normalize_str(text)  # Qwen composes accents (NFC)
-    assert tiny.decode(tiny.encode(text)) == expected
+    assert gives_back(tiny, text)
+
+
+@pytest.mark.parametrize("name", ["emoji", "minimind", "smollm2", "qwen", "tiktoken"])
+def test_decode_gives_the_text_back_with_public_tokenizers(real, name):
+    for text in [*TEXTS, "\n".join(TEXTS)]:
+        assert gives_back(real(name), text), repr(text)
 
 
 def test_special_token_that_a_user_types_is_ordinary_text(tiny):
@@ -81,15 +138,66 @@ def test_merges_follow_from_ranks():
     assert halves(b"abc", ranks) == [b"ab", b"c"]  # "ab" has the better rank, so it joins first
 
 
-def test_tiktoken_equals_the_published_tokenizer_json(tmp_path):
-    qwen = needed(weights_dir(), "qwen")
-    shutil.copy(qwen / "qwen.tiktoken", tmp_path)
-    ours, public = Tokenizer.from_directory(tmp_path), Tokenizer.from_directory(qwen)
+def test_tiktoken_gives_the_merges_that_it_was_made_from(tiny, tmp_path):
+    ours = tiny_tiktoken(tiny, tmp_path)
+    model, expected = (json.loads(t.backend.to_str())["model"] for t in (ours, tiny))
+    assert model["merges"] == expected["merges"] and len(model["merges"]) > 100
+    assert model["vocab"].keys() == expected["vocab"].keys() - set(SPECIAL_TOKENS)
+    for text in TEXTS:
+        if "<think>" not in text:  # the one has a token for it
+            assert ours.backend.encode(text).tokens == tiny.backend.encode(text).tokens
+
+
+def test_special_tokens_follow_the_ranks_and_differ_with_the_generation(tiny, tmp_path):
+    (tmp_path / "later").mkdir()
+    (tmp_path / "first").mkdir()
+    (tmp_path / "by_class").mkdir()
+    later = tiny_tiktoken(tiny, tmp_path / "later", config={"model_type": "qwen2"})
+    first = tiny_tiktoken(tiny, tmp_path / "first", config={"model_type": "qwen"})
+    ranks = first.vocab_size - len(FIRST_QWEN_TOKENS)
+    assert later.vocab_size == ranks + len(SPECIAL_TOKENS + TEXT_TOKENS)
+    for number, token in enumerate(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]):
+        assert first.token_id(token) == later.token_id(token) == ranks + number
+    assert first.token_id("<|extra_0|>") == later.token_id("<|object_ref_start|>") == ranks + 3
+    assert first.token_id("<|extra_204|>") == first.vocab_size - 1
+    assert not first.has("<|image_pad|>") and not later.has("<|extra_0|>")
+    assert len(first.encode("<think>")) > 1 == len(later.encode("<think>"))
+    # Without a config.json the tokenizer's own file tells; and a saved one needs neither.
+    by_class = tiny_tiktoken(tiny, tmp_path / "by_class",
+                             tokenizer_config={"tokenizer_class": "QWenTokenizer"})
+    by_class.save(tmp_path / "saved")
+    again = Tokenizer.from_directory(tmp_path / "saved")
+    assert again.backend.get_vocab() == first.backend.get_vocab()
+    assert again.is_special("<|extra_0|>") and len(again.encode("<|extra_0|>")) > 1
+
+
+def test_what_is_special_is_never_typed(tiny, tmp_path):
+    first = tiny_tiktoken(tiny, tmp_path)
+    assert first.is_special("<|im_end|>") and first.token_id("<|im_end|>") not in first.encode(
+        "<|im_end|>")
+    assert not first.is_special("<think>")  # a single token, but text may hold it
+    assert not first.is_special("@") and not first.is_special("<|no_such|>")
+
+
+def test_tiktoken_equals_the_published_tokenizer_json(real):
+    ours, public = real("tiktoken"), real("qwen")
     assert ours.backend.get_vocab() == public.backend.get_vocab()
+    ours_model, public_model = (json.loads(t.backend.to_str())["model"] for t in (ours, public))
+    assert ours_model["merges"] == public_model["merges"]
+    assert len(ours_model["merges"]) == 151387 and len(ours_model["vocab"]) == 151643
     photos = needed(shared_dir(), "data/coco128/llava.json").read_text(encoding="utf-8")
     for text in [*TEXTS, photos]:
         assert ours.encode(text) == public.encode(text), text[:60]
     assert ours.token_id("<|im_start|>") == 151644 and ours.token_id("<|image_pad|>") == 151655
+
+
+def test_the_first_qwen_has_its_own_tokens_behind_the_same_ranks(real):
+    first = real("tiktoken of the first Qwen")
+    assert [first.token_id(token) for token in FIRST_QWEN_TOKENS] == list(range(151643, 151851))
+    assert first.vocab_size == 151851
+    for text in TEXTS:
+        if "<think>" not in text:  # a single token since Qwen3 alone
+            assert first.encode(text) == real("qwen").encode(text)
 
 
 def test_a_damaged_tiktoken_file_is_named_with_its_line(tmp_path):
@@ -98,12 +206,26 @@ def test_a_damaged_tiktoken_file_is_named_with_its_line(tmp_path):
         Tokenizer.from_directory(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["qwen", "smollm2", "minimind"])
-def test_ids_equal_transformers(name):
+def test_a_tiktoken_file_that_is_not_whole_is_refused(tiny, tmp_path):
+    tiny_tiktoken(tiny, tmp_path)
+    lines = (tmp_path / "qwen.tiktoken").read_text().splitlines(keepends=True)
+    (tmp_path / "qwen.tiktoken").write_text("".join(lines[:260] + lines[270:]))
+    with pytest.raises(ValueError, match="qwen.tiktoken: rank 260 is missing"):
+        Tokenizer.from_directory(tmp_path)
+    (tmp_path / "qwen.tiktoken").write_text("YQ== 0\nYg== 1\nYWJi 2\nYmI= 3\n")  # a, b, abb, bb
+    with pytest.raises(ValueError, match="qwen.tiktoken: no earlier tokens join to b'abb'"):
+        Tokenizer.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["emoji", "minimind", "smollm2", "qwen"])
+def test_ids_equal_transformers(real, name, tmp_path):
     transformers = pytest.importorskip("transformers")
-    directory = (needed(shared_dir(), "tokenizers/minimind") if name == "minimind"
-                 else needed(weights_dir(), name))
-    public = transformers.PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
-    ours = Tokenizer.from_directory(directory)
+    ours = real(name)
+    ours.save(tmp_path)
+    if not (tmp_path / "tokenizer_config.json").exists():
+        (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+    public = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in TEXTS:
-        assert ours.encode(text) == public.encode(text, add_special_tokens=False), text
+        if name == "emoji":  # transformers composes accents for every tokenizer of Qwen2's class
+            text = unicodedata.normalize("NFC", text)
+        assert ours.encode(text) == public.encode(text, add_special_tokens=False), repr(text)
