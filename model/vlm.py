@@ -101,14 +101,13 @@ def set_trainable(vlm: VLM, projector: bool = True, vision: bool = False,
                   language: str = "none") -> None:
     """Choose what learns; everything else is frozen.
 
-    language: "none", "all", "last:N" (its last N layers) or "lora" (the adapters that add_lora
-    put in before). Stage one is the default: the projector alone.
+    language: "none", "all", "last:N" (its last N layers), "first:N", both joined by a plus sign
+    ("first:1+last:1"), or "lora" (the adapters that add_lora put in before). Stage one is the
+    default: the projector alone.
     """
     vlm.requires_grad_(False)
     vlm.projector.requires_grad_(projector)
     vlm.vision.requires_grad_(vision)
-    kind, _, number = language.partition(":")
-    layers = vlm.language.layers
     if language == "all":
         vlm.language.requires_grad_(True)
     elif language == "lora":
@@ -118,8 +117,20 @@ def set_trainable(vlm: VLM, projector: bool = True, vision: bool = False,
                              "call add_lora(vlm.language, ...) first")
         for parameter in adapters:
             parameter.requires_grad_(True)
-    elif kind == "last" and number.isdecimal() and 1 <= int(number) <= len(layers):
-        layers[-int(number):].requires_grad_(True)
     elif language != "none":
-        raise ValueError(f"language is 'none', 'all', 'lora' or 'last:N' with N from 1 to "
-                         f"{len(layers)}, got {language!r}")
+        for layers in some_layers(vlm.language.layers, language):
+            layers.requires_grad_(True)
+
+
+def some_layers(layers: nn.ModuleList, wanted: str) -> list[nn.ModuleList]:
+    """wanted: "last:N", "first:N", or several of these joined by a plus sign."""
+    chosen = []
+    for part in wanted.split("+"):
+        end, _, number = part.partition(":")
+        N = int(number) if number.isdecimal() else 0
+        if end not in ("first", "last") or not 1 <= N <= len(layers):
+            raise ValueError(f"language is 'none', 'all', 'lora', 'last:N', 'first:N' or "
+                             f"'first:N+last:M' with numbers from 1 to {len(layers)}, "
+                             f"got {wanted!r}")
+        chosen.append(layers[:N] if end == "first" else layers[-N:])
+    return chosen

@@ -7,79 +7,11 @@ otherwise, and what you say always counts. The result is saved with the run, in 
 """
 
 import argparse
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 
+from training.preset_table import PRESETS, Preset, Recipe
 
-@dataclass(frozen=True)
-class Recipe:
-    """How one stage trains."""
-
-    data: str  # a file, or "emoji" for the embedded world
-    learning_rate: float
-    batch_size: int  # rows in a micro-batch, on each rank
-    train_language: str  # "all", "none", "last:N"
-    steps: int | None = None  # optimizer steps; None: `epochs` decides
-    epochs: float = 1
-    accumulate: int = 1  # micro-batches in an optimizer step
-    images: str | None = None  # directory of the pictures; None: beside the file
-    max_length: int = 512  # tokens in a row, image tokens included
-    projector_learning_rate: float | None = None  # None: learning_rate
-    vision_learning_rate: float | None = None  # None: learning_rate
-    weight_decay: float = 0.01
-    warmup_ratio: float = 0.03
-    clip: float = 1.0
-    dtype: str = "auto"  # or "bf16", "fp32"
-    save_every: int = 500
-    keep: int = 3
-    train_projector: bool = True
-    train_vision: bool = False
-    lora: bool = False
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Two towers, what joins them, and the recipe of each stage."""
-
-    language: str  # a directory, or a name on the hub
-    vision: str
-    pretrain: Recipe
-    sft: Recipe
-    projector: str = "mlp"
-    pixel_shuffle: int = 1
-    vision_layer: int = -1  # -1: the tower's last layer, -2: the one before it
-    system: str | None = None  # None: what the family's published template says; "": no system turn
-    lora_rank: int = 16
-    lora_alpha: float = 32.0
-    lora_dropout: float = 0.0
-    lora_targets: tuple = ("q_proj", "k_proj", "v_proj", "o_proj",
-                           "gate_proj", "up_proj", "down_proj")
-
-
-EMOJI = Recipe(data="emoji", learning_rate=3e-3, batch_size=64, train_language="none", steps=500,
-               max_length=256, save_every=100)
-# The write-up's numbers for both stages: 3e-4, warmup 2 %, decay 0.01, batch 40, 8 epochs.
-MINIMIND_DATA = Recipe(
-    data="dataset/pretrain_i2t.parquet", learning_rate=3e-4, batch_size=40, train_language="none",
-    epochs=8, warmup_ratio=0.02, save_every=500, keep=20)
-
-PRESETS = {
-    "emoji": Preset(
-        language="dataset/emoji/language", vision="dataset/emoji/vision",
-        system="",  # the little language model has never read a system turn
-        pretrain=EMOJI,
-        sft=replace(EMOJI, learning_rate=1e-3, train_language="all", steps=800)),
-    "smollm2-dinov2": Preset(
-        language="HuggingFaceTB/SmolLM2-135M-Instruct", vision="facebook/dinov2-small",
-        # DINOv2's last layers are shaped by its own training task: the one before describes more.
-        pixel_shuffle=2, vision_layer=-2,
-        pretrain=replace(MINIMIND_DATA, batch_size=8, epochs=1, learning_rate=1e-3),
-        sft=replace(MINIMIND_DATA, data="dataset/sft_i2t.parquet", batch_size=8, epochs=1,
-                    train_language="all")),
-    "qwen2.5-siglip": Preset(
-        language="Qwen/Qwen2.5-0.5B", vision="google/siglip-base-patch16-224",
-        pretrain=MINIMIND_DATA,
-        sft=replace(MINIMIND_DATA, data="dataset/sft_i2t.parquet", train_language="all")),
-}
+__all__ = ["PRESETS", "Preset", "Recipe", "read_flags", "resolve", "settings_of_preset"]
 
 
 def settings_of_preset(name: str, stage: str) -> dict:
@@ -87,9 +19,22 @@ def settings_of_preset(name: str, stage: str) -> dict:
     if name not in PRESETS:
         raise SystemExit(f"there is no preset {name!r}; choose one of {', '.join(PRESETS)}")
     values = asdict(PRESETS[name])
-    recipe = values[stage]
-    del values["pretrain"], values["sft"]
-    return {**values, **recipe, "lora_targets": list(values["lora_targets"])}
+    values.update(values[stage])
+    for part in ("pretrain", "sft", "downloads"):
+        del values[part]
+    # Lists, as flags give them and as run.json gives them back when a run is resumed.
+    return {name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()}
+
+
+class ListPresets(argparse.Action):
+    """--list_presets prints and ends the program, as --help does."""
+
+    def __call__(self, parser, flags, values, option=None):
+        from training.preset_list import list_presets  # here: it builds models to count them
+
+        print(list_presets())
+        parser.exit()
 
 
 def read_flags(description: str, stage: str, arguments=None) -> argparse.Namespace:
@@ -98,16 +43,24 @@ def read_flags(description: str, stage: str, arguments=None) -> argparse.Namespa
     add, yes_no = parser.add_argument, argparse.BooleanOptionalAction
     add("--preset", choices=PRESETS, help="named settings that all other flags override "
         "(default: emoji, or the preset of the checkpoint to start from)")
+    add("--list_presets", action=ListPresets, nargs=0, default=argparse.SUPPRESS,
+        help="print the presets with their models, memory and download size, and end")
     add("--model", metavar="DIR", help="checkpoint, or run, to start from; none: the public "
         "towers and a new projector (default: " +
         ("none)" if stage == "pretrain" else "the newest in out/pretrain)"))
     add("--language", help="language model: a directory or a name on the hub")
     add("--vision", help="vision tower: a directory or a name on the hub")
     add("--vision_layer", type=int, help="whose features are used: -1 the last layer's, -2 ...")
-    add("--projector", choices=("linear", "mlp"), help="what joins the two towers")
+    add("--features", choices=("patches", "class", "pooled"), help="what of a picture is used: "
+        "all patches, the class token alone, or the patches' mean")
+    add("--projector", choices=("linear", "mlp", "norm_mlp"), help="what joins the two towers")
     add("--pixel_shuffle", type=int, help="n: n x n patches become one token")
+    add("--template", metavar="FAMILY", help="chat template: qwen, qwen2, qwen3, llama, minimind "
+        "(default: the language model's own)")
+    add("--image_token", metavar="TEXT", help="token, or text, that holds an image token's place")
     add("--system", help='system turn of conversations that have none; "" for no system turn')
-    add("--data", help="training file, or emoji for the embedded world")
+    add("--data", nargs="+", metavar="FILE", help="training file, or emoji for the embedded "
+        "world; several are mixed, and FILE:2 comes twice in an epoch")
     add("--images", help="directory that the file's picture names are relative to")
     add("--out", default=f"out/{stage}", help="directory of this run (default: %(default)s)")
     add("--resume", action=yes_no, default=False,
@@ -132,7 +85,8 @@ def read_flags(description: str, stage: str, arguments=None) -> argparse.Namespa
     add("--max_bad", type=float, default=None,
         help="share of unusable samples that stops the run (default: 0.01)")
     add("--train_projector", action=yes_no, help="train the projector")
-    add("--train_language", help="all, none or last:N layers of the language model")
+    add("--train_language", help="of the language model: all, none, its last:N or first:N "
+        "layers, or both, as in first:1+last:1")
     add("--train_vision", action=yes_no, help="train the vision tower")
     add("--lora", action=yes_no, help="train low-rank adapters in a frozen language model")
     add("--lora_rank", type=int, help="width of the adapters")
@@ -142,6 +96,8 @@ def read_flags(description: str, stage: str, arguments=None) -> argparse.Namespa
     add("--full_checkpoint", action=yes_no,
         help="copy the public towers into each checkpoint instead of referring to them")
     flags = parser.parse_args(arguments)
+    if flags.data and len(flags.data) == 1:  # nothing to mix
+        flags.data = flags.data[0]
     if flags.dtype == "auto":  # what every preset says; a resumed run goes on with what it chose
         flags.dtype = None
     return flags
@@ -160,8 +116,11 @@ def resolve(flags: argparse.Namespace, stage: str, earlier: dict) -> argparse.Na
                 "preset": preset}
     if "epochs" in given and "steps" not in given:
         settings["steps"] = None
+    # The two exclude each other: whichever was asked for puts the preset's other one out.
     if given.get("lora") and "train_language" not in given:
         settings["train_language"] = "none"
+    if given.get("train_language", "none") != "none" and "lora" not in given:
+        settings["lora"] = False
     check(settings)
     return argparse.Namespace(**settings)
 
