@@ -58,7 +58,10 @@ class Pieces:
             text = opened.read(self.sizes[i])
         try:
             record = json.loads(text)
-        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
+        except json.JSONDecodeError as error:  # its own text counts lines from the record's start
+            raise BadSample(self.where(i), f"not JSON: {error.msg} at character {error.pos + 1} "
+                                           "of the record") from error
+        except (ValueError, RecursionError) as error:  # not UTF-8, or nested without end
             raise BadSample(self.where(i), f"not JSON: {error}") from error
         if not isinstance(record, dict):
             raise BadSample(self.where(i), f"expected an object, found {str(record)[:40]!r}")

@@ -46,6 +46,12 @@ class ParquetData:
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 
+    @property
+    def largest_group(self) -> int:
+        """Bytes to pass through, at worst, for a single row that is asked for out of order."""
+        return max((wanted_bytes(self.metadata.row_group(group), self.columns)
+                    for group in range(self.metadata.num_row_groups)), default=0)
+
     def __getitem__(self, i: int) -> Sample:
         return self.sample(i)
 
@@ -80,9 +86,7 @@ class GroupReader:
     def __init__(self, parquet: pq.ParquetFile, group: int, columns: list[str]):
         self.group, self.process = group, os.getpid()
         about = parquet.metadata.row_group(group)
-        chunks = [about.column(c) for c in range(about.num_columns)]
-        size = sum(chunk.total_uncompressed_size for chunk in chunks
-                   if chunk.path_in_schema.split(".")[0] in columns)
+        size = wanted_bytes(about, columns)
         rows = max(1, about.num_rows * SLICE // max(size, SLICE))
         self.slices = parquet.iter_batches(batch_size=rows, row_groups=[group], columns=columns,
                                            use_threads=False)  # threads do not survive a fork
@@ -103,6 +107,14 @@ class GroupReader:
         if batch is None:
             raise ValueError(f"row group {self.group} ends before this row")
         return batch
+
+
+def wanted_bytes(about: pq.RowGroupMetaData, columns: list[str]) -> int:
+    """Uncompressed bytes of these columns in a row group. images.list.element.bytes is of images.
+    """
+    chunks = [about.column(c) for c in range(about.num_columns)]
+    return sum(chunk.total_uncompressed_size for chunk in chunks
+               if chunk.path_in_schema.split(".")[0] in columns)
 
 
 def rewrite(source: Path, target: Path, group_bytes: int = 1 << 23) -> None:

@@ -4,16 +4,20 @@ import hashlib
 import io
 import json
 import pickle
+import subprocess
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import needed, shared_dir
+from conftest import ROOT, needed, shared_dir
 from PIL import Image
 
+from dataset import json_files, parquet
 from dataset.chat import Message
-from dataset.formats import BadSample, data_hash, open_data
+from dataset.formats import BadSample, MissingPicture, data_hash, open_data
 from dataset.images import load_image
+from dataset.records import PROMPTS
 
 QUESTION, ANSWER = "<image>\nWho is it?", "一只猫 🐈"
 MINIMIND = {"conversations": [{"role": "user", "content": QUESTION},
@@ -72,10 +76,11 @@ def test_three_formats_give_one_sample_whatever_the_file_is_called(folder):
         assert len([sample.where for sample in data]) == 2  # ends by itself
 
 
-def test_real_files_of_the_three_formats():
+def test_real_files_of_five_formats():
     coco = needed(shared_dir(), "data/coco128")
     data = {name: open_data(coco / name, coco / "images")
-            for name in ("minimind_v.jsonl", "minimind_v.parquet", "llava.json")}
+            for name in ("minimind_v.jsonl", "minimind_v.parquet", "llava.json",
+                         "ai_challenger.json", "llava_instruct_mix.parquet")}
     for name, rows in data.items():
         assert len(rows) == 126
         for sample in rows:
@@ -83,6 +88,12 @@ def test_real_files_of_the_three_formats():
             assert sample.messages[-1].role == "assistant" and sample.messages[-1].content
     assert len(data["llava.json"][0].messages) == 6
     assert data["llava.json"][0].images == data["minimind_v.jsonl"][0].images
+    mix = data["llava_instruct_mix.parquet"][0]
+    assert [m.role for m in mix.messages] == ["user", "assistant", "user", "assistant"]
+    assert load_image(mix.images[0]).size[0] > 100
+    captions = json.loads((coco / "ai_challenger.json").read_text(encoding="utf-8"))
+    assert all(sample.messages[1].content in entry["caption"]
+               for sample, entry in zip(data["ai_challenger.json"], captions))
     sample = data["llava.json"][5]
     line = int(sample.where.rsplit(":", 1)[1])
     lines = (coco / "llava.json").read_text(encoding="utf-8").splitlines()
@@ -147,7 +158,15 @@ BROKEN = {
     "zero byte": ({**MINIMIND, "image": "a\0b"}, "no picture"),
     "too few pictures": (MINIMIND, "1 <image> markers for 0 pictures"),
     "too many pictures": ({**MINIMIND, "image": "a.png,b.png"}, "1 <image> markers for 2"),
-    "image is a number": ({**MINIMIND, "image": 7}, "'image' is '7'"),
+    "image is a number": ({**MINIMIND, "image": 7}, "'image' is '7', not a picture"),
+    "a broken line": ('{"conversations": [}', "not JSON: .* at character 20 of the record"),
+    "nested without end": ("{" + '"a":[' * 100_000, "not JSON"),
+    "prompt alone is a number": ({"prompt": 7, "completion": "x"}, "prompt and completion"),
+    "texts are no pairs": ({"texts": ["hi"]}, "'texts' must be .* with user and assistant"),
+    "a pair without its half": ({"texts": [{"user": "u"}]}, "assistant turn is None, not text"),
+    "caption is a number": ({"caption": 7, "image": "a.png"}, "'caption' is '7'"),
+    "no caption": ({"caption": ["", " "], "image_id": "a.png"}, "'caption' holds no text"),
+    "caption of nothing": ({"caption": ["x"], "image_id": "gone.jpg"}, "no picture .*gone.jpg"),
     "no user": ({"conversations": [{"from": "gpt", "value": "x"}], "image": "a.png"}, "no user"),
 }
 
@@ -239,9 +258,16 @@ def test_files_that_are_none_of_the_three_say_so(folder, text, reason):
 def test_missing_files_and_foreign_columns_say_what_is_expected(folder):
     with pytest.raises(FileNotFoundError, match="nothing.jsonl"):
         open_data(folder / "nothing.jsonl")
-    pq.write_table(pa.table({"prompt": ["x"]}), folder / "data")
-    with pytest.raises(ValueError, match="columns prompt; expected 'conversations'"):
-        open_data(folder / "data")
+    for columns in (["ratings"], ["prompt", "images"]):
+        pq.write_table(pa.table({name: ["x"] for name in columns}), folder / "data")
+        with pytest.raises(ValueError, match=f"columns {', '.join(columns)}; expected 'conver"):
+            open_data(folder / "data")
+    (folder / "cut").write_bytes((folder / "data").read_bytes()[:-20])
+    with pytest.raises(ValueError, match="cut: not readable as Parquet.*download complete"):
+        open_data(folder / "cut")
+    (folder / "pointer").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+    with pytest.raises(ValueError, match="git lfs pull"):
+        open_data(folder / "pointer")
 
 
 def test_lines_are_not_held_in_memory(folder):
@@ -255,3 +281,265 @@ def test_data_hash_is_the_files(folder):
     assert data_hash(folder / "a.png") == {
         "file": str(folder / "a.png"), "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest()}
+
+
+# The layouts that other projects publish. Each as its authors write it.
+
+STRUCTS = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+
+
+def embedded(*colours):
+    return [{"bytes": picture(colour), "path": None} for colour in colours]
+
+
+def write_columns(path, group=2, **columns):
+    types = {"images": STRUCTS}
+    pq.write_table(pa.table({name: pa.array(values, types.get(name))
+                             for name, values in columns.items()}), path, row_group_size=group)
+    return path
+
+
+def test_llava_with_several_turns_and_pictures(folder):
+    turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "<image>\n<image>\nu"},
+             {"from": "gpt", "value": "a"}, {"from": "human", "value": "v"},
+             {"from": "gpt", "value": "b"}]
+    cc3m = {"id": "GCC_train_000000001", "image": "b.png", "conversations": [
+        {"from": "human", "value": "Provide a brief description.\n<image>"},
+        {"from": "gpt", "value": "a cat"}]}
+    text = {"id": "t", "model": "", "conversations": turns[3:]}  # as in the mix of 665,000
+    (folder / "chat.json").write_text(json.dumps(
+        [{"id": "1", "image": ["a.png", "b.png"], "conversations": turns}, cc3m, text], indent=2))
+    several, one, none = open_data(folder / "chat.json")
+    assert [m.role for m in several.messages] == ["system"] + ["user", "assistant"] * 2
+    assert several.images == (folder / "a.png", folder / "b.png")
+    assert one.images == (folder / "b.png",) and one.messages[0].content.endswith("\n<image>")
+    assert none.images == () and none.messages == (Message("user", "v"), Message("assistant", "b"))
+
+
+def test_trl_prompt_and_completion(folder):
+    """The published file has lost its markers; a list of parts is what its documentation shows."""
+    prompts = [[{"role": "user", "content": "Who is it?"}],
+               [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"},
+                {"role": "user", "content": "v"}]]
+    completions = [[{"role": "assistant", "content": ANSWER}],
+                   [{"role": "assistant", "content": "b"}]]
+    data = open_data(write_columns(folder / "x", images=[embedded("red"), embedded("red", "blue")],
+                                   prompt=prompts, completion=completions))
+    assert content(data[0]) == (MESSAGES, [Image.new("RGB", (8, 8), "red").tobytes()])
+    assert [m.content for m in data[1].messages] == ["<image>\n<image>\nu", "a", "v", "b"]
+    parts = [{"type": "image"}, {"type": "text", "text": "\nWho is it?"}]
+    lines = write_lines(folder / "y", {"prompt": "Hi", "completion": "Ho"},
+                        {"messages": [{"role": "user", "content": parts}], "images": ["a.png"]},
+                        {"prompt": [{"role": "user", "content": parts}], "image": "a.png",
+                         "completion": [{"role": "assistant", "content": ANSWER}]})
+    assert open_data(lines)[0].messages == (Message("user", "Hi"), Message("assistant", "Ho"))
+    assert open_data(lines)[1].messages == MESSAGES[:1]
+    assert open_data(lines)[2].messages == MESSAGES
+
+
+def test_cauldron_and_finevision(folder):
+    texts = [[{"user": "Who is it?", "assistant": ANSWER, "source": "s"}],
+             [{"user": "u", "assistant": "a", "source": "s"},
+              {"user": "v", "assistant": "b", "source": "s"}]]
+    data = open_data(write_columns(folder / "x", images=[embedded("red"), []], texts=texts,
+                                   relevance_ratings=[[5], [4, 4]]))
+    assert content(data[0]) == (MESSAGES, [Image.new("RGB", (8, 8), "red").tobytes()])
+    assert data[1].images == () and [m.content for m in data[1].messages] == ["u", "a", "v", "b"]
+    data = open_data(write_columns(folder / "y", images=[None, [{"bytes": None, "path": "a.png"}]],
+                                   texts=texts[::-1]))
+    assert data[0].images == () and data[1].images == (folder / "a.png",)
+    with pytest.raises(BadSample, match=r"y:1: 'images' is 'None', not a picture"):
+        open_data(write_columns(folder / "y", texts=texts[:1],
+                                images=[[{"bytes": None, "path": None}]]))[0]
+
+
+def test_plain_conversations(folder):
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"},
+             {"role": "assistant", "content": "a"}]
+    for name in ("conversations", "messages"):
+        (sample,) = open_data(write_lines(folder / "x", {name: turns}))
+        assert sample.images == () and [m.content for m in sample.messages] == ["s", "u", "a"]
+        assert open_data(write_columns(folder / "y", **{name: [turns]}))[0].messages == (
+            sample.messages)
+
+
+CAPTIONS = ["一只猫坐着\n", "一只红色的猫", "猫", "图中有猫", "有一只猫在椅子上"]
+
+
+def write_challenger(folder, count):
+    entries = [{"url": "http://x", "image_id": "a.png", "caption": CAPTIONS}] * count
+    (folder / "ai.json").write_text(json.dumps(entries, ensure_ascii=False, indent=1), "utf-8")
+    return open_data(folder / "ai.json")
+
+
+def test_ai_challenger_draws_one_caption_by_the_index(folder):
+    data = write_challenger(folder, 400)
+    first = [sample.messages for sample in data]
+    assert first == [sample.messages for sample in pickle.loads(pickle.dumps(data))]
+    assert {m[0].content.removeprefix("<image>\n") for m in first} == set(
+        PROMPTS["zh"])
+    counts = [sum(m[1].content == caption.strip() for m in first) for caption in CAPTIONS]
+    assert sum(counts) == 400 and min(counts) > 50, counts  # 80 each, were it quite even
+    for i in range(20):  # five draws go round: each caption once
+        drawn = [data.sample(i, draw).messages[1].content for draw in range(5)]
+        assert sorted(drawn) == sorted(caption.strip() for caption in CAPTIONS)
+    assert data[3].images == (folder / "a.png",) and data[-1].messages == first[-1]
+
+
+def write_coco(path, captions, images=None, **style):
+    images = images or [{"id": 10 - i, "file_name": name, "height": 8}
+                        for i, name in enumerate(["a.png", "b.png", "c d.png"])]
+    annotations = [{"image_id": 10 - i, "id": 70 + n, "caption": text}
+                   for n, (i, text) in enumerate(captions)]
+    path.write_text(json.dumps({"info": {"year": 2017, "contributors": ["猫"]}, "licenses": [],
+                                "images": images, "annotations": annotations}, **style), "utf-8")
+    return path
+
+
+@pytest.mark.parametrize("style", [{}, {"indent": 1}, {"ensure_ascii": False}])
+def test_coco_has_a_sample_for_each_caption(folder, style, monkeypatch):
+    monkeypatch.setattr(json_files, "WINDOW", 7)  # so that every record crosses a window's end
+    captions = [(0, "A red square. "), (2, "绿色"), (0, "Red\n"), (2, "")]
+    data = open_data(write_coco(folder / "captions.json", captions, **style))
+    assert len(data) == 4
+    assert [data[i].messages[1].content for i in range(3)] == ["A red square.", "绿色", "Red"]
+    assert [data[i].images[0].name for i in (0, 1, 2)] == ["a.png", "c d.png", "a.png"]
+    assert "绿" not in data[0].messages[0].content and data[0].messages[0].images == 1
+    with pytest.raises(BadSample, match="'caption' holds no text") as caught:
+        data[3]
+    line = caught.value.where.removeprefix(f"{folder / 'captions.json'}:")
+    lines = (folder / "captions.json").read_text("utf-8").splitlines()
+    assert line == "1 entry 4" if len(lines) == 1 else '"caption": ""' in lines[int(line) + 2]
+    assert pickle.loads(pickle.dumps(data))[1].images == data[1].images
+
+
+def test_coco_mistakes_are_named(folder):
+    path = folder / "x.json"
+    with pytest.raises(BadSample, match="x.json:1: image_id -90 is none of the file's 3 images"):
+        open_data(write_coco(path, [(100, "x")]))[0]
+    with pytest.raises(MissingPicture, match="no picture .*gone.jpg"):
+        open_data(write_coco(path, [(0, "x")], [{"id": 10, "file_name": "gone.jpg"}]))[0]
+    with pytest.raises(BadSample, match="image 10 has no 'file_name'"):
+        open_data(write_coco(path, [(0, "x")], [{"id": 10}]))[0]
+    with pytest.raises(ValueError, match="x.json:1: an image without a number as its 'id'"):
+        open_data(write_coco(path, [(0, "x")], [{"file_name": "a.png"}]))
+    with pytest.raises(ValueError, match="3 images and 0 annotations; expected COCO captions"):
+        open_data(write_coco(path, []))
+    path.write_text(path.read_text()[:-40])
+    with pytest.raises(ValueError, match="x.json:1: not JSON: .*is the download complete"):
+        open_data(path)
+    path.write_text(json.dumps({"images": [{"id": 1, "file_name": "a.png"}],
+                                "annotations": [{"image_id": 1, "bbox": [0, 0, 1, 1]}]}))
+    with pytest.raises(BadSample, match="no 'caption'; boxes .* take captions_"):
+        open_data(path)[0]
+
+
+def test_an_array_is_read_through_a_window(folder, monkeypatch):
+    """Whatever its size: the same index as from one big window, for every place of its ends."""
+    records = [{"n": 123456, "conversations": [{"from": "human", "value": "猫🐈\n\\\"" * n}]}
+               for n in range(1, 8)]
+    texts = {"flat": json.dumps(records, ensure_ascii=False),
+             "lines": "\ufeff[\r\n" + ",\r\n".join(map(json.dumps, records)) + "\r\n]"}
+    for name, text in texts.items():
+        (folder / name).write_bytes(text.encode())
+        whole = open_data(folder / name).pieces
+        for window in (1, 2, 3, 5, 17):
+            monkeypatch.setattr(json_files, "WINDOW", window)
+            assert open_data(folder / name).pieces == whole, window
+        monkeypatch.undo()
+        assert [whole.read(i) for i in range(7)] == records
+        assert whole.lines.tolist() == ([1] * 7 if name == "flat" else list(range(2, 9)))
+
+
+def test_an_endless_entry_is_given_up(folder, monkeypatch):
+    monkeypatch.setattr(json_files, "WINDOW", 10)
+    monkeypatch.setattr(json_files, "LONGEST", 1000)
+    (folder / "x").write_text('[{"a": 1},\n{"a": "no end' + "x" * 100_000)
+    walk = json_files.JsonWalk(folder / "x")
+    walk.peek()
+    entries = walk.entries()
+    next(entries)
+    with pytest.raises(ValueError, match=":2: not JSON: Unterminated"):
+        next(entries)
+    assert len(walk.text) < 5000  # it did not read on to the end of the file
+
+
+# Memory and laziness, in small; the full sizes were measured once by hand.
+
+def memory_of(statement: str) -> float:
+    """Megabytes that a fresh process's peak grows by."""
+    script = ("import resource; from dataset.formats import open_data\n"
+              "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+              f"before = peak()\n{statement}\nprint(peak() - before)")
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
+                          check=True)
+    return float(done.stdout)
+
+
+@pytest.mark.parametrize("name", ["lines", "array", "coco"])
+def test_an_index_costs_24_bytes_a_row_and_no_record_is_held(folder, name):
+    if name == "coco":
+        write_coco(folder / name, [(i % 3, "x" * 2000) for i in range(10_000)])
+    else:
+        record = json.dumps({**MINIMIND, "padding": "x" * 2000}, ensure_ascii=False)
+        between, ends = ("\n", ("", "")) if name == "lines" else (",", "[]")
+        (folder / name).write_text(ends[0] + between.join([record] * 10_000) + ends[1], "utf-8")
+    data = open_data(folder / name)
+    assert len(data) == 10_000 and len(pickle.dumps(data)) < 10_000 * 24 + 2000
+    grown = memory_of(f"data = open_data({str(folder / name)!r})")
+    assert grown < 14, f"{grown:.1f} MB for a file of 22 MB, 44 to 88 as python's text"
+
+
+def test_opening_parquet_reads_the_footer_alone(folder):
+    """The pixels may be gone altogether: len() still answers, and only the row itself is bad."""
+    path = write_parquet(folder / "data", [MINIMIND] * 50, image_bytes=[bytes(50_000)] * 50,
+                         group=5)
+    whole = bytearray(path.read_bytes())
+    footer = int.from_bytes(whole[-8:-4], "little") + 8
+    whole[4:-footer] = b"\xff" * (len(whole) - footer - 4)
+    path.write_bytes(whole)
+    assert len(open_data(path)) == 50
+    with pytest.raises(BadSample, match="data:7: cannot read the row"):
+        open_data(path)[6]
+
+
+def test_columns_that_are_not_needed_are_not_read(folder):
+    path = write_parquet(folder / "data", [MINIMIND] * 4, image_bytes=[picture()] * 4,
+                         embedding=[b"e" * 9] * 4)
+    about = pq.ParquetFile(path).metadata.row_group(0).column(2)
+    assert about.path_in_schema == "embedding"
+    spoilt = bytearray(path.read_bytes())
+    start = about.dictionary_page_offset or about.data_page_offset
+    spoilt[start:start + about.total_compressed_size] = b"\xff" * about.total_compressed_size
+    path.write_bytes(spoilt)
+    assert content(open_data(path)[0])[0] == MESSAGES
+    with pytest.raises((OSError, ValueError)):
+        pq.read_table(path)
+
+
+def test_a_huge_row_group_is_passed_in_slices(folder, monkeypatch):
+    monkeypatch.setattr(parquet, "SLICE", 3000)
+    path = write_parquet(folder / "data", [MINIMIND] * 40, group=40,
+                         image_bytes=[i.to_bytes(2, "big") * 500 for i in range(40)])
+    data = open_data(path)
+    assert data.largest_group > 10 * parquet.SLICE
+    for i in (0, 1, 17, 39, 5, 6, 4):  # forwards, and back again
+        assert data[i].images == (i.to_bytes(2, "big") * 500,), i
+        assert data.reader.slice.num_rows <= 3
+    opened, start = [], pq.ParquetFile.iter_batches
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda self, **options:
+                        opened.append(1) or start(self, **options))
+    assert [int.from_bytes(s.images[0][:2], "big") for s in open_data(path)] == list(range(40))
+    assert len(opened) == 1  # in order, a group is passed through once
+
+
+def test_parquet_can_be_rewritten_in_small_groups(folder):
+    path = write_parquet(folder / "big", [MINIMIND] * 30, group=30,
+                         image_bytes=[i.to_bytes(2, "big") * 500 for i in range(30)])
+    parquet.rewrite(path, folder / "small", group_bytes=5000)
+    before, after = open_data(path), open_data(folder / "small")
+    assert len(after.ends) > 5 and after.largest_group < before.largest_group / 5
+    assert [(s.messages, s.images) for s in after] == [(s.messages, s.images) for s in before]
+    usage = subprocess.run([sys.executable, "-m", "dataset.parquet", path, folder / "small"],
+                           cwd=ROOT, capture_output=True, text=True)
+    assert usage.returncode == 1 and "must not exist yet" in usage.stderr
