@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LanguageConfig:
-    """A decoder of the Llama line (Llama, SmolLM2, Qwen2, Qwen2.5, Qwen3)."""
+    """A decoder of the Llama line (Llama, SmolLM2, MiniMind, Qwen-7B, Qwen2, Qwen2.5, Qwen3)."""
 
-    model_type: str  # "qwen2", "qwen3" or "llama"
+    model_type: str  # "qwen" (the first one, Qwen-7B), "qwen2", "qwen3" or "llama"
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -22,9 +22,11 @@ class LanguageConfig:
     rope_theta: float
     rms_norm_eps: float
     tie_word_embeddings: bool
-    qkv_bias: bool  # Qwen2 adds a bias to q, k, v and nowhere else
+    qkv_bias: bool  # Qwen-7B and Qwen2 add a bias to q, k, v and nowhere else
     qk_norm: bool  # Qwen3 normalises each head of q and k before RoPE
     max_position_embeddings: int
+    # Qwen-7B: in a row of more tokens it computes otherwise (see read_qwen): we stop there.
+    context_limit: int | None = None
 
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads:
@@ -39,10 +41,12 @@ class LanguageConfig:
     def from_public(cls, public: dict) -> "LanguageConfig":
         """Read the dictionary of a public config.json; raise on a variant we would get wrong."""
         model_type = public.get("model_type")
+        if model_type == "qwen":
+            return cls(**read_qwen(public))
         if model_type not in ("qwen2", "qwen3", "llama"):
             raise ValueError(
-                f"config.json says model_type {model_type!r}; "
-                "the decoder here reads 'qwen2' (also Qwen2.5), 'qwen3' and 'llama' (also SmolLM2)"
+                f"config.json says model_type {model_type!r}; the decoder here reads 'qwen' "
+                "(Qwen-7B), 'qwen2' (also Qwen2.5), 'qwen3' and 'llama' (also SmolLM2)"
             )
         # transformers 5 moved rope_theta into rope_parameters; older files have it at the top.
         rope = public.get("rope_parameters") or public.get("rope_scaling") or {}
@@ -78,11 +82,66 @@ class LanguageConfig:
 
     def to_public(self) -> dict:
         """The config.json of a directory that other libraries can load."""
+        if self.model_type == "qwen":
+            return write_qwen(self)
         names = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}
-        implied = ("qkv_bias", "qk_norm")  # by model_type
+        implied = ("qkv_bias", "qk_norm", "context_limit")  # by model_type
         public = {key: value for key, value in vars(self).items() if key not in implied}
         return {"architectures": [names[self.model_type] + "ForCausalLM"], **public,
                 "hidden_act": "silu"}
+
+
+def read_qwen(public: dict) -> dict:
+    """The facts of Qwen-7B's config.json, which has words of its own for most of them.
+
+    In a row of more than seq_length tokens (8,192; 2,048 in the first release) Qwen-7B stretches
+    RoPE (use_dynamic_ntk) and scales the queries by the logarithm of their place (use_logn_attn),
+    when it generates; not in training. That is not built here: such a row is refused.
+    """
+    if "hidden_size" not in public:
+        raise ValueError("config.json of model_type 'qwen' has no hidden_size: it is of the first "
+                         "release (n_embd, n_layer, ...). Get the current one of Qwen/Qwen-7B-Chat")
+    heads, width = public["num_attention_heads"], public["hidden_size"]
+    refuse(public, "rotary_pct", public.get("rotary_pct", 1.0), 1.0)
+    refuse(public, "no_bias", public.get("no_bias", True), True)
+    refuse(public, "scale_attn_weights", public.get("scale_attn_weights", True), True)
+    refuse(public, "kv_channels", public.get("kv_channels", 128), width // heads)
+    stretches = public.get("use_dynamic_ntk", True) or public.get("use_logn_attn", True)
+    return {
+        "model_type": "qwen",
+        "vocab_size": public["vocab_size"],
+        "hidden_size": width,
+        # The file gives the width of w1 and w2 together.
+        "intermediate_size": public["intermediate_size"] // 2,
+        "num_hidden_layers": public["num_hidden_layers"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": width // heads,
+        "rope_theta": float(public.get("rotary_emb_base", 10000)),
+        "rms_norm_eps": public.get("layer_norm_epsilon", 1e-6),
+        "tie_word_embeddings": False,  # the published code has a head of its own in any case
+        "qkv_bias": True,
+        "qk_norm": False,
+        "max_position_embeddings": public.get("max_position_embeddings", 8192),
+        "context_limit": public.get("seq_length", 8192) if stretches else None,
+    }
+
+
+def write_qwen(config: LanguageConfig) -> dict:
+    return {
+        "architectures": ["QWenLMHeadModel"], "model_type": "qwen",
+        "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
+        "intermediate_size": 2 * config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads, "kv_channels": config.head_dim,
+        "layer_norm_epsilon": config.rms_norm_eps, "no_bias": True, "scale_attn_weights": True,
+        "rotary_emb_base": config.rope_theta, "rotary_pct": 1.0,
+        "max_position_embeddings": config.max_position_embeddings,
+        "seq_length": config.context_limit or config.max_position_embeddings,
+        "use_dynamic_ntk": config.context_limit is not None,
+        "use_logn_attn": config.context_limit is not None,
+        "tie_word_embeddings": False, "tokenizer_class": "QWenTokenizer",
+    }
 
 
 @dataclass(frozen=True)
@@ -101,11 +160,18 @@ class VisionConfig:
     class_token: bool  # CLIP and DINOv2 put one in front of the patches; SigLIP has none
     patch_bias: bool  # CLIP's patch embedding has no bias
     pre_norm: bool  # CLIP normalises before the first block
-    final_norm: bool  # SigLIP and DINOv2 normalise after the last block; CLIP's patches are not
+    final_norm: bool  # after the last block; CLIP has one for its class token alone
     layer_scale: bool  # DINOv2 scales what each branch adds
     feature_layer: int = -1  # -1: after the last block; -2: after the one before it; ...
+    features: str = "patches"  # or one vector: "class" (the class token), "pooled" (patches' mean)
 
     def __post_init__(self):
+        if self.features not in ("patches", "class", "pooled"):
+            raise ValueError(f"features is {self.features!r}; there are 'patches', 'class' and "
+                             "'pooled'")
+        if self.features == "class" and not self.class_token:
+            raise ValueError(f"features 'class': a {self.model_type} has no class token, its patch "
+                             "0 is a patch like any other; take 'patches' or 'pooled'")
         if not -self.num_hidden_layers <= self.feature_layer <= -1:
             raise ValueError(
                 f"feature_layer {self.feature_layer} must lie in "
@@ -121,7 +187,8 @@ class VisionConfig:
                              "'gelu_pytorch_tanh' and 'quick_gelu'")
 
     @classmethod
-    def from_public(cls, public: dict, feature_layer: int = -1) -> "VisionConfig":
+    def from_public(cls, public: dict, feature_layer: int = -1,
+                    features: str = "patches") -> "VisionConfig":
         """Read a public config.json: of the tower alone, or of a whole SigLIP or CLIP."""
         model_type = public.get("model_type")
         if model_type in ("siglip", "clip"):  # the published files hold both towers
@@ -130,7 +197,9 @@ class VisionConfig:
         if model_type not in ("siglip_vision_model", "clip_vision_model", "dinov2"):
             raise ValueError(
                 f"config.json says model_type {model_type!r}; the vision transformer here reads "
-                "'siglip', 'siglip_vision_model', 'clip', 'clip_vision_model' and 'dinov2'"
+                "'siglip' (also SigLIP2 of a fixed resolution), 'siglip_vision_model', 'clip', "
+                "'clip_vision_model' and 'dinov2'; 'siglip2' is SigLIP2's NaFlex, for pictures of "
+                "any shape"
             )
         refuse(public, "num_channels", public.get("num_channels", 3), 3)
         siglip, clip = model_type.startswith("siglip"), model_type.startswith("clip")
@@ -155,9 +224,10 @@ class VisionConfig:
             class_token=not siglip,
             patch_bias=not clip,
             pre_norm=clip,
-            final_norm=not clip,
+            final_norm=not clip or features == "class",
             layer_scale=not (siglip or clip),
             feature_layer=feature_layer,
+            features=features,
         )
 
     def to_public(self) -> dict:
@@ -186,7 +256,7 @@ class VLMConfig:
 
     language: LanguageConfig
     vision: VisionConfig
-    projector: str  # "linear" or "mlp"
+    projector: str  # "linear", "mlp" or "norm_mlp"
     pixel_shuffle: int  # n: each n x n square of patches becomes one language token
     image_token_id: int  # placeholder in the ids; may lie past the vocabulary: never looked up
 

@@ -1,11 +1,11 @@
 """The decoder: token ids or embeddings (B,T,D) in, hidden states (B,T,D) and logits (B,T,V) out.
 
-One file for Llama, SmolLM2, Qwen2, Qwen2.5 and Qwen3: they differ by the facts in LanguageConfig
-only. Each layer adds two things to the stream: attention (tokens look at earlier tokens) and a
-gated MLP (each token thinks for itself).
+One file for Llama, SmolLM2, MiniMind, Qwen-7B, Qwen2, Qwen2.5 and Qwen3: they differ by the facts
+in LanguageConfig only. Each layer adds two things to the stream: attention (tokens look at earlier
+tokens) and a gated MLP (each token thinks for itself).
 
 Papers: RoPE (Su et al. 2021), RMSNorm (Zhang & Sennrich 2019), SwiGLU (Shazeer 2020),
-GQA (Ainslie et al. 2023), Qwen2 (2024), Qwen3 (2025).
+GQA (Ainslie et al. 2023), Qwen (2023), Qwen2 (2024), Qwen3 (2025).
 """
 
 import torch
@@ -139,9 +139,15 @@ class LanguageModel(nn.Module):
         mask (B,1,T,Tk) bool, True where token t may look at token k; default: causal. Rows padded
         on the right need none, since no token looks to its right.
         cache: a KVCache that holds the earlier tokens and takes in these.
+        Raises when rows grow longer than config.context_limit.
         """
         B, T, _ = embeds.shape
         past = cache.length if cache is not None else 0
+        limit = self.config.context_limit
+        if limit and past + T > limit:
+            raise ValueError(f"a row of {past + T} tokens: past {limit} a {self.config.model_type} "
+                             "changes RoPE and scales its queries (dynamic NTK, log-n attention), "
+                             "which is not built here; cut the text or ask for fewer new tokens")
         if mask is None and past and T > 1:
             # The kernel's own causal mask starts both sequences at 0; here the keys start earlier.
             mask = torch.ones(T, past + T, dtype=torch.bool, device=embeds.device).tril(past)

@@ -13,10 +13,13 @@ Paper: LoRA (Hu et al. 2021).
 """
 
 import math
+import re
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from model.layouts import LAYOUTS
 
 
 class LoRALinear(nn.Module):
@@ -62,27 +65,53 @@ def add_lora(module: nn.Module, targets: list[str], rank: int, alpha: float,
              dropout: float = 0.0) -> list[str]:
     """Wrap every linear layer of module whose dotted name ends in one of targets.
 
-    targets: such as ["q_proj", "v_proj"], or longer, "layers.0.mlp.up_proj". Returns the names
-    of the wrapped layers. Raises when a target fits no layer: a typo would train nothing.
+    targets: such as ["q_proj", "v_proj"], or longer, "layers.0.mlp.up_proj"; or the names in the
+    published files, such as Qwen-7B's ["c_attn", "w1", "w2"]. Returns the names of the wrapped
+    layers. Raises when a target fits no layer: a typo would train nothing.
+
+    Where one published matrix is several layers here (c_attn: q, k and v), these share one A and
+    have a B each. Stacked, the three B are the B of an adapter on the published matrix: the same
+    arithmetic and the same count, rank * (in + 3 out). Only the dropout is drawn for each of them.
     """
     if rank < 1:
         raise ValueError(f"the rank of LoRA must be 1 or more, got {rank}")
-    linears = linear_names(module)
-    wrapped = []
+    linears, published = linear_names(module), published_names(module)
+    groups = []  # of layers that share one A; mostly of a single layer
     for target in targets:
-        matches = [name for name in linears if f".{name}".endswith(f".{target}")]
+        matches = [[name] for name in linears if f".{name}".endswith(f".{target}")]
+        matches = matches or [ours for public, ours in published.items()
+                              if f".{public}".endswith(f".{target}")]
         if not matches:
-            there = sorted({name.rsplit(".", 1)[-1] for name in linears})
+            there = sorted({name.rsplit(".", 1)[-1] for name in [*linears, *published]})
             done = ", which has LoRA already" if linear_names(module, LoRALinear) else ""
             raise ValueError(
                 f"LoRA target {target!r} (of {targets}) fits no linear layer of this "
                 f"{type(module).__name__}{done}; there are: {', '.join(there) or 'none'}"
             )
-        wrapped += [name for name in matches if name not in wrapped]
-    for name in wrapped:
-        linear = module.get_submodule(name)
-        replace(module, name, LoRALinear(linear, rank, alpha, dropout))
+        groups += matches
+    wrapped = []
+    for group in groups:
+        adapters = []
+        for name in group:
+            if name not in wrapped:
+                adapter = LoRALinear(module.get_submodule(name), rank, alpha, dropout)
+                if adapters:
+                    adapter.lora_a = adapters[0].lora_a
+                replace(module, name, adapter)
+                adapters.append(adapter)
+                wrapped.append(name)
     return wrapped
+
+
+def published_names(module: nn.Module) -> dict[str, list[str]]:
+    """{name of a linear layer in the family's files: our names}; {} for a module of no family."""
+    layout = LAYOUTS.get(getattr(getattr(module, "config", None), "model_type", None))
+    names = {}
+    for ours in linear_names(module) if layout else []:
+        public = layout.public.get(re.sub(r"(?<=layers\.)\d+", "{}", ours), ours)
+        number = re.search(r"(?<=layers\.)\d+", ours)
+        names.setdefault(public.format(number and number[0]), []).append(ours)
+    return names
 
 
 def merge_lora(module: nn.Module) -> dict[str, LoRALinear]:

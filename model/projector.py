@@ -4,7 +4,7 @@ It is the only part that is new: the two towers were trained by others and have 
 learns to say what the vision tower saw in vectors that the language model can read like words.
 
 Follows LLaVA 1.5 (Liu et al. 2023) for the two-layer form, InternVL (Chen et al. 2023) for the
-pixel shuffle.
+pixel shuffle and the norm in front (minimind-3v has it too).
 """
 
 from math import isqrt
@@ -31,17 +31,23 @@ def pixel_shuffle(features, n: int):
 
 
 class Projector(nn.Module):
-    """features (N,P,Dv) -> (N,K,D); kind is "linear" or "mlp" (linear, gelu, linear)."""
+    """features (N,P,Dv) -> (N,K,D).
+
+    kind: "linear", "mlp" (linear, gelu, linear) or "norm_mlp" (LayerNorm, linear, gelu, linear),
+    whose norm brings towers that speak louder or softer to one loudness first.
+    """
 
     def __init__(self, kind: str, vision_width: int, language_width: int, pixel_shuffle: int = 1):
         super().__init__()
-        if kind not in ("linear", "mlp"):
-            raise ValueError(f"the projector is 'linear' or 'mlp', got {kind!r}")
+        if kind not in ("linear", "mlp", "norm_mlp"):
+            raise ValueError(f"the projector is 'linear', 'mlp' or 'norm_mlp', got {kind!r}")
         if pixel_shuffle < 1:
             raise ValueError(f"pixel_shuffle must be 1 (off) or more, got {pixel_shuffle}")
         self.pixel_shuffle = pixel_shuffle
-        self.fc1 = nn.Linear(vision_width * pixel_shuffle**2, language_width)
-        self.fc2 = nn.Linear(language_width, language_width) if kind == "mlp" else None
+        width = vision_width * pixel_shuffle**2
+        self.norm = nn.LayerNorm(width) if kind == "norm_mlp" else None
+        self.fc1 = nn.Linear(width, language_width)
+        self.fc2 = nn.Linear(language_width, language_width) if kind != "linear" else None
         for layer in (self.fc1, self.fc2):
             if layer is not None:
                 # Embeddings of words are small numbers; so begin small, or pictures would drown
@@ -50,6 +56,10 @@ class Projector(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, features):
-        x = self.fc1(pixel_shuffle(features, self.pixel_shuffle)
-                     if self.pixel_shuffle > 1 else features)
+        x = features
+        if self.pixel_shuffle > 1:
+            x = pixel_shuffle(x, self.pixel_shuffle)
+        if self.norm is not None:
+            x = self.norm(x)
+        x = self.fc1(x)
         return x if self.fc2 is None else self.fc2(nn.functional.gelu(x))

@@ -1,4 +1,5 @@
-"""The vision transformer: normalised pixels (N,3,H,W) in, patch features (N,P,Dv) out.
+"""The vision transformer: normalised pixels (N,3,H,W) in, patch features (N,P,Dv) out; or one
+vector for the whole picture, (N,1,Dv).
 
 A picture is cut into squares of patch_size pixels; each becomes a token, and a stack of encoder
 blocks lets every patch look at every other. One file for SigLIP, CLIP and DINOv2: they differ by
@@ -73,7 +74,12 @@ class EncoderLayer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """pixels (N,3,H,W) -> features (N,P,Dv) of the layer that config.feature_layer names."""
+    """pixels (N,3,H,W) -> features (N,P,Dv) of the layer that config.feature_layer names.
+
+    (N,1,Dv) where config.features asks for one vector: "pooled", the mean of all patches, or
+    "class", the class token. After the last block the latter is what transformers calls
+    pooler_output: it went through the final norm, in CLIP too, where the patches do not.
+    """
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -95,11 +101,12 @@ class VisionTransformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str, dtype: torch.dtype = torch.float32,
-                        feature_layer: int = -1) -> "VisionTransformer":
+                        feature_layer: int = -1,
+                        features: str = "patches") -> "VisionTransformer":
         """Load a public tower from a local directory or by its name on the hub."""
         from model.weights import load_vision  # here, because weights.py knows this class
 
-        return load_vision(name, dtype, feature_layer)
+        return load_vision(name, dtype, feature_layer, features)
 
     def positions(self, rows: int, columns: int):
         """The position table (1,P,Dv), stretched when the picture is not of the trained size.
@@ -133,4 +140,7 @@ class VisionTransformer(nn.Module):
             x = layer(x)
         if self.final_norm:
             x = self.post_layernorm(x)
-        return x[:, int(self.config.class_token):]  # (N,P,Dv)
+        if self.config.features == "class":
+            return x[:, :1]  # (N,1,Dv)
+        x = x[:, int(self.config.class_token):]  # (N,P,Dv)
+        return x.mean(dim=1, keepdim=True) if self.config.features == "pooled" else x

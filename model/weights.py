@@ -1,9 +1,10 @@
 """Public checkpoints: a directory or a name on the hub in, a filled model out; and back again.
 
-Each family has one table of names, the published ones on the left and ours on the right. Loading
-reads it from left to right, saving from right to left. Every tensor is accounted for on both
-sides: one that we need and the file lacks, one in the file that nobody knows, or one of another
-shape raises with its name. What a file holds and we knowingly leave alone stands in UNREAD.
+Each family has one table of names (layouts.py), the published ones on the left and ours on the
+right. Loading reads it from left to right, saving from right to left. Every tensor is accounted
+for on both sides: one that we need and the file lacks, one in the file that nobody knows, or one
+of another shape raises with its name. What a file holds and we knowingly leave alone is listed as
+the layout's `unread`.
 
 The files are memory-mapped and the model is built without numbers (device "meta"), so a tensor
 goes straight from the file into its place: there is never a second copy of the weights.
@@ -23,90 +24,19 @@ from torch import nn
 
 from model.config import LanguageConfig, VisionConfig
 from model.language import LanguageModel
+from model.layouts import LAYOUTS, LEADING_ONES, Layout, half_split
+from model.minimind import is_older, minimind_config, projector_state
+from model.torch_file import TorchFile
 from model.vision import VisionTransformer
-
-# A line may name one tensor, or a layer, and then stands for its weight and its bias.
-LANGUAGE = {
-    "model.embed_tokens": "embed_tokens",
-    "model.layers.{}.input_layernorm": "layers.{}.input_layernorm",
-    "model.layers.{}.self_attn.q_proj": "layers.{}.self_attn.q_proj",
-    "model.layers.{}.self_attn.k_proj": "layers.{}.self_attn.k_proj",
-    "model.layers.{}.self_attn.v_proj": "layers.{}.self_attn.v_proj",
-    "model.layers.{}.self_attn.o_proj": "layers.{}.self_attn.o_proj",
-    "model.layers.{}.self_attn.q_norm": "layers.{}.self_attn.q_norm",  # Qwen3
-    "model.layers.{}.self_attn.k_norm": "layers.{}.self_attn.k_norm",  # Qwen3
-    "model.layers.{}.post_attention_layernorm": "layers.{}.post_attention_layernorm",
-    "model.layers.{}.mlp.gate_proj": "layers.{}.mlp.gate_proj",
-    "model.layers.{}.mlp.up_proj": "layers.{}.mlp.up_proj",
-    "model.layers.{}.mlp.down_proj": "layers.{}.mlp.down_proj",
-    "model.norm": "norm",
-    "lm_head": "lm_head",
-}
-SIGLIP_AND_CLIP = {
-    "vision_model.embeddings.class_embedding": "class_embedding",  # CLIP
-    "vision_model.embeddings.patch_embedding": "patch_embedding",
-    "vision_model.embeddings.position_embedding.weight": "position_embedding",
-    "vision_model.pre_layrnorm": "pre_layernorm",  # CLIP; published with this spelling
-    "vision_model.encoder.layers.{}.layer_norm1": "layers.{}.layer_norm1",
-    "vision_model.encoder.layers.{}.self_attn.q_proj": "layers.{}.self_attn.q_proj",
-    "vision_model.encoder.layers.{}.self_attn.k_proj": "layers.{}.self_attn.k_proj",
-    "vision_model.encoder.layers.{}.self_attn.v_proj": "layers.{}.self_attn.v_proj",
-    "vision_model.encoder.layers.{}.self_attn.out_proj": "layers.{}.self_attn.out_proj",
-    "vision_model.encoder.layers.{}.layer_norm2": "layers.{}.layer_norm2",
-    "vision_model.encoder.layers.{}.mlp.fc1": "layers.{}.fc1",
-    "vision_model.encoder.layers.{}.mlp.fc2": "layers.{}.fc2",
-    "vision_model.post_layernorm": "post_layernorm",  # SigLIP
-}
-DINOV2 = {
-    "embeddings.cls_token": "class_embedding",
-    "embeddings.patch_embeddings.projection": "patch_embedding",
-    "embeddings.position_embeddings": "position_embedding",
-    "encoder.layer.{}.norm1": "layers.{}.layer_norm1",
-    "encoder.layer.{}.attention.attention.query": "layers.{}.self_attn.q_proj",
-    "encoder.layer.{}.attention.attention.key": "layers.{}.self_attn.k_proj",
-    "encoder.layer.{}.attention.attention.value": "layers.{}.self_attn.v_proj",
-    "encoder.layer.{}.attention.output.dense": "layers.{}.self_attn.out_proj",
-    "encoder.layer.{}.layer_scale1.lambda1": "layers.{}.layer_scale1",
-    "encoder.layer.{}.norm2": "layers.{}.layer_norm2",
-    "encoder.layer.{}.mlp.fc1": "layers.{}.fc1",
-    "encoder.layer.{}.mlp.fc2": "layers.{}.fc2",
-    "encoder.layer.{}.layer_scale2.lambda1": "layers.{}.layer_scale2",
-    "layernorm": "post_layernorm",
-}
-TABLES = {
-    "llama": LANGUAGE, "qwen2": LANGUAGE, "qwen3": LANGUAGE,
-    "siglip_vision_model": SIGLIP_AND_CLIP, "clip_vision_model": SIGLIP_AND_CLIP,
-    "dinov2": DINOV2,
-}
-# A model that was saved as part of a larger one has this before its names, one saved alone not.
-PREFIX = {"llama": "model.", "qwen2": "model.", "qwen3": "model.",
-          "siglip_vision_model": "vision_model.", "clip_vision_model": "vision_model.",
-          "dinov2": ""}
-# DINOv2 publishes these with axes of length 1 in front, ready to be added to a batch.
-LEADING_ONES = {"embeddings.cls_token": 2, "embeddings.position_embeddings": 1}
-
-# Known, not needed, not read. Patterns of published names without the family's PREFIX.
-UNREAD = {
-    "llama": ["layers.*.self_attn.rotary_emb.inv_freq"],  # a table that is computed here
-    "qwen2": [],
-    "qwen3": [],
-    "siglip_vision_model": [
-        "head.*",  # pools the patches into one vector: we want the patches
-        "embeddings.position_ids", "text_model.*", "logit_scale", "logit_bias",
-    ],
-    "clip_vision_model": [
-        "post_layernorm.*",  # normalises the class token alone, which is left out here
-        "embeddings.position_ids", "text_model.*", "logit_scale",
-        "visual_projection.weight", "text_projection.weight",
-    ],
-    "dinov2": ["embeddings.mask_token"],  # stands for hidden patches while DINOv2 is trained
-}
 
 # What the weights of well-known models weigh, for the message when they cannot be fetched.
 SIZES = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": "269 MB", "Qwen/Qwen2.5-0.5B-Instruct": "988 MB",
     "Qwen/Qwen2.5-1.5B-Instruct": "3.1 GB", "Qwen/Qwen3-0.6B": "1.5 GB",
+    "Qwen/Qwen-7B-Chat": "15.4 GB",
     "google/siglip-base-patch16-224": "813 MB", "google/siglip2-base-patch16-224": "1.5 GB",
+    "google/siglip-so400m-patch14-384": "3.5 GB", "google/siglip2-base-patch32-256": "1.5 GB",
+    "openai/clip-vit-base-patch32": "605 MB",
     "openai/clip-vit-base-patch16": "599 MB", "openai/clip-vit-large-patch14": "1.7 GB",
     "facebook/dinov2-small": "88 MB", "facebook/dinov2-base": "346 MB",
 }
@@ -116,38 +46,66 @@ WANTED_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.js
 
 
 def load_language(name, dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """A public decoder from a directory or from the hub, its numbers in dtype."""
-    directory = resolve(name)
-    config = LanguageConfig.from_public(read_config(directory))
+    """A public decoder from a directory, from MiniMind's .pth file or from the hub, in dtype."""
+    source = resolve(name)
+    config = language_config(source)
     with torch.device("meta"):
         model = LanguageModel(config)
-    unread = UNREAD[config.model_type] + ["lm_head.weight"] * config.tie_word_embeddings
-    return fill(model, directory, unread, dtype)
+    held = tensor_files(source)
+    layout = LAYOUTS["minimind" if is_older(held) else config.model_type]
+    unread = [*layout.unread]
+    if config.tie_word_embeddings:  # some files hold the table a second time, as the head
+        unread.append(layout.public["lm_head"] + ".weight")
+    return fill(model, source, held, layout, unread, dtype)
 
 
-def load_vision(name, dtype: torch.dtype = torch.float32,
-                feature_layer: int = -1) -> VisionTransformer:
+def language_config(source: Path) -> LanguageConfig:
+    """From config.json; of MiniMind's files, which often have none, from the tensors' shapes."""
+    directory = source if source.is_dir() else source.parent
+    alone = not (directory / "config.json").is_file() and bool(pth_files(source))
+    public = {} if alone else read_config(directory)
+    if alone or public.get("model_type") in ("minimind", "minimind-v"):
+        return minimind_config(tensor_shapes(source), public, source)
+    return LanguageConfig.from_public(public)
+
+
+def load_vision(name, dtype: torch.dtype = torch.float32, feature_layer: int = -1,
+                features: str = "patches") -> VisionTransformer:
     """A public vision tower from a directory or from the hub, also out of a whole CLIP or SigLIP.
 
     Blocks after feature_layer are not needed for it and not read.
     """
     directory = resolve(name)
-    config = VisionConfig.from_public(read_config(directory), feature_layer)
+    config = VisionConfig.from_public(read_config(directory), feature_layer, features)
     with torch.device("meta"):
         model = VisionTransformer(config)
-    unread = list(UNREAD[config.model_type])
+    layout = LAYOUTS[config.model_type]
+    unread = [*layout.unread]
     if feature_layer != -1:
         unread += ["post_layernorm.*", "layernorm.*"]
         unread += [f"encoder.layer*.{number}.*"  # "encoder.layers." or "encoder.layer."
                    for number in range(len(model.layers), config.num_hidden_layers)]
-    return fill(model, directory, unread, dtype)
+    return fill(model, directory, tensor_files(directory), layout, unread, dtype)
 
 
-def fill(model, directory: Path, unread: list[str], dtype: torch.dtype):
-    """Put the tensors of directory into model, which stands on the meta device."""
-    family, held = model.config.model_type, tensor_files(directory)
-    wanted = public_names(model)
-    prefix = PREFIX[family]
+def load_minimind_projector(name) -> dict[str, torch.Tensor]:
+    """The projector of a MiniMind-V, out of the file that holds its language model as well.
+
+    -> the state of a Projector: "norm_mlp" where "norm.weight" is among the names (minimind-3v),
+    else "linear" (MiniMind2-V). projector.load_state_dict(...) checks the widths.
+    """
+    source, tensors = resolve(name), {}
+    for path in weight_files(source):
+        with open_tensors(path) as file:
+            tensors.update({each: file.get_tensor(each) for each in file.keys()
+                            if each.startswith("vision_proj.")})
+    return projector_state(tensors, source)
+
+
+def fill(model, source: Path, held: dict[str, Path], layout: Layout, unread: list[str],
+         dtype: torch.dtype):
+    """Put the tensors that the files hold into model, which stands on the meta device."""
+    wanted, prefix = public_names(model, layout), layout.prefix
     if not any(name.startswith(prefix) for name in held):
         wanted = {name.removeprefix(prefix): ours for name, ours in wanted.items()}
     problems = [f"missing: {name}" for name in sorted(wanted.keys() - held.keys())]
@@ -155,29 +113,41 @@ def fill(model, directory: Path, unread: list[str], dtype: torch.dtype):
                  if not any(fnmatch(name.removeprefix(prefix), u) for u in unread)]
     target, tensors = model.state_dict(), {}
     for path in sorted({held[name] for name in wanted if name in held}):
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             for name, ours in wanted.items():
                 if held.get(name) != path:
                     continue
-                shape = public_shape(name.removeprefix(prefix), target[ours])
+                shape = public_shape(name.removeprefix(prefix), [target[each] for each in ours])
                 found = list(file.get_slice(name).get_shape())  # from the header: reads no data
                 if found != shape:
                     problems.append(f"misshapen: {name} is {found} in the file, and config.json "
                                     f"asks for {shape}")
                 elif not problems:
-                    tensors[ours] = file.get_tensor(name).to(dtype).reshape(target[ours].shape)
+                    tensor = file.get_tensor(name).to(dtype)
+                    if name.rsplit(".", 2)[-2] in layout.interleaved:
+                        tensor = half_split(tensor, model.config.head_dim)
+                    tensors.update(unstacked(tensor, {each: target[each] for each in ours}))
     if problems:
         more = f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else ""
-        raise ValueError(f"{directory}: the weights do not fit a {family} as config.json "
-                         "describes it:\n  " + "\n  ".join(problems[:12]) + more)
+        raise ValueError(f"{source}: the weights do not fit a {model.config.model_type} as "
+                         "config.json describes it:\n  " + "\n  ".join(problems[:12]) + more)
     model.load_state_dict(tensors, assign=True)
     return model
 
 
-def public_names(model: nn.Module) -> dict[str, str]:
-    """{published name: our name} for every tensor of model."""
-    table = {ours: public for public, ours in TABLES[model.config.model_type].items()}
-    names = {}
+def unstacked(tensor: torch.Tensor, target: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Cut a published tensor into those of ours that are stacked in it; mostly it is just one.
+
+    The parts are views: still the mapped file itself, and no copy of it.
+    """
+    parts = tensor.flatten().split([each.numel() for each in target.values()])
+    return {ours: part.view(each.shape) for (ours, each), part in zip(target.items(), parts)}
+
+
+def public_names(model: nn.Module, layout: Layout) -> dict[str, list[str]]:
+    """{published name: our names} for every tensor of model; several of ours where they are
+    stacked in one published matrix."""
+    table, names = layout.public, {}
     for ours in model.state_dict():
         number = re.search(r"(?<=layers\.)\d+", ours)
         pattern = re.sub(r"(?<=layers\.)\d+", "{}", ours)
@@ -189,18 +159,29 @@ def public_names(model: nn.Module) -> dict[str, str]:
         else:
             raise ValueError(f"{ours} has no published name in a {model.config.model_type}; "
                              "adapters must be merged (merge_lora) before a model is saved so")
-        names[public.format(number.group()) if number else public] = ours
+        # A model lists q, k and v in this order, and so does the layout that stacks them.
+        names.setdefault(public.format(number.group()) if number else public, []).append(ours)
     return names
 
 
-def public_shape(name: str, tensor: torch.Tensor) -> list[int]:
-    return [1] * LEADING_ONES.get(name, 0) + list(tensor.shape)
+def public_shape(name: str, stacked: list[torch.Tensor]) -> list[int]:
+    rows = sum(len(tensor) for tensor in stacked)
+    return [1] * LEADING_ONES.get(name, 0) + [rows, *stacked[0].shape[1:]]
+
+
+def public_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """{published name: tensor}: the model in the form in which its family is published."""
+    state, tensors = model.state_dict(), {}
+    for public, ours in public_names(model, LAYOUTS[model.config.model_type]).items():
+        stacked = [state[each] for each in ours]
+        tensor = torch.cat(stacked) if len(stacked) > 1 else stacked[0]
+        tensors[public] = tensor.reshape(public_shape(public, stacked))
+    return tensors
 
 
 def save_language(model: LanguageModel, directory) -> None:
     """Write config.json and model.safetensors as other libraries read them."""
-    tensors = {public: model.state_dict()[ours] for public, ours in public_names(model).items()}
-    save(directory, model.config.to_public(), tensors)
+    save(directory, model.config.to_public(), public_tensors(model))
 
 
 def save_vision(model: VisionTransformer, directory, extra: dict | None = None) -> None:
@@ -211,10 +192,8 @@ def save_vision(model: VisionTransformer, directory, extra: dict | None = None) 
     A tower with an earlier feature_layer has no later blocks to write; it loads again with that
     feature_layer only.
     """
-    state, prefix = model.state_dict(), PREFIX[model.config.model_type]
-    tensors = {public: state[ours].reshape(public_shape(public, state[ours]))
-               for public, ours in public_names(model).items()}
-    config = model.config.to_public()
+    prefix = LAYOUTS[model.config.model_type].prefix
+    tensors, config = public_tensors(model), model.config.to_public()
     for name, tensor in (extra or {}).items():
         tensors[prefix + name.removeprefix(prefix)] = tensor
     if model.config.model_type == "siglip_vision_model":
@@ -247,37 +226,70 @@ def read_config(directory: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def weight_files(directory) -> list[Path]:
-    """The safetensors files of a public directory: one, or the shards that its index names."""
-    directory = Path(directory)
-    index = directory / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        names = sorted(set(shards))
-    missing = [name for name in names if not (directory / name).is_file()]
-    if missing:
+def weight_files(source) -> list[Path]:
+    """The files with the weights of a public directory: one, or the shards that an index names.
+
+    safetensors first; where none are, pytorch_model.bin; then a single .pth, MiniMind's form. A
+    path of such a file stands for itself.
+    """
+    source = Path(source)
+    if source.is_file():
+        return [source]
+    names = []
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = source / f"{single}.index.json"
+        if index.is_file():
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            names = sorted(set(shards))
+        elif (source / single).is_file():
+            names = [single]
+        if names:
+            break
+    names = names or [path.name for path in pth_files(source)]
+    missing = [name for name in names if not (source / name).is_file()]
+    if missing or not names:
         raise FileNotFoundError(
-            f"{directory} lacks {', '.join(missing)}; weights are read from model.safetensors or "
-            "from the shards of model.safetensors.index.json (pytorch_model.bin is not read: "
-            "such a file can run code)"
-        )
-    return [directory / name for name in names]
+            f"{source} lacks {', '.join(missing) or 'model.safetensors'}; weights are read from "
+            "model.safetensors or pytorch_model.bin, from the shards that an index "
+            "(model.safetensors.index.json) names, or from a .pth of MiniMind's")
+    return [source / name for name in names]
 
 
-def tensor_files(directory: Path) -> dict[str, Path]:
+def pth_files(source: Path) -> list[Path]:
+    """The one .pth file that source is or holds, or nothing; two are a question to the caller."""
+    found = [source] if source.is_file() else sorted(source.glob("*.pth"))
+    if len(found) > 1:
+        raise ValueError(f"{source} holds {len(found)} .pth files: give the path of the one to "
+                         f"read, such as {found[0]}")
+    return found
+
+
+def open_tensors(path: Path):
+    """One file with weights, to be used in `with`: keys(), get_slice(name), get_tensor(name)."""
+    return safe_open(path, framework="pt") if path.suffix == ".safetensors" else TorchFile(path)
+
+
+def tensor_files(source: Path) -> dict[str, Path]:
     """{tensor name: the file that holds it}, from the files' own headers."""
     held = {}
-    for path in weight_files(directory):
-        with safe_open(path, framework="pt") as file:
+    for path in weight_files(source):
+        with open_tensors(path) as file:
             held.update(dict.fromkeys(file.keys(), path))
     return held
 
 
-def file_hashes(directory) -> dict[str, str]:
+def tensor_shapes(source: Path) -> dict[str, list[int]]:
+    shapes = {}
+    for path in weight_files(source):
+        with open_tensors(path) as file:
+            shapes.update({name: list(file.get_slice(name).get_shape()) for name in file.keys()})
+    return shapes
+
+
+def file_hashes(source) -> dict[str, str]:
     """{file name: sha256} of the weight files; about a second for each gigabyte."""
     hashes = {}
-    for path in weight_files(directory):
+    for path in weight_files(source):
         digest = hashlib.sha256()
         with open(path, "rb") as file:
             while block := file.read(1 << 20):
@@ -287,27 +299,41 @@ def file_hashes(directory) -> dict[str, str]:
 
 
 def resolve(name) -> Path:
-    """A local directory as it is; else a name on the hub, fetched (once) into its cache.
+    """A local directory, or .pth file, as it is; else a name on the hub, fetched (once) into its
+    cache: "owner/model", or "owner/model/file.pth" for one file of many.
 
     HF_ENDPOINT (a mirror), HF_HUB_OFFLINE and HF_HOME work as everywhere.
     """
     path = Path(name).expanduser()
-    if path.is_dir():
+    if path.is_dir() or (path.is_file() and path.suffix == ".pth"):
         return path
     name = str(name)
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):  # no hub name has this form
-        raise FileNotFoundError(f"there is no directory {path}")
+    form = r"[\w-][\w.-]*/[\w.-]+/[\w.-]+" if name.endswith(".pth") else r"[\w-][\w.-]*(/[\w.-]+)?"
+    if not re.fullmatch(form, name):  # no name on the hub
+        raise FileNotFoundError(f"there is no directory {path}, and no .pth file")
     try:
-        from huggingface_hub import snapshot_download  # here: a local directory needs no hub
-
-        return Path(snapshot_download(name, allow_patterns=WANTED_FILES))
+        return fetch(name)
     except Exception as error:  # offline, unknown, refused, full disk: the way out is the same
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
         size = f" ({SIZES[name]})" if name in SIZES else ""
+        files = f"config.json, the model*.safetensors{size} and the tokenizer or preprocessor files"
+        repository, files = name.rsplit("/", 1) if name.endswith(".pth") else (name, files)
         raise FileNotFoundError(
             f"{name!r} is no local directory, and fetching it from {endpoint} failed: "
             f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}\n"
-            f"Download config.json, the model*.safetensors{size} and the tokenizer or preprocessor "
-            f"files of {endpoint}/{name}/tree/main into a directory and pass its path instead, "
-            "or set HF_ENDPOINT to a mirror (such as HF_ENDPOINT=https://hf-mirror.com)"
+            f"Download {files} of {endpoint}/{repository}/tree/main into a directory and pass the "
+            "path instead, or set HF_ENDPOINT to a mirror (such as HF_ENDPOINT=https://hf-mirror.com)"
         ) from error
+
+
+def fetch(name: str) -> Path:
+    """Download what is needed of a name on the hub, unless it lies in the cache already."""
+    from huggingface_hub import hf_hub_download, snapshot_download  # local directories need none
+
+    if name.endswith(".pth"):
+        return Path(hf_hub_download(*name.rsplit("/", 1)))
+    directory = Path(snapshot_download(name, allow_patterns=WANTED_FILES))
+    if not list(directory.glob("*.safetensors")):  # many publish both: then this one is enough
+        snapshot_download(name, allow_patterns=["pytorch_model*.bin",
+                                                "pytorch_model.bin.index.json"])
+    return directory

@@ -7,7 +7,7 @@ from families import assert_close
 from model.projector import Projector, pixel_shuffle
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("kind", ["linear", "mlp", "norm_mlp"])
 @pytest.mark.parametrize("n, K", [(1, 36), (2, 9), (3, 4), (6, 1)])
 def test_shapes(kind, n, K):
     assert Projector(kind, 5, 7, n)(torch.randn(2, 36, 5)).shape == (2, K, 7)
@@ -20,6 +20,33 @@ def test_linear_and_mlp_are_what_they_say():
     assert_close(linear(features), expected, 1e-6, "linear")
     hidden = torch.nn.functional.gelu(features @ mlp.fc1.weight.T + mlp.fc1.bias)
     assert_close(mlp(features), hidden @ mlp.fc2.weight.T + mlp.fc2.bias, 1e-6, "mlp")
+
+
+@torch.no_grad()
+def test_norm_mlp_is_layer_norm_linear_gelu_linear():
+    projector = Projector("norm_mlp", 5, 7, pixel_shuffle=2)
+    for p in projector.parameters():
+        torch.nn.init.normal_(p)
+    assert {name.split(".")[0] for name in projector.state_dict()} == {"norm", "fc1", "fc2"}
+    features = torch.randn(2, 16, 5) * 3 + 1
+    x = pixel_shuffle(features, 2)  # (2,4,20): the norm sees the four patches together
+    x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    x = x * projector.norm.weight + projector.norm.bias
+    hidden = torch.nn.functional.gelu(x @ projector.fc1.weight.T + projector.fc1.bias)
+    expected = hidden @ projector.fc2.weight.T + projector.fc2.bias
+    assert_close(projector(features), expected, 1e-4, "norm_mlp")
+
+
+def test_a_norm_in_front_makes_loudness_not_matter():
+    features, projector = torch.randn(2, 9, 5), Projector("norm_mlp", 5, 7)
+    assert_close(projector(100 * features), projector(features), 1e-3, "100 times as loud")
+
+
+def test_kinds_hold_only_their_own_layers():
+    """A checkpoint of one kind must not load as another."""
+    linear, mlp, norm_mlp = (set(Projector(kind, 5, 7).state_dict())
+                             for kind in ("linear", "mlp", "norm_mlp"))
+    assert linear < mlp < norm_mlp
 
 
 def test_each_token_is_one_square_of_neighbours():
@@ -54,7 +81,8 @@ def test_unknown_kinds_are_refused():
         Projector("mlp", 5, 7, 0)
 
 
-@pytest.mark.parametrize("kind, width, n", [("linear", 768, 1), ("mlp", 384, 2), ("mlp", 192, 1)])
+@pytest.mark.parametrize("kind, width, n", [("linear", 768, 1), ("mlp", 384, 2), ("mlp", 192, 1),
+                                            ("norm_mlp", 768, 1)])
 def test_pictures_begin_no_louder_than_words(kind, width, n):
     """Features of a final norm are about 1 in size, embeddings of words a few hundredths."""
     torch.manual_seed(0)

@@ -77,6 +77,49 @@ def test_no_patch_is_lost(family, tmp_path):
         assert difference.min() > 0, "every patch looks at every other"
 
 
+@pytest.mark.parametrize("family", ["CLIP", "Dinov2"])
+@pytest.mark.parametrize("layer", [-1, -2])
+@torch.no_grad()
+def test_the_class_token_is_what_transformers_pools(family, layer, tmp_path):
+    """After the last block with the final norm, CLIP's too; after an earlier one as it is."""
+    theirs = public_vision(family)
+    theirs.save_pretrained(tmp_path)
+    ours = VisionTransformer.from_pretrained(tmp_path, feature_layer=layer, features="class")
+    pixels = random_pixels(2, 48, 48)
+    out = theirs(pixels, output_hidden_states=True)
+    expected = out.pooler_output if layer == -1 else out.hidden_states[layer][:, 0]
+    assert_close(ours(pixels), expected[:, None], 2e-4, f"{family}'s class token, layer {layer}")
+    if layer == -1 and family == "CLIP":
+        assert (out.last_hidden_state[:, 0] - expected).abs().max() > 1e-2, "the norm matters"
+
+
+@pytest.mark.parametrize("family", ["Siglip", "CLIP", "Dinov2"])
+@pytest.mark.parametrize("layer", [-1, -2])
+@torch.no_grad()
+def test_pooled_is_the_mean_of_the_patches_alone(family, layer, tmp_path):
+    theirs = public_vision(family)
+    theirs.save_pretrained(tmp_path)
+    ours = VisionTransformer.from_pretrained(tmp_path, feature_layer=layer, features="pooled")
+    pixels = random_pixels(2, 48, 48)
+    out = theirs(pixels, output_hidden_states=True)
+    hidden = out.last_hidden_state if layer == -1 else out.hidden_states[layer]
+    expected = hidden[:, extra_tokens(family):].mean(dim=1)[:, None]  # (N,1,Dv)
+    assert_close(ours(pixels), expected, 2e-4, f"{family} pooled, layer {layer}")
+
+
+def test_siglip_has_no_class_token_to_take():
+    public = {"model_type": "siglip_vision_model", **VISION}
+    with pytest.raises(ValueError, match="has no class token"):
+        VisionConfig.from_public(public, features="class")
+    with pytest.raises(ValueError, match="'patches', 'class' and 'pooled'"):
+        VisionConfig.from_public(public, features="mean")
+
+
+def test_a_naflex_siglip2_is_refused_and_the_fixed_one_named():
+    with pytest.raises(ValueError, match="'siglip' .also SigLIP2 of a fixed resolution"):
+        VisionConfig.from_public({"model_type": "siglip2", "vision_config": {}})
+
+
 def test_a_feature_layer_out_of_range_is_refused():
     public = {"model_type": "siglip_vision_model", **VISION}
     for layer in (0, 1, -4):

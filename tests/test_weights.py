@@ -218,6 +218,115 @@ def test_a_loaded_model_can_be_trained_and_the_file_stays_as_it_was(qwen2):
     assert not torch.equal(again.norm.weight, ours.norm.weight)
 
 
+# ---------------------------------------------------------------- pytorch_model.bin
+
+
+@pytest.fixture
+def qwen2_bin(qwen2):
+    """The same model as older releases publish it."""
+    directory, theirs = qwen2
+    torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+    return directory, theirs
+
+
+@torch.no_grad()
+def test_a_bin_file_equals_the_public_model(qwen2_bin):
+    directory, theirs = qwen2_bin
+    assert_close(load_language(directory)(IDS), theirs(IDS).logits, 2e-4, "pytorch_model.bin")
+    assert file_hashes(directory).keys() == {"pytorch_model.bin"}
+
+
+@torch.no_grad()
+def test_shards_of_bin_files_equal_one(qwen2_bin):
+    directory, theirs = qwen2_bin
+    tensors = torch.load(directory / "pytorch_model.bin", weights_only=True)
+    place = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(tensors)}
+    for file in set(place.values()):
+        torch.save({name: t for name, t in tensors.items() if place[name] == file},
+                   directory / file)
+    index = directory / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": place}))
+    (directory / "pytorch_model.bin").unlink()
+    assert_close(load_language(directory)(IDS), theirs(IDS).logits, 2e-4, "two .bin shards")
+    assert len(file_hashes(directory)) == 2
+    (directory / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(FileNotFoundError, match="pytorch_model-00002-of-00002.bin"):
+        load_language(directory)
+
+
+def test_safetensors_are_read_where_both_lie(qwen2):
+    (qwen2[0] / "pytorch_model.bin").write_bytes(b"never opened")
+    load_language(qwen2[0])
+    assert file_hashes(qwen2[0]).keys() == {"model.safetensors"}
+
+
+@torch.no_grad()
+def test_a_file_of_pytorch_before_1_6_is_read(qwen2_bin):
+    directory, theirs = qwen2_bin
+    tensors = torch.load(directory / "pytorch_model.bin", weights_only=True)
+    torch.save(tensors, directory / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert_close(load_language(directory)(IDS), theirs(IDS).logits, 2e-4, "no zip archive")
+
+
+@torch.no_grad()
+def test_a_whole_clip_in_a_bin_file(tmp_path):
+    text = {"hidden_size": 24, "intermediate_size": 30, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "vocab_size": 50}
+    theirs = transformers.CLIPModel(transformers.CLIPConfig(
+        text_config=text, vision_config=VISION)).eval()
+    theirs.config.save_pretrained(tmp_path)
+    tensors = {**theirs.state_dict(), "vision_model.embeddings.position_ids": torch.arange(9)}
+    torch.save({name: t.half() for name, t in tensors.items()}, tmp_path / "pytorch_model.bin")
+    expected = theirs.half().float().vision_model(PIXELS).last_hidden_state[:, 1:]
+    assert_close(load_vision(tmp_path)(PIXELS), expected, 2e-4, "CLIP, .bin, float16")
+
+
+class Trap:
+    """Pickles to an order to make a file: what a wicked .bin would do, and worse."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_file_that_would_run_code_is_refused_and_none_of_it_runs(qwen2_bin):
+    directory, _ = qwen2_bin
+    torch.save({"model.norm.weight": Trap(directory / "ran")}, directory / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="holds more than tensors.*refused"):
+        load_language(directory)
+    assert not (directory / "ran").exists()
+
+
+@pytest.mark.parametrize("content, words", [
+    ({"model": {"a": torch.ones(1)}, "epoch": 3}, "'model', 'epoch'.*state of a training run"),
+    ([torch.ones(1)], "holds a list"),
+])
+def test_a_bin_file_of_other_content_is_refused(content, words, qwen2_bin):
+    torch.save(content, qwen2_bin[0] / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=words):
+        load_language(qwen2_bin[0])
+
+
+def test_a_bin_file_that_was_cut_short_is_named(qwen2_bin):
+    path = qwen2_bin[0] / "pytorch_model.bin"
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(ValueError, match="pytorch_model.bin cannot be read"):
+        load_language(qwen2_bin[0])
+
+
+def test_a_model_out_of_a_bin_file_can_be_trained_and_the_file_stays_as_it_was(qwen2_bin):
+    directory, _ = qwen2_bin
+    before = file_hashes(directory)
+    ours = load_language(directory)
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.add_(1)
+    assert file_hashes(directory) == before
+
+
 # ---------------------------------------------------------------- towers and their public names
 
 
@@ -339,7 +448,7 @@ def in_a_new_process(name, home, **environment):
     root = Path(__file__).resolve().parent.parent
     clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root,
-                          timeout=120, env={**clean, "HF_HOME": str(home), **environment})
+                          timeout=600, env={**clean, "HF_HOME": str(home), **environment})
 
 
 def test_offline_says_what_to_download_how_large_and_from_where(tmp_path):
@@ -351,9 +460,36 @@ def test_offline_says_what_to_download_how_large_and_from_where(tmp_path):
         assert word in run.stderr, word
 
 
+def test_a_pth_file_on_the_hub_is_named_when_it_cannot_be_fetched(tmp_path):
+    run = in_a_new_process("owner/many/llm_768.pth", tmp_path, HF_HUB_OFFLINE="1")
+    assert run.returncode != 0
+    assert "Download llm_768.pth of https://huggingface.co/owner/many/tree/main" in run.stderr
+
+
 def test_a_mirror_is_asked_for_the_needed_files_only_and_then_never_again(qwen2, tmp_path):
     directory, _ = qwen2
     (directory / "pytorch_model.bin").write_bytes(b"not to be fetched")
+    first, again, asked = through_a_mirror(directory, tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "hidden_size=36" in first.stdout
+    assert any("model.safetensors" in path for path in asked)
+    assert not any("pytorch_model.bin" in path for path in asked)
+    assert again.returncode == 0, again.stderr
+
+
+def test_where_no_safetensors_are_published_the_bin_is_fetched(qwen2_bin, tmp_path):
+    first, again, asked = through_a_mirror(qwen2_bin[0], tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "hidden_size=36" in first.stdout
+    assert any("pytorch_model.bin" in path for path in asked)
+    assert again.returncode == 0, again.stderr
+
+
+def through_a_mirror(directory, tmp_path):
+    """Load "some/tiny" from a server that has directory's files, then again without it.
+
+    -> both processes, and the paths that the server was asked for.
+    """
     commit, asked = "0123456789abcdef0123456789abcdef01234567", []
 
     class Mirror(BaseHTTPRequestHandler):
@@ -395,11 +531,6 @@ def test_a_mirror_is_asked_for_the_needed_files_only_and_then_never_again(qwen2,
         endpoint = f"http://127.0.0.1:{server.server_port}"
         first = in_a_new_process("some/tiny", tmp_path / "home", HF_ENDPOINT=endpoint,
                                  NO_PROXY="127.0.0.1", HF_HUB_DISABLE_XET="1")
-        assert first.returncode == 0, first.stderr
-        assert "hidden_size=36" in first.stdout
-        assert any("model.safetensors" in path for path in asked)
-        assert not any("pytorch_model.bin" in path for path in asked)
     finally:
         server.shutdown()
-    again = in_a_new_process("some/tiny", tmp_path / "home", HF_HUB_OFFLINE="1")
-    assert again.returncode == 0, again.stderr
+    return first, in_a_new_process("some/tiny", tmp_path / "home", HF_HUB_OFFLINE="1"), asked

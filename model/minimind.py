@@ -1,0 +1,107 @@
+"""MiniMind: the shape of a model that is published without a config.json, and its projector.
+
+    llm_768.pth -> names and shapes of its tensors -> minimind_config -> LanguageConfig
+    sft_vlm_768.pth -> load_minimind_projector -> state of our Projector
+
+MiniMind (github.com/jingyaogong/minimind, and minimind-v) publishes one .pth file for a model, and
+the numbers that describe it stand in the code of its day. Most can be read off the tensors; the
+rest follows from which generation the tensors belong to, and that they tell as well.
+"""
+
+import re
+
+import torch
+
+from model.config import LanguageConfig, refuse
+
+# What shapes cannot tell, by: older names? norms of q and k? width of q / width of k.
+# The first two are interleaved (layouts.half_split); all tie the head to the embeddings.
+GENERATIONS = {
+    (True, False, 2): {"num_attention_heads": 16, "rope_theta": 1e4, "rms_norm_eps": 1e-5},  # v1
+    (True, False, 4): {"num_attention_heads": 8, "rope_theta": 1e6, "rms_norm_eps": 1e-5},  # 2
+    (False, False, 4): {"num_attention_heads": 8, "rope_theta": 1e6, "rms_norm_eps": 1e-5},  # 2
+    (False, True, 2): {"num_attention_heads": 8, "rope_theta": 1e6, "rms_norm_eps": 1e-6},  # 3
+}
+OLDER_NAMES = {"n_heads": "num_attention_heads", "norm_eps": "rms_norm_eps"}  # in config.json
+
+
+def is_older(names) -> bool:
+    """Was this file written before April 2025, under the names of layouts.MINIMIND?"""
+    return "tok_embeddings.weight" in names
+
+
+def minimind_config(shapes: dict[str, list[int]], public: dict, where) -> LanguageConfig:
+    """{published name: shape} of a MiniMind file -> its config: "llama", or "qwen3" for minimind-3.
+
+    public: a config.json of MiniMind's own, or {}. What it says about heads, theta and eps goes
+    before the table. Raises ValueError (naming `where`) for a file of another kind.
+    """
+    older, normed = is_older(shapes), "model.layers.0.self_attn.q_norm.weight" in shapes
+    if any(".experts." in name for name in shapes):
+        raise ValueError(f"{where}: a mixture of experts; only MiniMind's dense models are "
+                         "supported here (minimind-3, MiniMind2, MiniMind2-Small)")
+    names = (("tok_embeddings", "layers.0.attention.wq", "layers.0.attention.wk",
+              "layers.0.feed_forward.w1") if older else
+             ("model.embed_tokens", "model.layers.0.self_attn.q_proj",
+              "model.layers.0.self_attn.k_proj", "model.layers.0.mlp.gate_proj"))
+    missing = [f"{name}.weight" for name in names if f"{name}.weight" not in shapes]
+    if missing:
+        raise ValueError(f"{where}: no MiniMind language model, it lacks {missing[0]}. Another "
+                         "model's weights need its config.json beside them")
+    (words, width), (q, _), (k, _), (middle, _) = (shapes[f"{name}.weight"] for name in names)
+
+    said = {OLDER_NAMES.get(key, key): value for key, value in public.items()}
+    rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
+    refuse(public, "rope_type", rope.get("rope_type", rope.get("type", "default")), "default")
+    facts = {**GENERATIONS.get((older, normed, q / k), {}), **rope,
+             **{key: value for key, value in said.items() if value is not None}}
+    if "num_attention_heads" not in facts:
+        raise ValueError(
+            f"{where}: q is {q} wide and k {k}: no MiniMind that is known here, so the shapes do "
+            "not tell the number of heads. Put a config.json of MiniMind's beside it, with "
+            "num_attention_heads, rope_theta and rms_norm_eps")
+    head_dim = q // facts["num_attention_heads"]
+    layer = re.compile(r"(?:model\.)?layers\.(\d+)\.")
+    return LanguageConfig(
+        model_type="qwen3" if normed else "llama",
+        vocab_size=words,
+        hidden_size=width,
+        intermediate_size=middle,
+        num_hidden_layers=1 + max(int(layer.match(name)[1]) for name in shapes
+                                  if layer.match(name)),
+        num_attention_heads=facts["num_attention_heads"],
+        num_key_value_heads=k // head_dim,
+        head_dim=head_dim,
+        # Version 1 has theta in its code alone, and its files no entry for it.
+        rope_theta=float(facts.get("rope_theta", 1e4 if older else 1e6)),
+        rms_norm_eps=facts.get("rms_norm_eps", 1e-6 if normed else 1e-5),
+        tie_word_embeddings=facts.get("tie_word_embeddings", True),
+        qkv_bias=False,
+        qk_norm=normed,
+        max_position_embeddings=32768,
+    )
+
+
+# Names in the published file -> names in our Projector.
+PROJECTORS = {
+    "norm_mlp": {"vision_proj.mlp.0": "norm", "vision_proj.mlp.1": "fc1",
+                 "vision_proj.mlp.3": "fc2"},  # minimind-3v
+    "linear": {"vision_proj.vision_proj.0": "fc1"},  # MiniMind2-V
+}
+
+
+def projector_state(tensors: dict[str, torch.Tensor], where) -> dict[str, torch.Tensor]:
+    """The vision_proj.* tensors of a MiniMind-V file -> the state of a Projector.
+
+    A "norm" among the names says norm_mlp (minimind-3v), none says linear (MiniMind2-V). Raises
+    for the release between them (mlp.0, mlp.2): it lays four patches that follow each other in a
+    row side by side, and its tower takes pictures of any shape; neither exists here.
+    """
+    for table in PROJECTORS.values():
+        state = {f"{ours}.{last}": tensors.get(f"{public}.{last}")
+                 for public, ours in table.items() for last in ("weight", "bias")}
+        if len(state) == len(tensors) and all(tensor is not None for tensor in state.values()):
+            return state
+    known = " or ".join(", ".join(table) for table in PROJECTORS.values())
+    raise ValueError(f"{where}: a projector of MiniMind-V holds {known}; found: "
+                     f"{', '.join(sorted(tensors)) or 'none (a language model alone?)'}")

@@ -1,0 +1,72 @@
+"""Weights that torch.save wrote (pytorch_model.bin, MiniMind's .pth), read as tensors and no more.
+
+Such a file is a pickle: a small program that builds objects, which can do anything at all when
+it is run. weights_only=True runs none of it but the making of tensors, and refuses the rest. That
+is the one way in which this project opens them.
+"""
+
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+
+
+class TorchFile:
+    """Opens like a safetensors file: with TorchFile(path) as file: file.get_tensor(name)."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> "TorchFile":
+        self.tensors = read_tensors(self.path)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.tensors = {}
+
+    def keys(self):
+        return self.tensors.keys()
+
+    def get_slice(self, name: str) -> "Header":
+        return Header(self.tensors[name])
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+
+class Header:
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self.tensor.shape)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """{name: tensor} of a file that holds nothing else; memory-mapped, so nothing is read yet."""
+    try:
+        # Files from before PyTorch 1.6 (2020) are no zip archives and cannot be mapped.
+        content = torch.load(path, map_location="cpu", weights_only=True,
+                             mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors, and opening it all would run code that came with "
+            f"it: refused ({first_line(error)}). Get the weights as safetensors, or as the plain "
+            "state_dict() of the model") from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a file of torch.save: {first_line(error)}. "
+                         "It may be cut short: compare its size, download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; a dictionary "
+                         "{name: tensor} is needed")
+    others = [name for name, value in content.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise ValueError(
+            f"{path} holds {', '.join(map(repr, others[:4]))}, which are no tensors: it looks like "
+            "the state of a training run. Give the file with the weights alone")
+    return content
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,533 @@
+"""Claim: layouts that transformers does not know, Qwen-7B's and MiniMind's, load to the numbers of
+their own code; and the full sizes of all supported models have the published counts."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from families import (
+    LANGUAGE,
+    QWEN,
+    assert_close,
+    minimind_shapes,
+    random_tensors,
+    randomise,
+    save_minimind,
+    save_qwen,
+)
+from safetensors.torch import load_file, save_file
+
+from model.config import LanguageConfig, VisionConfig
+from model.generate import KVCache
+from model.language import LanguageModel
+from model.layouts import LAYOUTS, half_split
+from model.lora import LoRALinear, add_lora, lora_parameters, merge_lora
+from model.minimind import minimind_config
+from model.projector import Projector
+from model.vision import VisionTransformer
+from model.weights import (
+    file_hashes,
+    load_language,
+    load_minimind_projector,
+    public_names,
+    public_shape,
+    resolve,
+    save_language,
+    weight_files,
+)
+
+IDS = torch.randint(3, 59, (2, 23), generator=torch.Generator().manual_seed(1))
+
+
+# ---------------------------------------------------------------- what the published code computes
+
+
+def norm(x, weight, eps):
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def halves_turned(x, theta):
+    """x (B,T,H,hd): the first half of each head turns with the second half."""
+    B, T, H, hd = x.shape
+    angle = torch.arange(T)[:, None] / theta ** (torch.arange(0, hd, 2) / hd)
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    a, b = x[..., :hd // 2], x[..., hd // 2:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def neighbours_turned(x, theta):
+    """x (B,T,H,hd): each pair of neighbours is a complex number, multiplied by exp(i angle)."""
+    B, T, H, hd = x.shape
+    angle = torch.arange(T)[:, None] / theta ** (torch.arange(0, hd, 2) / hd)
+    turn = torch.polar(torch.ones_like(angle), angle)[:, None]
+    pairs = torch.view_as_complex(x.reshape(B, T, H, hd // 2, 2).contiguous())
+    return torch.view_as_real(pairs * turn).flatten(3)
+
+
+def attend(q, k, v):
+    """q (B,T,H,hd), k and v (B,T,Hkv,hd) -> (B,T,H*hd), causal, softmax written out."""
+    B, T, H, hd = q.shape
+    k, v = (t.repeat_interleave(H // t.shape[2], dim=2) for t in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / hd ** 0.5
+    scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), float("-inf"))
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v).reshape(B, T, H * hd)
+
+
+def qwen_logits(t, public, ids):
+    """Qwen-7B: one matrix for q, k and v, and c_proj(w1(x) * silu(w2(x)))."""
+    width, heads, eps = public["hidden_size"], public["num_attention_heads"], 1e-6
+    x = t["transformer.wte.weight"][ids]
+    for number in range(public["num_hidden_layers"]):
+        w = {name.removeprefix(f"transformer.h.{number}."): tensor for name, tensor in t.items()}
+        mixed = F.linear(norm(x, w["ln_1.weight"], eps), w["attn.c_attn.weight"],
+                         w["attn.c_attn.bias"])
+        q, k, v = (part.unflatten(-1, (heads, -1)) for part in mixed.split(width, dim=2))
+        q, k = (halves_turned(part, public["rotary_emb_base"]) for part in (q, k))
+        x = x + F.linear(attend(q, k, v), w["attn.c_proj.weight"])
+        y = norm(x, w["ln_2.weight"], eps)
+        open_ = F.linear(y, w["mlp.w1.weight"]) * F.silu(F.linear(y, w["mlp.w2.weight"]))
+        x = x + F.linear(open_, w["mlp.c_proj.weight"])
+    return F.linear(norm(x, t["transformer.ln_f.weight"], eps), t["lm_head.weight"])
+
+
+def older_minimind_logits(t, heads, theta, ids, eps=1e-5):
+    """MiniMind before April 2025: complex RoPE over neighbours, w2(silu(w1(x)) * w3(x))."""
+    x = t["tok_embeddings.weight"][ids]
+    head_dim = x.shape[-1] // heads
+    for number in range(2):
+        w = {name.removeprefix(f"layers.{number}."): tensor for name, tensor in t.items()}
+        y = norm(x, w["attention_norm.weight"], eps)
+        q, k, v = (F.linear(y, w[f"attention.w{each}.weight"]).unflatten(-1, (-1, head_dim))
+                   for each in "qkv")
+        q, k = neighbours_turned(q, theta), neighbours_turned(k, theta)
+        x = x + F.linear(attend(q, k, v), w["attention.wo.weight"])
+        y = norm(x, w["ffn_norm.weight"], eps)
+        w1, w2, w3 = (w[f"feed_forward.w{each}.weight"] for each in "123")
+        x = x + F.linear(F.silu(F.linear(y, w1)) * F.linear(y, w3), w2)
+    return F.linear(norm(x, t["norm.weight"], eps), t["output.weight"])
+
+
+# ---------------------------------------------------------------- Qwen-7B
+
+
+@torch.no_grad()
+def test_qwen_7b_computes_what_its_own_code_does(tmp_path):
+    tensors, public = save_qwen(tmp_path)
+    ours = LanguageModel.from_pretrained(tmp_path)
+    assert ours.config.model_type == "qwen"
+    assert ours.config.intermediate_size == 50, "the file says 100: w1 and w2 together"
+    expected = qwen_logits(tensors, public, IDS)
+    assert_close(ours(IDS), expected, 2e-4, "qwen-7b")
+    swapped = {**tensors, **{f"transformer.h.0.mlp.{a}.weight": tensors[
+        f"transformer.h.0.mlp.{b}.weight"] for a, b in (("w1", "w2"), ("w2", "w1"))}}
+    other = qwen_logits(swapped, public, IDS)
+    assert (other - expected).abs().max() > 1e-2, "the reference tells w1 from w2"
+
+
+@torch.no_grad()
+def test_qwen_7b_is_written_as_it_is_published(tmp_path):
+    tensors, public = save_qwen(tmp_path / "theirs")
+    ours = load_language(tmp_path / "theirs")
+    save_language(ours, tmp_path / "ours")
+    written = load_file(tmp_path / "ours" / "model.safetensors")
+    assert written.keys() == tensors.keys()
+    assert all(torch.equal(written[name], tensors[name]) for name in tensors)
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    for key, value in public.items():
+        assert key == "use_flash_attn" or config[key] == value, key
+    assert load_language(tmp_path / "ours").config == ours.config
+
+
+def test_qwen_7b_in_shards_and_unfused_parts_train_and_save(tmp_path):
+    """q, k and v are views of one mapped matrix: each is trained, and can be saved, by itself."""
+    tensors, _ = save_qwen(tmp_path)
+    names = sorted(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[:7],
+              "model-00002-of-00002.safetensors": names[7:]}
+    for file, part in shards.items():
+        save_file({name: tensors[name] for name in part}, tmp_path / file)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(
+        {"weight_map": {name: file for file, part in shards.items() for name in part}}))
+    before = file_hashes(tmp_path)
+    ours = load_language(tmp_path)
+    ours(IDS).square().mean().backward()
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.sub_(p.grad)
+    save_file(dict(ours.named_parameters()), tmp_path / "trained.safetensors")
+    assert file_hashes(tmp_path) == before
+    q_proj = load_file(tmp_path / "trained.safetensors")["layers.0.self_attn.q_proj.weight"]
+    assert torch.equal(q_proj, ours.layers[0].self_attn.q_proj.weight)
+    assert not torch.equal(q_proj, tensors["transformer.h.0.attn.c_attn.weight"][:36])
+
+
+@pytest.mark.parametrize("change, word", [
+    ({"rotary_pct": 0.5}, "rotary_pct"), ({"no_bias": False}, "no_bias"),
+    ({"kv_channels": 8}, "kv_channels"), ({"scale_attn_weights": False}, "scale_attn_weights"),
+])
+def test_a_qwen_config_that_we_would_get_wrong_is_refused(change, word):
+    with pytest.raises(ValueError, match=word):
+        LanguageConfig.from_public({**QWEN, **change})
+
+
+def test_the_first_release_of_qwen_7b_is_named():
+    first = {"model_type": "qwen", "n_embd": 4096, "n_head": 32, "n_layer": 32}
+    with pytest.raises(ValueError, match="first release"):
+        LanguageConfig.from_public(first)
+
+
+def test_a_qwen_tensor_of_another_shape_or_name_raises(tmp_path):
+    tensors, _ = save_qwen(tmp_path)
+    name = "transformer.h.0.attn.c_attn.weight"
+    save_file({**tensors, name: torch.zeros(36, 108)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"c_attn\.weight is \[36, 108\].*\[108, 36\]"):
+        load_language(tmp_path)
+    save_file({k: v for k, v in tensors.items() if k != name}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="missing: transformer.h.0.attn.c_attn.weight"):
+        load_language(tmp_path)
+
+
+@torch.no_grad()
+def test_qwen_7b_stops_where_its_long_context_tricks_begin(tmp_path):
+    tensors, public = save_qwen(tmp_path, seq_length=16)
+    ours = load_language(tmp_path)
+    assert_close(ours(IDS[:, :16]), qwen_logits(tensors, public, IDS[:, :16]), 2e-4, "16 of 16")
+    with pytest.raises(ValueError, match="row of 17 tokens: past 16 .*dynamic NTK"):
+        ours(IDS[:, :17])
+    cache = KVCache(num_layers=2)
+    ours.decode(ours.embed(IDS[:, :15]), cache=cache)
+    ours.decode(ours.embed(IDS[:, 15:16]), cache=cache)
+    with pytest.raises(ValueError, match="row of 17 tokens"):
+        ours.decode(ours.embed(IDS[:, 16:17]), cache=cache)
+    plain = {"use_dynamic_ntk": False, "use_logn_attn": False}  # then nothing changes past it
+    tensors, public = save_qwen(tmp_path, seq_length=16, **plain)
+    assert_close(load_language(tmp_path)(IDS), qwen_logits(tensors, public, IDS), 2e-4, "plain")
+
+
+# ---------------------------------------------------------------- LoRA by public names
+
+
+def test_lora_by_qwen_7bs_public_names(tmp_path):
+    save_qwen(tmp_path)
+    ours = load_language(tmp_path)
+    before = ours(IDS).detach()
+    names = add_lora(ours, ["c_attn", "w1", "w2"], rank=4, alpha=1)
+    assert [name.split(".", 2)[2] for name in names if name.startswith("layers.0")] == [
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.gate_proj"]
+    # As on the published matrices: 4 * (in + out) of c_attn (36 -> 108), w1 and w2 (36 -> 50).
+    count = sum(p.numel() for p in lora_parameters(ours))
+    assert count == 2 * 4 * ((36 + 108) + 2 * (36 + 50))
+    assert torch.equal(ours(IDS), before), "B begins at zero"
+
+
+def test_lora_on_the_fused_matrix_is_one_adapter_in_three_parts(tmp_path):
+    """The merged q, k, v, stacked, are c_attn + (alpha / rank) B A, of rank 4 as a whole."""
+    tensors, public = save_qwen(tmp_path / "base")
+    ours = load_language(tmp_path / "base")
+    add_lora(ours, ["c_attn"], rank=4, alpha=8)
+    attention = ours.layers[1].self_attn
+    assert attention.q_proj.lora_a is attention.v_proj.lora_a
+    for p in lora_parameters(ours):
+        torch.nn.init.normal_(p, std=0.1)
+    B = torch.cat([each.lora_b for each in (attention.q_proj, attention.k_proj, attention.v_proj)])
+    learned = 2 * B @ attention.q_proj.lora_a
+    with torch.no_grad():
+        adapted = ours(IDS)
+        merge_lora(ours)
+        save_language(ours, tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    name = "transformer.h.1.attn.c_attn.weight"
+    assert_close(merged[name], tensors[name] + learned, 1e-6, "merged c_attn")
+    assert_close(qwen_logits(merged, public, IDS), adapted, 2e-4, "merged, by Qwen-7B's code")
+
+
+def test_every_part_of_a_shared_adapter_learns(tmp_path):
+    save_qwen(tmp_path)
+    ours = load_language(tmp_path)
+    add_lora(ours, ["attn.c_attn", "mlp.c_proj"], rank=2, alpha=2)
+    adapters = {n: m for n, m in ours.named_modules() if isinstance(m, LoRALinear)}
+    assert set(adapters) == {f"layers.{n}.{name}" for n in (0, 1) for name in (
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")}
+    optimizer = torch.optim.SGD(lora_parameters(ours), lr=0.1)
+    for _ in range(2):  # the first step moves B away from zero, so that the second can move A
+        ours(IDS).square().mean().backward()
+        optimizer.step()
+    for name, adapter in adapters.items():
+        assert adapter.lora_b.grad.norm() > 0 and adapter.lora_a.grad.norm() > 0, name
+
+
+def test_an_unknown_lora_target_is_told_both_kinds_of_names(tmp_path):
+    save_qwen(tmp_path)
+    ours = load_language(tmp_path)
+    with pytest.raises(ValueError, match="c_attn.*gate_proj.*w1"):
+        add_lora(ours, ["c_attn", "w3"], rank=2, alpha=2)
+    assert not any(isinstance(m, LoRALinear) for m in ours.modules()), "nothing was wrapped"
+
+
+# ---------------------------------------------------------------- MiniMind
+
+
+@pytest.mark.parametrize("generation, heads, theta", [("v1", 16, 1e4), ("2 older", 8, 1e6)])
+@torch.no_grad()
+def test_older_minimind_computes_what_its_own_code_does(generation, heads, theta, tmp_path):
+    tensors = save_minimind(tmp_path / "llm.pth", generation)
+    ours = load_language(tmp_path / "llm.pth")
+    assert ours.config.model_type == "llama" and ours.config.num_attention_heads == heads
+    expected = older_minimind_logits(tensors, heads, theta, IDS)
+    assert_close(ours(IDS), expected, 2e-4, generation)
+    unturned = LanguageModel(ours.config)
+    unturned.load_state_dict(ours.state_dict())
+    for number, layer in enumerate(unturned.layers):  # as if the rows had not been moved
+        layer.self_attn.q_proj.weight.copy_(tensors[f"layers.{number}.attention.wq.weight"])
+        layer.self_attn.k_proj.weight.copy_(tensors[f"layers.{number}.attention.wk.weight"])
+    assert (unturned(IDS) - expected).abs().max() > 1e-2, "the order of the rows matters"
+
+
+def test_half_split_moves_neighbours_half_a_head_apart():
+    rows = torch.arange(12)[:, None]  # two heads of 6: (0,1) (2,3) (4,5) and (6,7) (8,9) (10,11)
+    assert half_split(rows, 6)[:, 0].tolist() == [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]
+
+
+@pytest.mark.parametrize("generation, family, facts", [
+    ("2", "Llama", {"num_key_value_heads": 2, "rms_norm_eps": 1e-5}),
+    ("3", "Qwen3", {"num_key_value_heads": 4, "rms_norm_eps": 1e-6, "head_dim": 8}),
+])
+@torch.no_grad()
+def test_newer_minimind_equals_the_transformers_model_of_its_shape(
+        generation, family, facts, tmp_path):
+    config = getattr(transformers, family + "Config")(**{
+        **LANGUAGE, "hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 2,
+        "rope_theta": 1e6, "tie_word_embeddings": True, **facts})
+    theirs = randomise(getattr(transformers, family + "ForCausalLM")(config))
+    tensors = theirs.state_dict()
+    assert {k: tuple(v.shape) for k, v in tensors.items()} == minimind_shapes(generation)
+    torch.save(tensors, tmp_path / "llm.pth")
+    ours = LanguageModel.from_pretrained(tmp_path / "llm.pth")
+    assert ours.config.model_type == family.lower() and ours.config.tie_word_embeddings
+    assert_close(ours(IDS), theirs(IDS).logits, 2e-4, f"MiniMind {generation}")
+    save_language(ours, tmp_path / "written")
+    again = type(theirs).from_pretrained(tmp_path / "written")
+    assert_close(again(IDS).logits, ours(IDS), 2e-4, "written, read by transformers")
+
+
+@pytest.mark.parametrize("generation, sizes, count", [
+    ("2 older", {"width": 512, "middle": 1408, "layers": 8}, 25_829_888),  # MiniMind2-Small
+    ("2", {"width": 512, "middle": 1408, "layers": 8}, 25_829_888),
+    ("2", {"width": 768, "middle": 2048, "layers": 16}, 104_030_976),  # MiniMind2
+    ("3", {"width": 768, "middle": 2432, "layers": 8}, 63_912_192),  # minimind-3
+])
+def test_full_minimind_shapes_tell_the_published_model(generation, sizes, count):
+    config = minimind_config(minimind_shapes(generation, words=6400, **sizes), {}, "llm.pth")
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    assert sum(p.numel() for p in model.parameters()) == count
+    assert config.head_dim == (64 if sizes["width"] == 512 else 96)
+    assert (config.num_attention_heads, config.num_key_value_heads) == (
+        8, 4 if generation == "3" else 2)
+    assert (config.rope_theta, config.tie_word_embeddings, config.qk_norm) == (
+        1e6, True, generation == "3")
+
+
+@torch.no_grad()
+def test_half_precision_and_a_visual_minimind(tmp_path):
+    """sft_vlm_768.pth: everything in float16, the projector beside the language model."""
+    tensors = save_minimind(tmp_path / "llm.pth", "3")
+    alone = load_language(tmp_path / "llm.pth")
+    visual = {"vision_proj.mlp.0.weight": torch.ones(36), "model.freqs_cos": torch.ones(9, 8),
+              "vision_encoder.embeddings.patch_embedding.weight": torch.ones(4)}
+    torch.save({name: tensor.half() for name, tensor in {**tensors, **visual}.items()},
+               tmp_path / "vlm.pth")
+    ours = load_language(tmp_path / "vlm.pth")
+    assert {p.dtype for p in ours.parameters()} == {torch.float32}
+    assert torch.equal(ours.norm.weight, tensors["model.norm.weight"].half().float())
+    assert_close(ours(IDS), alone(IDS), 0.05, "float16 on the disk")
+
+
+@torch.no_grad()
+def test_a_config_json_of_miniminds_own_goes_before_the_table(tmp_path):
+    """A directory in MiniMind's transformers layout: config.json and pytorch_model.bin."""
+    tensors = save_minimind(tmp_path / "pytorch_model.bin", "2 older")
+    public = {"model_type": "minimind", "n_heads": 16, "norm_eps": 1e-5, "rope_theta": 5e5}
+    (tmp_path / "config.json").write_text(json.dumps(public))
+    ours = load_language(tmp_path)
+    assert (ours.config.num_attention_heads, ours.config.rope_theta) == (16, 5e5)
+    assert_close(ours(IDS), older_minimind_logits(tensors, 16, 5e5, IDS), 2e-4, "by config.json")
+    (tmp_path / "config.json").write_text(json.dumps(
+        {**public, "rope_scaling": {"type": "yarn", "factor": 16}}))
+    with pytest.raises(ValueError, match="yarn"):
+        load_language(tmp_path)
+
+
+def test_a_pth_file_is_a_name_a_lone_one_in_a_directory_too(tmp_path):
+    path = tmp_path / "llm_768.pth"
+    save_minimind(path, "3")
+    assert resolve(str(path)) == path and weight_files(path) == [path]
+    assert weight_files(tmp_path) == [path], "the only weights there"
+    assert file_hashes(path) == file_hashes(tmp_path)
+    assert list(file_hashes(path)) == ["llm_768.pth"] and len(file_hashes(path)[path.name]) == 64
+    assert load_language(tmp_path).config == load_language(path).config
+    save_minimind(tmp_path / "sft_vlm_768.pth", "3")
+    with pytest.raises(ValueError, match="2 .pth files: give the path of the one"):
+        load_language(tmp_path)
+    for wrong in (tmp_path / "other.pth", "other.pth", "out/other.pth"):  # none asks the hub
+        with pytest.raises(FileNotFoundError, match=r"other\.pth, and no \.pth file"):
+            resolve(wrong)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda t: t.update({"model.layers.0.mlp.experts.0.up_proj.weight": torch.ones(2, 2)}),
+     "mixture of experts"),
+    (lambda t: t.pop("model.embed_tokens.weight"), "no MiniMind.*model.embed_tokens.weight"),
+    (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "missing: model.layers.1.mlp.up_proj"),
+    (lambda t: t.update({"model.layers.0.self_attn.k_proj.weight": torch.ones(16, 64),
+                         "model.layers.0.self_attn.v_proj.weight": torch.ones(16, 64)}),
+     "do not tell the number of heads"),
+])
+def test_another_pth_is_refused_with_the_reason(change, words, tmp_path):
+    tensors = random_tensors(minimind_shapes("3"))
+    change(tensors)
+    torch.save(tensors, tmp_path / "llm.pth")
+    with pytest.raises(ValueError, match=words):
+        load_language(tmp_path / "llm.pth")
+
+
+# ---------------------------------------------------------------- MiniMind-V's projector
+
+
+@torch.no_grad()
+def test_the_projector_of_minimind_3v(tmp_path):
+    published = torch.nn.Sequential(torch.nn.LayerNorm(36), torch.nn.Linear(36, 64),
+                                    torch.nn.GELU(), torch.nn.Linear(64, 64))
+    tensors = save_minimind(tmp_path / "llm.pth", "3")
+    torch.save({**tensors, **{f"vision_proj.mlp.{name}": tensor
+                              for name, tensor in published.state_dict().items()}},
+               tmp_path / "vlm.pth")
+    projector = Projector("norm_mlp", 36, 64)
+    projector.load_state_dict(load_minimind_projector(tmp_path / "vlm.pth"))
+    features = torch.randn(2, 9, 36) * 5
+    assert_close(projector(features), published(features), 1e-6, "minimind-3v's projector")
+    with pytest.raises(ValueError, match="a language model alone"):
+        load_minimind_projector(tmp_path / "llm.pth")
+
+
+@torch.no_grad()
+def test_the_projector_of_minimind2_v(tmp_path):
+    published = torch.nn.Linear(36, 64)
+    torch.save({f"vision_proj.vision_proj.0.{name}": tensor
+                for name, tensor in published.state_dict().items()}, tmp_path / "vlm.pth")
+    projector = Projector("linear", 36, 64)
+    projector.load_state_dict(load_minimind_projector(tmp_path / "vlm.pth"))
+    features = torch.randn(2, 9, 36)
+    assert_close(projector(features), published(features), 1e-6, "MiniMind2-V's projector")
+
+
+def test_the_release_between_them_is_refused(tmp_path):
+    torch.save({f"vision_proj.mlp.{number}.{last}": torch.ones(3)
+                for number in (0, 2) for last in ("weight", "bias")}, tmp_path / "vlm.pth")
+    with pytest.raises(ValueError, match=r"vision_proj\.mlp\.2"):
+        load_minimind_projector(tmp_path / "vlm.pth")
+
+
+# ---------------------------------------------------------------- full sizes, on the meta device
+
+QWEN2 = {"model_type": "qwen2", "hidden_act": "silu", "max_position_embeddings": 32768,
+         "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+         "tie_word_embeddings": True, "use_sliding_window": False, "vocab_size": 151936}
+LANGUAGES = {  # config.json as published, without what says nothing about the shape; parameters
+    "Qwen/Qwen2.5-0.5B": ({
+        **QWEN2, "hidden_size": 896, "intermediate_size": 4864, "max_window_layers": 24,
+        "num_attention_heads": 14, "num_hidden_layers": 24, "sliding_window": 32768,
+        "use_mrope": False}, 494_032_768),
+    "Qwen/Qwen2.5-1.5B-Instruct": ({
+        **QWEN2, "hidden_size": 1536, "intermediate_size": 8960, "max_window_layers": 21,
+        "num_attention_heads": 12, "num_hidden_layers": 28, "sliding_window": 32768},
+        1_543_714_304),
+    "Qwen/Qwen3-0.6B": ({
+        "model_type": "qwen3", "attention_bias": False, "head_dim": 128, "hidden_act": "silu",
+        "hidden_size": 1024, "intermediate_size": 3072, "max_position_embeddings": 40960,
+        "max_window_layers": 28, "num_attention_heads": 16, "num_hidden_layers": 28,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-6, "rope_scaling": None,
+        "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True,
+        "use_sliding_window": False, "vocab_size": 151936}, 596_049_920),
+    "Qwen/Qwen-7B-Chat": ({
+        **QWEN, "hidden_size": 4096, "intermediate_size": 22016, "kv_channels": 128,
+        "num_attention_heads": 32, "num_hidden_layers": 32, "vocab_size": 151936},
+        7_721_324_544),
+}
+
+
+@pytest.mark.parametrize("name", LANGUAGES)
+def test_a_full_size_language_model_has_the_published_count(name):
+    public, count = LANGUAGES[name]
+    with torch.device("meta"):
+        model = LanguageModel(LanguageConfig.from_public(public))
+    assert sum(p.numel() for p in model.parameters()) == count
+    if name == "Qwen/Qwen-7B-Chat":  # transformers has no class for it
+        assert model.config.context_limit == 8192
+        assert len(public_names(model, LAYOUTS["qwen"])) == 3 + 32 * 8
+        return
+    with torch.device("meta"):
+        config = transformers.AutoConfig.for_model(**public)
+        theirs = transformers.AutoModelForCausalLM.from_config(config)
+    assert sum(p.numel() for p in theirs.parameters()) == count
+    assert shapes_of(model) == {n: list(p.shape) for n, p in theirs.named_parameters()}
+
+
+def shapes_of(model) -> dict[str, list[int]]:
+    """{published name: shape} of what we hold."""
+    names = public_names(model, LAYOUTS[model.config.model_type])
+    return {public: public_shape(public, [model.get_parameter(each) for each in ours])
+            for public, ours in names.items()}
+
+
+TOWERS = {  # config.json as published; patches; parameters of the tower as far as we hold it
+    "google/siglip-base-patch16-224": (
+        {"model_type": "siglip", "vision_config": {
+            "model_type": "siglip_vision_model", "patch_size": 16}}, 196, 85_797_120),
+    "google/siglip-so400m-patch14-384": (
+        {"model_type": "siglip", "vision_config": {
+            "hidden_size": 1152, "image_size": 384, "intermediate_size": 4304,
+            "model_type": "siglip_vision_model", "num_attention_heads": 16,
+            "num_hidden_layers": 27, "patch_size": 14}}, 729, 412_987_248),
+    # SigLIP2 of a fixed resolution is published as a "siglip"; "siglip2" is NaFlex alone.
+    "google/siglip2-base-patch32-256": (
+        {"model_type": "siglip", "text_config": {"vocab_size": 256000}, "vision_config": {
+            "image_size": 256, "model_type": "siglip_vision_model", "patch_size": 32}},
+        64, 87_465_216),
+    "openai/clip-vit-base-patch32": (
+        {"model_type": "clip", "vision_config": {
+            "dropout": 0.0, "model_type": "clip_vision_model"}}, 49, 87_454_464),
+    "openai/clip-vit-base-patch16": (
+        {"model_type": "clip", "vision_config": {
+            "dropout": 0.0, "model_type": "clip_vision_model", "patch_size": 16}}, 196,
+        85_797_888),
+    "openai/clip-vit-large-patch14": (
+        {"model_type": "clip", "projection_dim": 768, "vision_config": {
+            "dropout": 0.0, "hidden_size": 1024, "intermediate_size": 4096,
+            "model_type": "clip_vision_model", "num_attention_heads": 16,
+            "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768}}, 256,
+        303_177_728),
+}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_a_full_size_tower_is_the_one_of_transformers(name):
+    public, patches, count = TOWERS[name]
+    with torch.device("meta"):
+        model = VisionTransformer(VisionConfig.from_public(public))
+        family = {"siglip": "Siglip", "clip": "CLIP"}[public["model_type"]]
+        config = getattr(transformers, family + "Config")(**public).vision_config
+        theirs = getattr(transformers, family + "VisionModel")(config)
+        side = model.config.image_size
+        assert model(torch.zeros(1, 3, side, side)).shape == (1, patches, config.hidden_size)
+    assert model.config.patches == patches
+    left_alone = ("head.",) if family == "Siglip" else ("post_layernorm.",)
+    expected = {n.removeprefix("vision_model."): list(p.shape)
+                for n, p in theirs.named_parameters()}
+    expected = {n: shape for n, shape in expected.items() if not n.startswith(left_alone)}
+    assert {n.removeprefix("vision_model."): shape
+            for n, shape in shapes_of(model).items()} == expected
+    assert sum(p.numel() for p in model.parameters()) == count
