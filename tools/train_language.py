@@ -8,7 +8,7 @@ What it reads: emoji scenes that are *told in words* and then asked about. Three
 
     sheet         a map, and below it questions with their answers, line by line
     talk          the same as a conversation, rendered just as one about a picture will be;
-                  sometimes the scene is told in prose instead: "At the top left there is a cat. ..."
+                  sometimes told in prose instead: "At the top left there is a cat. ..."
     small talk    greetings and names of things, without any scene
 
 A map is sixteen words between <|vision_start|> and <|vision_end|>, one for each of the 4 x 4
