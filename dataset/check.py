@@ -27,7 +27,7 @@ from dataset.chat import DEFAULT_SYSTEM, ChatTemplate
 from dataset.formats import BadSample, MissingPicture, open_data
 from dataset.images import load_image
 from dataset.mixture import split_source
-from dataset.parquet import SLICE
+from dataset.parquet import SLOW
 from dataset.tokenizer import COMPANIONS, Tokenizer
 
 ALLOWED = 0.01  # share of unusable samples; more, and the data should be repaired first
@@ -293,7 +293,7 @@ def main(arguments=None) -> int:
 
 def slowness(data) -> str:
     """A warning for Parquet files whose rows cannot be read one by one in any order."""
-    if getattr(data, "largest_group", 0) <= SLICE:
+    if getattr(data, "largest_group", 0) <= SLOW:
         return ""
     return (f"\n\n  slow: its rows come in groups of up to {data.largest_group >> 20:,} MB, and "
             "shuffled training passes\n  through a group for a row. Small groups: python -m "

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 
 from dataset.records import PICTURE_KEYS, TAGS, TEXT_KEYS, BadSample, Sample, to_sample
 
-SLICE = 1 << 26  # bytes of a row group that are held decoded
+SLICE = 1 << 24  # bytes of a row group that are held decoded; pyarrow needs several times as much
+SLOW = 1 << 26  # bytes of a row group that are too many to pass through for one row
 STREAM = 1 << 20  # bytes read at a time; without it a whole column of the group is read at once
 
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, needed, shared_dir
 from PIL import Image
@@ -128,6 +130,18 @@ def test_progress_is_shown_and_files_are_told_apart(run, folder):
     assert code == 1 and "3/3" in err and "1/1" in err and "d.jsonl" in err
     assert out.index("d.jsonl") < out.index("ready") < out.index("two.jsonl") < out.index("NOT")
     assert run([row()], others=[f"{folder / 'd.jsonl'}:3"])[0] == 0  # as it was given to --data
+
+
+def test_parquet_in_giant_groups_is_told_to_be_slow(folder, tiny_tokenizer_dir, capsys,
+                                                    monkeypatch):
+    path = folder / "d.parquet"
+    pq.write_table(pa.table({"conversations": [json.dumps(row()["conversations"])] * 9}), path)
+    flags = [str(path), "--language", str(tiny_tokenizer_dir)]
+    assert check.main(flags) == 0 and "slow" not in capsys.readouterr().out
+    monkeypatch.setattr(check, "SLOW", 10)
+    assert check.main(flags) == 0
+    assert f"python -m dataset.parquet {path} {folder / 'd.small.parquet'}" in (
+        capsys.readouterr().out)
 
 
 def test_show_marks_what_is_learned(run, folder, monkeypatch):
