@@ -23,7 +23,7 @@ from model.config import LanguageConfig, VisionConfig
 from model.generate import KVCache
 from model.language import LanguageModel
 from model.layouts import LAYOUTS, half_split
-from model.lora import LoRALinear, add_lora, lora_parameters, merge_lora
+from model.lora import LoRALinear, add_lora, lora_parameters, merge_lora, trainable_state
 from model.minimind import minimind_config
 from model.projector import Projector
 from model.vision import VisionTransformer
@@ -257,6 +257,23 @@ def test_every_part_of_a_shared_adapter_learns(tmp_path):
         optimizer.step()
     for name, adapter in adapters.items():
         assert adapter.lora_b.grad.norm() > 0 and adapter.lora_a.grad.norm() > 0, name
+
+
+@torch.no_grad()
+def test_a_shared_adapter_is_held_once_in_a_file_and_comes_back_whole(tmp_path):
+    save_qwen(tmp_path)
+    first, second = load_language(tmp_path), load_language(tmp_path)
+    for model in (first, second):
+        model.requires_grad_(False)
+        add_lora(model, ["c_attn"], rank=2, alpha=2)
+    for p in lora_parameters(first):
+        torch.nn.init.normal_(p, std=0.1)
+    state = trainable_state(first)
+    assert len(state) == 2 * (1 + 3), "an A and three B for each layer"
+    parameters = dict(second.named_parameters())
+    for name, tensor in state.items():
+        parameters[name].copy_(tensor)
+    assert torch.equal(second(IDS), first(IDS))
 
 
 def test_an_unknown_lora_target_is_told_both_kinds_of_names(tmp_path):
