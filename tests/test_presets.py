@@ -11,6 +11,7 @@ from families import tiny_vlm
 
 import train_pretrain
 import train_sft
+from dataset.chat import FAMILIES
 from model.config import VisionConfig
 from model.lora import add_lora, linear_names
 from model.vision import VisionTransformer
@@ -32,7 +33,7 @@ from training.presets import PRESETS, settings_of_preset
 # preset: language, vision, projector, image tokens, template, image token, stage two
 TABLE = {
     "qwen2.5-siglip": ("Qwen/Qwen2.5-0.5B", "google/siglip-base-patch16-224", "mlp", 196, None,
-                       "<|image_pad|>", {"lora": True, "learning_rate": 3e-4, "batch_size": 40,
+                       None, {"lora": True, "learning_rate": 3e-4, "batch_size": 40,
                                          "epochs": 8, "warmup_ratio": 0.02, "keep": 20}),
     "qwen7b-clip": ("Qwen/Qwen-7B-Chat", "openai/clip-vit-large-patch14", "mlp", 256, "qwen",
                     "<|extra_0|>", {"lora": True, "lora_rank": 128, "lora_alpha": 32,
@@ -41,15 +42,15 @@ TABLE = {
                                     "batch_size": 4, "epochs": 2, "save_every": 1000, "keep": 5,
                                     "system": "你是一位图像理解助手。"}),
     "qwen3-clip": ("Qwen/Qwen3-0.6B", "openai/clip-vit-base-patch32", "mlp", 49, "qwen3",
-                   "<|image_pad|>", {"lora": True, "lora_rank": 8, "lora_alpha": 16,
+                   None, {"lora": True, "lora_rank": 8, "lora_alpha": 16,
                                      "lora_targets": ["q_proj", "k_proj", "v_proj", "o_proj"],
                                      "warmup_ratio": 0.05}),
     "qwen2.5-1.5b-clip": ("Qwen/Qwen2.5-1.5B-Instruct", "openai/clip-vit-large-patch14", "mlp",
-                          256, None, "<|image_pad|>", {"train_language": "all"}),
+                          256, "qwen2.5-instruct", None, {"train_language": "all"}),
     "minimind-v": ("jingyaogong/MiniMind2-Small", "openai/clip-vit-base-patch16", "linear", 196,
-                   "minimind", "@", {"train_language": "all", "lora": False}),
+                   "minimind2", "@", {"train_language": "all", "lora": False}),
     "minimind-3v": ("jingyaogong/minimind-3", "jingyaogong/siglip2-base-p32-256-ve", "norm_mlp",
-                    64, "minimind", "<|image_pad|>",
+                    64, "minimind", None,
                     {"train_language": "first:1+last:1", "learning_rate": 5e-6}),
 }
 
@@ -64,6 +65,7 @@ def test_each_preset_is_its_row_of_the_table(name):
     assert {key: settings[key] for key in stage_two} == stage_two
     assert settings["train_vision"] is False and settings["train_projector"] is True
     assert settings["features"] == "patches" and "downloads" not in settings
+    assert template is None or template in FAMILIES
     first = settings_of_preset(name, "pretrain")
     assert first["lora"] is False
     assert first["train_language"] == ("last:1" if name == "minimind-v" else "none")

@@ -114,7 +114,8 @@ def image_tokens(preset: Preset) -> int:
 
 def empty_model(preset: Preset) -> VLM:
     """The whole model in full size, without numbers: it takes no memory."""
-    language, vision = empty_tower(preset.language), empty_tower(preset.vision, preset.vision_layer)
+    language = empty_tower(preset.language)
+    vision = empty_tower(preset.vision, preset.vision_layer, preset.features)
     with torch.device("meta"):
         projector = Projector(preset.projector, vision.config.hidden_size,
                               language.config.hidden_size, preset.pixel_shuffle)
@@ -122,12 +123,13 @@ def empty_model(preset: Preset) -> VLM:
                          image_token_id=0), language, vision, projector)
 
 
-def empty_tower(name: str, feature_layer: int | None = None):
+def empty_tower(name: str, feature_layer: int | None = None, features: str = "patches"):
     """A language model; with a feature_layer, a vision tower."""
     with torch.device("meta"):
         if feature_layer is None:
             return LanguageModel(LanguageConfig.from_public(facts(name, LANGUAGE)))
-        return VisionTransformer(VisionConfig.from_public(facts(name, VISION), feature_layer))
+        return VisionTransformer(VisionConfig.from_public(facts(name, VISION), feature_layer,
+                                                          features))
 
 
 def count(module, trained: bool = False) -> int:

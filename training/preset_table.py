@@ -65,7 +65,7 @@ class Preset:
     vision_layer: int = -1  # -1: the tower's last layer, -2: the one before it
     features: str = "patches"  # or "class": the class token alone, "pooled": the patches' mean
     template: str | None = None  # chat family; None: the language model's own family
-    image_token: str = "<|image_pad|>"  # stands in the text, once for each image token
+    image_token: str | None = None  # holds an image token's place; None: the template's own
     system: str | None = None  # None: what the family's published template says; "": no system turn
     lora_rank: int = 16
     lora_alpha: float = 32.0
@@ -182,7 +182,7 @@ PRESETS = {
     # It does not name its files; captions and conversations of the same kind stand here.
     "qwen2.5-1.5b-clip": Preset(
         language="Qwen/Qwen2.5-1.5B-Instruct", vision="openai/clip-vit-large-patch14",
-        system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+        template="qwen2.5-instruct",
         pretrain=replace(CAPTIONS, batch_size=8, accumulate=8),
         sft=Recipe(data=f"{COCO}/llava_instruct_150k.json", learning_rate=2e-5, batch_size=4,
                    accumulate=8, train_language="all", max_length=1024, weight_decay=0.0),
@@ -195,15 +195,15 @@ PRESETS = {
     # a directory that holds llm_512.pth (MiniMind2: llm_768.pth) and the tokenizer's files.
     "minimind-v": Preset(
         language="jingyaogong/MiniMind2-Small", vision="openai/clip-vit-base-patch16",
-        projector="linear", template="minimind", image_token="@",
-        system="You are a helpful assistant",  # in MiniMind2's template; MiniMind-3's has none
+        projector="linear", template="minimind2", image_token="@",
         # As published; --train_language none trains the projector alone.
         pretrain=replace(MINIMIND_V, train_language="last:1"),
         sft=replace(MINIMIND_V, data=MINIMIND_SFT, learning_rate=1e-6, batch_size=4,
                     train_language="all", epochs=2, max_length=1536),
         downloads=MINIMIND_FILES),
 
-    # 64 image tokens. The README writes 5e-5 for stage two, the training script 5e-6: what ran.
+    # 64 image tokens, <|image_pad|>. For stage two the author's README writes 5e-5, the training
+    # script 5e-6: what ran counts.
     "minimind-3v": Preset(
         language="jingyaogong/minimind-3", vision="jingyaogong/siglip2-base-p32-256-ve",
         projector="norm_mlp", template="minimind",

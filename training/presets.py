@@ -9,6 +9,7 @@ otherwise, and what you say always counts. The result is saved with the run, in 
 import argparse
 from dataclasses import asdict
 
+from dataset.chat import FAMILIES
 from training.preset_table import PRESETS, Preset, Recipe
 
 __all__ = ["PRESETS", "Preset", "Recipe", "read_flags", "resolve", "settings_of_preset"]
@@ -55,9 +56,9 @@ def read_flags(description: str, stage: str, arguments=None) -> argparse.Namespa
         "all patches, the class token alone, or the patches' mean")
     add("--projector", choices=("linear", "mlp", "norm_mlp"), help="what joins the two towers")
     add("--pixel_shuffle", type=int, help="n: n x n patches become one token")
-    add("--template", metavar="FAMILY", help="chat template: qwen, qwen2, qwen3, llama, minimind "
-        "(default: the language model's own)")
-    add("--image_token", metavar="TEXT", help="token, or text, that holds an image token's place")
+    add("--template", choices=FAMILIES, help="whose chat template (default: the language model's)")
+    add("--image_token", metavar="TEXT", help="token, or text, that holds an image token's place "
+        "(default: the template's own)")
     add("--system", help='system turn of conversations that have none; "" for no system turn')
     add("--data", nargs="+", metavar="FILE", help="training file, or emoji for the embedded "
         "world; several are mixed, and FILE:2 comes twice in an epoch")
