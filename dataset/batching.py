@@ -14,7 +14,7 @@ their batch smaller, or empty, and no rank ever waits for a batch that another d
 """
 
 import bisect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -163,7 +163,11 @@ class EpochOrder:
                 refused.append(bad)
                 continue
             try:
-                ids, mask = b.template.render(sample.messages)
+                # Qwen3 learns one answer of a row: in the next epoch it is another one's turn.
+                messages = b.template.lesson(sample.messages, self.epoch + i)
+                shown = sum(message.images for message in messages)
+                sample = replace(sample, messages=tuple(messages), images=sample.images[:shown])
+                ids, mask = b.template.render(messages)
                 rows.append(Row(*b.template.fit(ids, mask, b.max_length), sample))
             except ValueError as error:
                 refused.append(BadSample(sample.where, str(error)))

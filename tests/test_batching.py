@@ -300,3 +300,18 @@ def test_moving_a_batch_moves_everything(template):
     moved = batch.to("meta")
     assert {moved.ids.device.type, moved.labels.device.type, moved.pixels.device.type} == {"meta"}
     assert moved.where == batch.where and moved.lengths == batch.lengths
+
+
+def test_qwen3_learns_another_answer_of_a_conversation_in_each_epoch(tiny_tokenizer_dir):
+    template = ChatTemplate(Tokenizer.from_directory(tiny_tokenizer_dir), 4, family="qwen3")
+    turns = [Message("user", "<image>a"), Message("assistant", "one"), Message("user", "<image>b"),
+             Message("assistant", "two")]
+    data = [Sample(tuple(turns), (picture(1), picture(2)), "here:1")]
+    batches = Batches(data, template, PROCESSOR, 1, 512, seed=0)
+    told = []
+    for epoch in range(3):
+        (batch, bad), = batches.epoch(epoch)
+        words = template.tokenizer.decode(batch.labels[batch.labels >= 0].tolist())
+        told.append((words, len(batch.pixels), not bad))
+    assert told == [("one<|im_end|>", 1, True), ("two<|im_end|>", 2, True),
+                    ("one<|im_end|>", 1, True)]
