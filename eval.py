@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from dataset.chat import DEFAULT_SYSTEM, ChatTemplate
+from dataset.chat import DEFAULT_SYSTEM, FAMILIES, ChatTemplate
 from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
 from model.checkpoint import find_base, find_model, load_checkpoint, read_config
@@ -45,6 +45,8 @@ def read_flags(arguments=None) -> argparse.Namespace:
     add("--image", nargs="+", default=[], metavar="PICTURE", help="pictures shown with --prompt")
     add("--prompt", help="ask this once: only the answer goes to stdout")
     add("--system", help='system turn; "": none (default: as in training)')
+    add("--template", choices=FAMILIES, help="with --model none: whose chat template (default: by "
+        "the model's type); a checkpoint knows its own")
     add("--data", help="file of conversations to score, or emoji: unseen scenes")
     add("--images", help="directory that the file's picture names are relative to")
     add("--limit", type=int, help="score the first so many samples only")
@@ -66,6 +68,8 @@ def read_flags(arguments=None) -> argparse.Namespace:
             parser.error(f"--{name} {getattr(flags, name)}: expected a number above 0")
     if flags.image and flags.prompt is None:
         parser.error("--image needs --prompt; in the chat, /image shows a picture")
+    if flags.template and flags.model != "none":
+        parser.error("--template needs --model none: a checkpoint is asked as it was trained")
     if flags.report and not flags.data:
         parser.error("--report needs --data")
     return flags
@@ -82,8 +86,9 @@ def load(flags, name: str | None):
     if name == "none":
         directory = find_base(flags.language or "dataset/emoji/language")
         model = LanguageModel.from_pretrained(str(directory), dtype).eval()
+        family = flags.template or model.config.model_type
         template = ChatTemplate(Tokenizer.from_directory(directory), image_tokens=0,
-                                default_system=DEFAULT_SYSTEM[model.config.model_type])
+                                default_system=DEFAULT_SYSTEM[family], family=family)
         processor = None
     else:
         directory = find_model(name)
@@ -91,7 +96,8 @@ def load(flags, name: str | None):
         model = load_checkpoint(directory, dtype, flags.language, flags.vision)
         merge_lora(model.language)  # adapters would cost two more products in every layer
         template = ChatTemplate(Tokenizer.from_directory(directory), config["image_tokens"],
-                                config["system"])
+                                config["system"], config.get("image_token"),
+                                config.get("template", "qwen2"))  # the first ones had no other
         processor = ImageProcessor.from_directory(directory)
         print(f"model: {directory}", file=sys.stderr)
     if flags.system is not None:

@@ -7,7 +7,7 @@
 
 import platform
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors
@@ -58,7 +58,8 @@ def where_to_start(flags, stage: str) -> tuple[Path | None, dict]:
     that it brings: all of its run's to resume, the model's facts alone to train on."""
     if flags.resume and newest_checkpoint(flags.out):
         checkpoint = newest_checkpoint(flags.out)
-        return checkpoint, check_resumed(flags, read_run(checkpoint)["settings"], checkpoint)
+        earlier = {**template_facts(read_config(checkpoint)), **read_run(checkpoint)["settings"]}
+        return checkpoint, check_resumed(flags, earlier, checkpoint)
     if flags.model == "none" or (stage == "pretrain" and flags.model is None):
         return None, {}
     try:
@@ -69,7 +70,8 @@ def where_to_start(flags, stage: str) -> tuple[Path | None, dict]:
         raise SystemExit(f"the new run would write beside its own start, {checkpoint}: "
                          "give another --out, or --resume to go on with that run")
     config, run = read_config(checkpoint), read_run(checkpoint)
-    facts = {"preset": run["settings"]["preset"], "system": config["system"] or ""}
+    facts = {"preset": run["settings"]["preset"], "system": config["system"] or "",
+             **template_facts(config)}
     for name in ("projector", "pixel_shuffle", "vision_layer"):
         facts[name] = config[name]
         if getattr(flags, name) not in (None, config[name]):
@@ -80,6 +82,12 @@ def where_to_start(flags, stage: str) -> tuple[Path | None, dict]:
     if config["lora"]:
         facts.update({f"lora_{name}": value for name, value in config["lora"].items()})
     return checkpoint, facts
+
+
+def template_facts(config: dict) -> dict:
+    """Which chat template a checkpoint was trained with; one from before there were several says
+    nothing, and was trained with qwen2's."""
+    return {"template": config.get("template", "qwen2"), "image_token": config.get("image_token")}
 
 
 def check_resumed(flags, earlier: dict, checkpoint: Path) -> dict:
@@ -117,12 +125,15 @@ def assemble(settings, checkpoint: Path | None) -> Parts:
     processor = ImageProcessor.from_directory(vision_directory)
     if checkpoint:
         language, vision = model.language, model.vision
+    family = settings.template or language.config.model_type
     system = settings.system
     if system is None:
-        system = DEFAULT_SYSTEM[language.config.model_type]
+        system = DEFAULT_SYSTEM[family]
     K = image_tokens(vision.config.patch_size, processor.size, settings.pixel_shuffle)
-    template = ChatTemplate(tokenizer, K, system or None)
-    if not checkpoint:
+    template = ChatTemplate(tokenizer, K, system or None, settings.image_token, family)
+    if checkpoint:  # with another template the placeholder may be another id
+        model.config = replace(model.config, image_token_id=template.image_token_id)
+    else:
         projector = Projector(settings.projector, vision.config.hidden_size,
                               language.config.hidden_size, settings.pixel_shuffle)
         model = VLM(VLMConfig(language.config, vision.config, settings.projector,
@@ -133,6 +144,7 @@ def assemble(settings, checkpoint: Path | None) -> Parts:
         "vision": vision.config.to_public(), "vision_layer": vision.config.feature_layer,
         "projector": settings.projector, "pixel_shuffle": settings.pixel_shuffle,
         "image_tokens": K, "image_token_id": template.image_token_id,
+        "template": family, "image_token": template.image_token,
         "system": template.default_system, "lora": config["lora"], "bases": bases}
     return Parts(model, template, processor, config, held)
 
