@@ -128,6 +128,9 @@ class EpochOrder:
 
     def __init__(self, batches: Batches, epoch: int):
         self.batches, self.epoch = batches, epoch
+        # Files mixed by weight show other parts of themselves, and other captions, in each epoch.
+        mixed = hasattr(batches.data, "at_epoch")
+        self.data = batches.data.at_epoch(epoch) if mixed else batches.data
         self.order = np.random.default_rng([batches.seed, epoch]).permutation(len(batches.data))
         self.planned = None  # number of the window that the next two belong to
         self.plan, self.refused = [], []
@@ -158,7 +161,7 @@ class EpochOrder:
         rows, refused = [], []
         for i in sorted(chosen.tolist()):
             try:
-                sample = b.data[i]
+                sample = self.data[i]
             except BadSample as bad:
                 refused.append(bad)
                 continue

@@ -5,6 +5,7 @@
     Parts -> saver -> the function that the loop calls to write a checkpoint
 """
 
+import glob
 import platform
 import subprocess
 from dataclasses import dataclass, replace
@@ -15,8 +16,8 @@ import tokenizers
 import torch
 
 from dataset.chat import DEFAULT_SYSTEM, ChatTemplate
-from dataset.formats import data_hash, open_data
 from dataset.images import ImageProcessor
+from dataset.mixture import mixture_hash, open_mixture, split_source
 from dataset.tokenizer import Tokenizer
 from model.checkpoint import (
     ROOT,
@@ -167,11 +168,26 @@ def open_training_data(settings, kind: str):
 
         data = EmojiData(kind)
         return data, {"file": "emoji", "kind": kind, "samples": len(data)}
+    files = settings.data if isinstance(settings.data, list) else [settings.data]
     try:
-        data = open_data(settings.data, settings.images)
+        data = open_mixture([name for file in files for name in matching(file)],
+                            settings.images, settings.seed)
     except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(f"--data {settings.data}: {error}") from error
-    return data, {**data_hash(settings.data), "samples": len(data)}
+        raise SystemExit(f"--data {' '.join(files)}: {error}") from error
+    about = mixture_hash(data)
+    if len(about) > 1:
+        return data, {"files": about, "samples": len(data)}
+    # One file of weight 1 is told as before there were weights: such runs can still be resumed.
+    alone = {name: value for name, value in about[0].items() if (name, value) != ("weight", 1.0)}
+    return data, {**alone, "samples": len(data)}
+
+
+def matching(source: str) -> list[str]:
+    """"part-*.parquet:2" -> each such file with ":2", in the order of their names. What fits no
+    file stays as it is, and opening it says so."""
+    file, _ = split_source(source)
+    weight = source.removeprefix(file)
+    return [found + weight for found in sorted(glob.glob(file))] or [source]
 
 
 def prepare_out(settings, ranks, checkpoint: Path | None, optimizer, about_data: dict) -> Progress:
