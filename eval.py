@@ -21,7 +21,7 @@ import torch
 from dataset.chat import DEFAULT_SYSTEM, FAMILIES, ChatTemplate
 from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
-from model.checkpoint import find_base, find_model, load_checkpoint, read_config
+from model.checkpoint import base_directory, find_base, find_model, load_checkpoint, read_config
 from model.language import LanguageModel
 from model.lora import merge_lora
 from training.conversation import Conversation
@@ -86,8 +86,9 @@ def load(flags, name: str | None):
     if name == "none":
         directory = find_base(flags.language or "dataset/emoji/language")
         model = LanguageModel.from_pretrained(str(directory), dtype).eval()
+        tokenizer = Tokenizer.from_directory(base_directory(directory))
         family = flags.template or model.config.model_type
-        template = ChatTemplate(Tokenizer.from_directory(directory), image_tokens=0,
+        template = ChatTemplate(tokenizer, image_tokens=0,
                                 default_system=DEFAULT_SYSTEM[family], family=family)
         processor = None
     else:

@@ -78,8 +78,10 @@ def copied_bases(config: dict, directory: Path) -> dict:
     bases = {}
     for part, reference in config["bases"].items():
         source = find_base(reference["name"])
+        beside = base_directory(source)
         (directory / part).mkdir()
-        for file in [source / "config.json", *source.glob("*.index.json"), *weight_files(source)]:
+        facts = [beside / "config.json"] if (beside / "config.json").is_file() else []  # .pth: none
+        for file in [*facts, *source.glob("*.index.json"), *weight_files(source)]:
             shutil.copyfile(file, directory / part / file.name)
         bases[part] = {**reference, "copied": True}
     return {**config, "bases": bases}
@@ -114,7 +116,8 @@ def load_checkpoint(directory, dtype: torch.dtype = torch.float32, language: str
     config = read_config(directory)
     tensors = load_file(directory / "model.safetensors")
     language_config = LanguageConfig.from_public(config["language"])
-    vision_config = VisionConfig.from_public(config["vision"], config["vision_layer"])
+    features = config.get("features", "patches")  # the first checkpoints had no choice
+    vision_config = VisionConfig.from_public(config["vision"], config["vision_layer"], features)
     moved = {"language": language, "vision": vision}
 
     def tower(part, make, wanted, load):
@@ -135,7 +138,7 @@ def load_checkpoint(directory, dtype: torch.dtype = torch.float32, language: str
               lambda name: LanguageModel.from_pretrained(name, dtype)),
         tower("vision", VisionTransformer, vision_config,
               lambda name: VisionTransformer.from_pretrained(
-                  name, dtype, feature_layer=config["vision_layer"])),
+                  name, dtype, feature_layer=config["vision_layer"], features=features)),
         Projector(config["projector"], vision_config.hidden_size, language_config.hidden_size,
                   config["pixel_shuffle"]))
     if config["lora"]:
@@ -190,11 +193,17 @@ def read_run(directory) -> dict:
 
 
 def find_base(name) -> Path:
-    """A tower's directory: as given, else relative to the project, else from the hub."""
+    """A tower's directory, or MiniMind's .pth file: as given, else relative to the project, else
+    from the hub."""
     for path in (Path(name), ROOT / name):
-        if path.is_dir():
+        if path.is_dir() or (path.suffix == ".pth" and path.is_file()):
             return path
     return Path(resolve(str(name)))
+
+
+def base_directory(base: Path) -> Path:
+    """Where the small files of a tower lie, such as its tokenizer's: a .pth has them beside it."""
+    return base.parent if base.is_file() else base
 
 
 def verified_base(directory: Path, part: str, reference: dict, moved: str | None) -> Path:

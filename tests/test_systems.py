@@ -2,19 +2,33 @@
 authors published them: both stages train, a picture is answered. Several data files are mixed by
 weight in a run, and a run on them can be resumed."""
 
+import base64
 import json
 
 import pytest
+import torch
+import transformers
+from safetensors import safe_open
 
+import eval as script
 import train_pretrain
+import train_sft
 from dataset.batching import Batches
 from dataset.chat import ChatTemplate
 from dataset.images import ImageProcessor
 from dataset.mixture import open_mixture
 from dataset.tokenizer import Tokenizer
-from model.checkpoint import newest_checkpoint, read_run
-from tests.tiny import curve, make_world
-from training.setup import matching
+from model.checkpoint import newest_checkpoint, read_config, read_run
+from tests.families import (
+    assert_close,
+    public_language,
+    randomise,
+    save_minimind,
+    save_qwen,
+)
+from tests.tiny import curve, make_data, make_tokenizer, make_world
+from training.presets import read_flags, resolve
+from training.setup import assemble, matching
 
 # ---------------------------------------------------------------- several data files
 
@@ -87,3 +101,121 @@ def test_a_star_stands_for_all_the_parts_of_a_data_set(tmp_path):
     assert matching(str(tmp_path / "train-*.parquet")) == parts
     assert matching(str(tmp_path / "train-*.parquet:2")) == [f"{part}:2" for part in parts]
     assert matching("none-*.json:2") == ["none-*.json:2"]
+
+
+# ---------------------------------------------------------------- the systems, as published
+
+CLIP_PIXELS = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 16, "crop_size": 16,
+               "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3,
+               "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
+SIGLIP_PIXELS = {"image_processor_type": "SiglipImageProcessor", "resample": 3,
+                 "size": {"height": 16, "width": 16}, "rescale_factor": 1 / 255,
+                 "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+TOWER = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2,
+         "num_attention_heads": 2}
+TEXT_TOWER = {**TOWER, "vocab_size": 99, "max_position_embeddings": 16}
+
+
+def save_vision_tower(family: str, directory):
+    """CLIP and SigLIP are published as a whole, with the text tower; MiniMind's copy is not."""
+    eyes = {**TOWER, "image_size": 16, "patch_size": 8}
+    if family == "siglip alone":
+        public = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**eyes))
+    else:
+        config = getattr(transformers, family + "Config")(
+            text_config=TEXT_TOWER, vision_config=eyes)
+        public = getattr(transformers, family + "Model")(config)
+    randomise(public).save_pretrained(directory)
+    pixels = CLIP_PIXELS if family == "CLIP" else SIGLIP_PIXELS
+    (directory / "preprocessor_config.json").write_text(json.dumps(pixels))
+    return public if family == "siglip alone" else public.vision_model
+
+
+def save_language_model(family: str, directory):
+    """-> what --language gets, and the transformers model where there is one."""
+    directory.mkdir()
+    if family == "Qwen-7B":
+        lines = [f"{base64.b64encode(bytes([byte])).decode()} {byte}" for byte in range(256)]
+        (directory / "qwen.tiktoken").write_text("\n".join(lines) + "\n")
+        save_qwen(directory, vocab_size=256 + 208)
+        return str(directory), None
+    words = make_tokenizer(directory)
+    if family.startswith("MiniMind"):
+        file = directory / "llm_64.pth"
+        save_minimind(file, family.removeprefix("MiniMind "), words=words, layers=3)
+        return str(file), None
+    public = public_language(family, vocab_size=words)
+    public.save_pretrained(directory)
+    return str(directory), public
+
+
+# preset and its flags: language, vision, template, image token, K, what stage two trains
+SYSTEMS = {
+    "qwen2.5-siglip": ("Qwen2", "Siglip", "qwen2", "<|image_pad|>", 4, "lora"),
+    "qwen2.5-siglip --projector linear": ("Qwen2", "Siglip", "qwen2", "<|image_pad|>", 4, "lora"),
+    "qwen7b-clip": ("Qwen-7B", "CLIP", "qwen", "<|extra_0|>", 4, "lora"),
+    "qwen3-clip": ("Qwen3", "CLIP", "qwen3", "<|image_pad|>", 4, "lora"),
+    "qwen2.5-1.5b-clip": ("Qwen2", "CLIP", "qwen2.5-instruct", "<|image_pad|>", 4, "012"),
+    "qwen2.5-1.5b-clip --features class": (
+        "Qwen2", "CLIP", "qwen2.5-instruct", "<|image_pad|>", 1, "012"),
+    "qwen2.5-1.5b-clip --features pooled": (
+        "Qwen2", "CLIP", "qwen2.5-instruct", "<|image_pad|>", 1, "012"),
+    "minimind-v": ("MiniMind 2", "CLIP", "minimind2", "@", 4, "012"),
+    "minimind-v --train_language none": ("MiniMind 2 older", "CLIP", "minimind2", "@", 4, ""),
+    "minimind-3v": ("MiniMind 3", "siglip alone", "minimind", "<|image_pad|>", 4, "02"),
+}
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_system_runs_by_its_preset(name, tmp_path, capsys):
+    language, vision, template, image_token, K, stage_two = SYSTEMS[name]
+    language, public = save_language_model(language, tmp_path / "language")
+    eyes = save_vision_tower(vision, tmp_path / "vision")
+    preset, *more = name.split()
+    flags = ["--preset", preset, *more, "--language", language, "--vision",
+             str(tmp_path / "vision"), "--data", make_data(tmp_path, count=6),
+             "--images", str(tmp_path), "--steps", "2", "--batch_size", "2", "--accumulate", "1",
+             "--dtype", "fp32", "--workers", "0"]
+    compare(assemble(resolve(read_flags("", "sft", flags), "sft", {}), None).model, public, eyes)
+
+    train_pretrain.main([*flags, "--out", str(tmp_path / "pretrain")])
+    rest = ["--data", *flags[flags.index("--data") + 1:]]
+    if "--train_language" in more:  # the others the checkpoint knows
+        rest += more
+    train_sft.main([*rest, "--model", str(tmp_path / "pretrain"), "--out", str(tmp_path / "sft")])
+    assert [len(curve(tmp_path / stage)) for stage in ("pretrain", "sft")] == [2, 2]
+    checkpoint = newest_checkpoint(tmp_path / "sft")
+    config = read_config(checkpoint)
+    assert (config["template"], config["image_token"], config["image_tokens"]) == (
+        template, image_token, K)
+    assert read_run(checkpoint)["settings"]["preset"] == preset
+    with safe_open(checkpoint / "model.safetensors", framework="pt") as file:
+        names = [each for each in file.keys() if each.startswith("language.")]
+    if stage_two == "lora":
+        assert names and all(each.endswith((".lora_a", ".lora_b")) for each in names)
+    else:
+        layers = {each.split(".")[2] for each in names if each.startswith("language.layers.")}
+        assert layers == set(stage_two)
+
+    capsys.readouterr()
+    script.main(["--model", str(checkpoint), "--image", str(tmp_path / "red.png"), "--prompt",
+                 "Which colour?", "--max_new_tokens", "3", "--device", "cpu"])
+    assert capsys.readouterr().out.endswith("\n")
+
+
+@torch.no_grad()
+def compare(model, public, eyes) -> None:
+    """Logits and features of what the preset loaded, against transformers'. The layouts that it
+    does not read, Qwen-7B's and MiniMind's, have their own referees in test_layouts.py."""
+    generator = torch.Generator().manual_seed(0)
+    model.eval()
+    if public is not None:
+        ids = torch.randint(0, 250, (2, 9), generator=generator)
+        ours = model.language.logits(model.language.decode(model.language.embed(ids)))
+        assert_close(ours, public(ids).logits, 1e-4, "logits")
+    pixels = torch.rand(2, 3, 16, 16, generator=generator)
+    theirs = eyes(pixels)
+    patches = theirs.last_hidden_state[:, int(model.vision.config.class_token):]
+    expected = {"patches": patches, "pooled": patches.mean(1, keepdim=True),
+                "class": theirs.pooler_output[:, None]}[model.vision.config.features]
+    assert_close(model.vision(pixels), expected, 1e-4, "features")

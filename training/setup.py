@@ -21,6 +21,7 @@ from dataset.mixture import mixture_hash, open_mixture, split_source
 from dataset.tokenizer import Tokenizer
 from model.checkpoint import (
     ROOT,
+    base_directory,
     base_reference,
     checkpoints,
     find_base,
@@ -59,7 +60,8 @@ def where_to_start(flags, stage: str) -> tuple[Path | None, dict]:
     that it brings: all of its run's to resume, the model's facts alone to train on."""
     if flags.resume and newest_checkpoint(flags.out):
         checkpoint = newest_checkpoint(flags.out)
-        earlier = {**template_facts(read_config(checkpoint)), **read_run(checkpoint)["settings"]}
+        earlier = {"features": "patches", **template_facts(read_config(checkpoint)),
+                   **read_run(checkpoint)["settings"]}
         return checkpoint, check_resumed(flags, earlier, checkpoint)
     if flags.model == "none" or (stage == "pretrain" and flags.model is None):
         return None, {}
@@ -73,11 +75,11 @@ def where_to_start(flags, stage: str) -> tuple[Path | None, dict]:
     config, run = read_config(checkpoint), read_run(checkpoint)
     facts = {"preset": run["settings"]["preset"], "system": config["system"] or "",
              **template_facts(config)}
-    for name in ("projector", "pixel_shuffle", "vision_layer"):
-        facts[name] = config[name]
-        if getattr(flags, name) not in (None, config[name]):
+    for name in ("projector", "pixel_shuffle", "vision_layer", "features"):
+        facts[name] = config.get(name, "patches")  # the first checkpoints name no features
+        if getattr(flags, name) not in (None, facts[name]):
             raise SystemExit(f"--{name} {getattr(flags, name)}: {checkpoint} was trained with "
-                             f"{config[name]}, and its projector fits nothing else")
+                             f"{facts[name]}, and its projector fits nothing else")
     for part, reference in config["bases"].items():
         facts[part] = reference["name"]
     if config["lora"]:
@@ -100,6 +102,11 @@ def check_resumed(flags, earlier: dict, checkpoint: Path) -> dict:
     return earlier
 
 
+def loudness(language) -> float:
+    """The root mean square of the embedding table: the size of the numbers that stand for words."""
+    return language.embed_tokens.weight.float().square().mean().sqrt().item()
+
+
 def assemble(settings, checkpoint: Path | None) -> Parts:
     """Load the model, and build the template and the image processor that belong to it."""
     torch.manual_seed(settings.seed)  # of the new projector's and the adapters' first weights
@@ -118,11 +125,12 @@ def assemble(settings, checkpoint: Path | None) -> Parts:
         vision_directory = find_base(settings.vision)
         language = LanguageModel.from_pretrained(str(language_directory))
         vision = VisionTransformer.from_pretrained(str(vision_directory),
-                                                   feature_layer=settings.vision_layer)
+                                                   feature_layer=settings.vision_layer,
+                                                   features=settings.features)
         bases = {part: base_reference(getattr(settings, part)) for part in ("language", "vision")}
         held, config = set(), {"lora": None}
 
-    tokenizer = Tokenizer.from_directory(language_directory)
+    tokenizer = Tokenizer.from_directory(base_directory(language_directory))
     processor = ImageProcessor.from_directory(vision_directory)
     if checkpoint:
         language, vision = model.language, model.vision
@@ -130,32 +138,41 @@ def assemble(settings, checkpoint: Path | None) -> Parts:
     system = settings.system
     if system is None:
         system = DEFAULT_SYSTEM[family]
-    K = image_tokens(vision.config.patch_size, processor.size, settings.pixel_shuffle)
+    K = image_tokens(vision.config.patch_size, processor.size, settings.pixel_shuffle,
+                     settings.features)
     template = ChatTemplate(tokenizer, K, system or None, settings.image_token, family)
     if checkpoint:  # with another template the placeholder may be another id
         model.config = replace(model.config, image_token_id=template.image_token_id)
     else:
         projector = Projector(settings.projector, vision.config.hidden_size,
-                              language.config.hidden_size, settings.pixel_shuffle)
+                              language.config.hidden_size, settings.pixel_shuffle,
+                              loudness(language))
         model = VLM(VLMConfig(language.config, vision.config, settings.projector,
                               settings.pixel_shuffle, template.image_token_id),
                     language, vision, projector)
     config = {
         "model_type": "vlm", "language": language.config.to_public(),
         "vision": vision.config.to_public(), "vision_layer": vision.config.feature_layer,
-        "projector": settings.projector, "pixel_shuffle": settings.pixel_shuffle,
+        "features": settings.features, "projector": settings.projector,
+        "pixel_shuffle": settings.pixel_shuffle,
         "image_tokens": K, "image_token_id": template.image_token_id,
         "template": family, "image_token": template.image_token,
         "system": template.default_system, "lora": config["lora"], "bases": bases}
     return Parts(model, template, processor, config, held)
 
 
-def image_tokens(patch_size: int, size: tuple[int, int], pixel_shuffle: int) -> int:
+def image_tokens(patch_size: int, size: tuple[int, int], pixel_shuffle: int,
+                 features: str = "patches") -> int:
     """K, for the size (H,W) that the image processor makes.
 
     Not for the size in the tower's config: DINOv2 was trained on 518 pixels and published with a
     processor that makes 224; its position grid is stretched to what comes in.
     """
+    if features != "patches":  # one vector for the whole picture
+        if pixel_shuffle > 1:
+            raise ValueError(f"--features {features} makes one token of a picture, so there is "
+                             f"nothing for --pixel_shuffle {pixel_shuffle} to join")
+        return 1
     rows, columns = size[0] // patch_size, size[1] // patch_size
     return rows * columns // pixel_shuffle**2
 
