@@ -219,3 +219,32 @@ def compare(model, public, eyes) -> None:
     expected = {"patches": patches, "pooled": patches.mean(1, keepdim=True),
                 "class": theirs.pooler_output[:, None]}[model.vision.config.features]
     assert_close(model.vision(pixels), expected, 1e-4, "features")
+
+
+def test_a_pth_is_copied_into_a_full_checkpoint_and_talks_alone(tmp_path, capsys):
+    language, _ = save_language_model("MiniMind 2 older", tmp_path / "language")
+    save_vision_tower("siglip alone", tmp_path / "vision")
+    train_pretrain.main([
+        "--preset", "minimind-v", "--language", language, "--vision", str(tmp_path / "vision"),
+        "--data", make_data(tmp_path, count=4), "--images", str(tmp_path), "--steps", "1",
+        "--batch_size", "2", "--dtype", "fp32", "--workers", "0", "--train_language", "none",
+        "--full_checkpoint", "--out", str(tmp_path / "out")])
+    capsys.readouterr()
+    brief = ["--prompt", "Hello", "--max_new_tokens", "3", "--device", "cpu"]
+    script.main(["--model", "none", "--language", language, "--template", "minimind2", *brief])
+    alone = capsys.readouterr().out
+    (tmp_path / "language").rename(tmp_path / "gone")
+    script.main(["--model", str(tmp_path / "out"), *brief])
+    assert capsys.readouterr().out == alone, "its language model was not trained"
+    with pytest.raises(SystemExit):
+        script.read_flags(["--model", str(tmp_path / "out"), "--template", "qwen"])
+
+
+def test_one_vector_of_a_picture_leaves_nothing_to_join(tmp_path):
+    flags = [*make_world(tmp_path), "--features", "pooled", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="--features pooled .*--pixel_shuffle 2"):
+        train_pretrain.main([*flags, "--pixel_shuffle", "2"])
+    train_pretrain.main([*flags, "--steps", "1"])
+    with pytest.raises(SystemExit, match="--features patches: .* was trained with pooled"):
+        train_sft.main(["--model", str(tmp_path / "out"), "--features", "patches",
+                        "--out", str(tmp_path / "sft")])
