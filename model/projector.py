@@ -34,10 +34,13 @@ class Projector(nn.Module):
     """features (N,P,Dv) -> (N,K,D).
 
     kind: "linear", "mlp" (linear, gelu, linear) or "norm_mlp" (LayerNorm, linear, gelu, linear),
-    whose norm brings towers that speak louder or softer to one loudness first.
+    whose norm brings towers that speak louder or softer to one loudness first. output_rms: the
+    size of the numbers that a new projector makes of features of size 1; give it the size of the
+    numbers in the language model's embedding table.
     """
 
-    def __init__(self, kind: str, vision_width: int, language_width: int, pixel_shuffle: int = 1):
+    def __init__(self, kind: str, vision_width: int, language_width: int, pixel_shuffle: int = 1,
+                 output_rms: float = 0.05):
         super().__init__()
         if kind not in ("linear", "mlp", "norm_mlp"):
             raise ValueError(f"the projector is 'linear', 'mlp' or 'norm_mlp', got {kind!r}")
@@ -48,12 +51,15 @@ class Projector(nn.Module):
         self.norm = nn.LayerNorm(width) if kind == "norm_mlp" else None
         self.fc1 = nn.Linear(width, language_width)
         self.fc2 = nn.Linear(language_width, language_width) if kind != "linear" else None
-        for layer in (self.fc1, self.fc2):
-            if layer is not None:
-                # Embeddings of words are small numbers; so begin small, or pictures would drown
-                # the words beside them in the first steps.
-                nn.init.normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
+        # Begin as loud as words: louder pictures would drown the words beside them in the first
+        # steps, fainter ones would have to grow first. GELU leaves 0.65 of a size of 1.
+        inner, last = (self.fc1, self.fc2) if self.fc2 is not None else (None, self.fc1)
+        if inner is not None:
+            nn.init.normal_(inner.weight, std=width**-0.5)
+            nn.init.zeros_(inner.bias)
+        size = 1 if inner is None else 0.65
+        nn.init.normal_(last.weight, std=output_rms / size * last.in_features**-0.5)
+        nn.init.zeros_(last.bias)
 
     def forward(self, features):
         x = features

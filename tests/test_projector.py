@@ -88,3 +88,11 @@ def test_pictures_begin_no_louder_than_words(kind, width, n):
     torch.manual_seed(0)
     tokens = Projector(kind, width, 576, n)(torch.randn(1, 16, width))
     assert 0.01 < tokens.std() < 1
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp", "norm_mlp"])
+@pytest.mark.parametrize("output_rms", [0.02, 0.3])
+def test_a_new_projector_is_as_loud_as_it_is_told_to_be(kind, output_rms):
+    torch.manual_seed(0)
+    tokens = Projector(kind, 192, 256, 1, output_rms)(torch.randn(8, 16, 192))
+    assert 0.8 < tokens.square().mean().sqrt() / output_rms < 1.25

@@ -102,6 +102,11 @@ def check_resumed(flags, earlier: dict, checkpoint: Path) -> dict:
     return earlier
 
 
+def loudness(language) -> float:
+    """The root mean square of the embedding table: the size of the numbers that stand for words."""
+    return language.embed_tokens.weight.float().square().mean().sqrt().item()
+
+
 def assemble(settings, checkpoint: Path | None) -> Parts:
     """Load the model, and build the template and the image processor that belong to it."""
     torch.manual_seed(settings.seed)  # of the new projector's and the adapters' first weights
@@ -140,7 +145,8 @@ def assemble(settings, checkpoint: Path | None) -> Parts:
         model.config = replace(model.config, image_token_id=template.image_token_id)
     else:
         projector = Projector(settings.projector, vision.config.hidden_size,
-                              language.config.hidden_size, settings.pixel_shuffle)
+                              language.config.hidden_size, settings.pixel_shuffle,
+                              loudness(language))
         model = VLM(VLMConfig(language.config, vision.config, settings.projector,
                               settings.pixel_shuffle, template.image_token_id),
                     language, vision, projector)
