@@ -177,14 +177,14 @@ def test_schedule_rises_to_one_and_falls_to_a_tenth():
     assert schedule(1, 1, 0.0) == pytest.approx(0.1)
 
 
-def test_auto_takes_bf16_only_where_the_hardware_multiplies_it(monkeypatch):
+@pytest.mark.parametrize("native, expected", [(True, "bf16"), (False, "fp32")])
+def test_auto_takes_bf16_only_where_the_hardware_multiplies_it(native, expected, monkeypatch):
     cpu = torch.device("cpu")
-    for native, expected in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", [False, native].pop)
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-        assert choose_dtype("auto", cpu)[0] == expected
-        for asked in ("bf16", "fp32"):
-            assert choose_dtype(asked, cpu) == (asked, "as asked")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert choose_dtype("auto", cpu)[0] == expected
+    for asked in ("bf16", "fp32"):
+        assert choose_dtype(asked, cpu) == (asked, "as asked")
 
 
 def test_bf16_stays_close_to_fp32(world, tmp_path):
