@@ -103,8 +103,10 @@ def check_resumed(flags, earlier: dict, checkpoint: Path) -> dict:
 
 
 def loudness(language) -> float:
-    """The root mean square of the embedding table: the size of the numbers that stand for words."""
-    return language.embed_tokens.weight.float().square().mean().sqrt().item()
+    """The root mean square of the first words' embeddings: the size of the numbers that stand for
+    words. Numbers that are not finite are left out: the loop reports such weights."""
+    table = language.embed_tokens.weight[:4096].float()
+    return table[table.isfinite()].square().mean().sqrt().item()
 
 
 def assemble(settings, checkpoint: Path | None) -> Parts:
