@@ -214,7 +214,7 @@ def label(what, rng, language):
 def sheet(template: ChatTemplate, tokenizer: Tokenizer, lesson: Lesson, rng):
     """-> ids, mask (whether a token is part of an answer), the 16 places of the map.
 
-    Ten questions cost as much as three turns of a talk: much practice for little computing.
+    Up to ten questions take about as many tokens as a short talk: practice for little computing.
     """
     what, language = training_scene(rng, lesson.counts), rng.choice(("en", "zh"))
     ids = [tokenizer.token_id("<|vision_start|>")]
