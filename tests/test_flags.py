@@ -57,8 +57,7 @@ def test_every_setting_is_read_by_the_code():
     code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     unread = [name for name in settings() if not re.search(rf"(settings|flags)\.{name}\b", code)]
     # These are read by name, in a loop over names or by resolve() itself.
-    assert set(unread) <= {"language", "vision", "projector_learning_rate",
-                           "template", "image_token", "features"}, unread  # setup.py: to come
+    assert set(unread) <= {"language", "vision", "projector_learning_rate"}, unread
     assert "getattr(settings, part)" in code
 
 

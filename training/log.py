@@ -97,9 +97,10 @@ def introduction(model, optimizer, settings, data, batches, steps: int, ranks) -
                      f"{f'{trained:,} trained' if trained else 'frozen'}")
     rates = ", ".join(f"{rate:g}" for rate in dict.fromkeys(
         group["peak"] for group in optimizer.param_groups))
+    files = settings.data if isinstance(settings.data, list) else [settings.data]
     rows = settings.batch_size * settings.accumulate * ranks.world_size
     lines += [
-        f"data      {len(data):,} samples from {settings.data}, "
+        f"data      {len(data):,} samples from {' '.join(files)}, "
         f"{batches.batches_per_epoch:,} batches in an epoch",
         f"run       {steps:,} steps of {rows} samples ({settings.batch_size} x "
         f"{settings.accumulate} accumulated x {ranks.world_size} processes)",

@@ -36,7 +36,7 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
         settings.dtype, why = choose_dtype(settings.dtype, ranks.device)
         try:
             parts = assemble(settings, checkpoint)
-        except (OSError, ValueError) as error:  # each says what is wrong and what to do
+        except (OSError, ValueError, KeyError) as error:  # each says what is wrong and what to do
             raise SystemExit(f"cannot build the model: {error}") from error
         parts.config["lora"] = choose_trained(parts.model, settings, parts.config["lora"])
         parts.model.to(ranks.device)
