@@ -1,0 +1,87 @@
+"""Hand a trained model over, in a form that other programs read.
+
+    python export.py --to transformers          LlavaForConditionalGeneration: transformers, vLLM
+    python export.py --to merged                a checkpoint of ours, LoRA merged, in one piece
+
+Flow: checkpoint directory -> load -> merge LoRA -> one of model/export_*.py -> OUT.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from dataset.chat import ChatTemplate
+from dataset.images import ImageProcessor
+from dataset.public_template import PublicTemplate
+from dataset.tokenizer import Tokenizer
+from model.checkpoint import find_model, load_checkpoint, read_config
+from model.export_transformers import llava
+from model.lora import merge_lora
+from model.weights import save
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def read_flags(arguments=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--model", metavar="DIR", help="checkpoint or run (default: the newest in out/sft, else "
+        "in out/pretrain)")
+    add("--to", choices=FORMS, default="transformers", help="the form (%(default)s)")
+    add("--out", default="out/export", metavar="DIR", help="new directory (%(default)s)")
+    add("--dtype", choices=DTYPES, default="bf16", help="of the weights (%(default)s); fp32 keeps "
+        "every digit of the training")
+    add("--language", help="where the public language model lies, if not where it was in training")
+    add("--vision", help="where the public vision tower lies, if not where it was in training")
+    return parser.parse_args(arguments)
+
+
+def load(flags, checkpoint: Path):
+    """-> the model in float32 with its adapters in place, template, image processor."""
+    config = read_config(checkpoint)
+    model = load_checkpoint(checkpoint, torch.float32, flags.language, flags.vision)
+    template = ChatTemplate(Tokenizer.from_directory(checkpoint), config["image_tokens"],
+                            config["system"], config.get("image_token"),
+                            config.get("template", "qwen2"))  # the first ones had no other
+    return model, template, ImageProcessor.from_directory(checkpoint)
+
+
+def to_transformers(flags, checkpoint: Path, out: Path) -> None:
+    model, template, processor = load(flags, checkpoint)
+    merge_lora(model.language)  # in float32, so that the sum is rounded once
+    public = PublicTemplate(template)
+    config, tensors = llava(model, processor.size, template.image_token_id)
+    dtype = DTYPES[flags.dtype]
+    save(out, config, {name: tensor.to(dtype) for name, tensor in tensors.items()})
+    public.save(out, model.language.config.max_position_embeddings)
+    processor.save(out)
+    class_token = int(model.vision.config.class_token)
+    (out / "processor_config.json").write_text(json.dumps({
+        "processor_class": "LlavaProcessor", "image_token": public.image_token,
+        "patch_size": model.vision.config.patch_size, "num_additional_image_tokens": class_token,
+        "vision_feature_select_strategy": config["vision_feature_select_strategy"],
+    }, indent=2) + "\n", encoding="utf-8")
+
+
+FORMS = {"transformers": to_transformers}
+
+
+def main(arguments=None) -> None:
+    flags = read_flags(arguments)
+    out = Path(flags.out)
+    try:
+        checkpoint = find_model(flags.model)
+        if out.exists() and any(out.iterdir()):
+            raise ValueError(f"--out {out} is not empty: give a new directory")
+        FORMS[flags.to](flags, checkpoint, out)
+    except (OSError, ValueError, KeyError) as error:  # each says what is wrong and what to do
+        raise SystemExit(f"export.py: {error}") from error
+    for path in sorted(out.rglob("*")):
+        if path.is_file():
+            print(f"{path.stat().st_size:>14,}  {path}")
+
+
+if __name__ == "__main__":
+    main()
