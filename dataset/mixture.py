@@ -13,6 +13,8 @@ takes the next w * n places of that line:
 A pass that an epoch takes only a part of is shuffled first (by the seed), so the part is a fair
 draw; and the rest of it is not lost, it comes in the next epoch. Where a picture has several
 captions, each pass shows the next one.
+
+For measuring, the last samples of each file can be set apart: then a pass goes without them.
 """
 
 import bisect
@@ -31,10 +33,11 @@ class Source:
     file: str
     weight: float
     data: object  # what open_data returns
+    rows: range  # of it, what counts here
 
     @property
     def samples_per_epoch(self) -> int:
-        return max(round(self.weight * len(self.data)), min(1, len(self.data)))
+        return max(round(self.weight * len(self.rows)), min(1, len(self.rows)))
 
 
 @dataclass(frozen=True)
@@ -72,29 +75,46 @@ class Mixture:
         """The same files at another epoch: as many samples, other captions, other parts."""
         return Mixture(self.sources, self.seed, epoch)
 
+    def set_apart(self) -> "Mixture":
+        """The samples that `open_mixture` set apart: each once, whatever its file's weight."""
+        return Mixture([Source(source.file, 1.0, source.data,
+                               range(source.rows.stop, len(source.data)))
+                        for source in self.sources], self.seed)
+
     def _parts(self, number: int):
         source = self.sources[number]
-        size, count = len(source.data), source.samples_per_epoch
+        size, count = len(source.rows), source.samples_per_epoch
         place, end = self.epoch * count, (self.epoch + 1) * count  # on the endless line
         while place < end:
             this_pass, first = divmod(place, size)
             last = min(first + end - place, size)
-            rows = range(size)
+            rows = source.rows
             if last - first < size:
                 rng = np.random.default_rng([self.seed, number, this_pass])
                 # Sorted again: files are read front to back, and batching shuffles anyway.
-                rows = np.sort(rng.permutation(size)[first:last])
+                rows = source.rows.start + np.sort(rng.permutation(size)[first:last])
             yield Part(source.data, this_pass, rows)
             place += last - first
 
 
-def open_mixture(sources: list[str], images_dir=None, seed: int = 0) -> Mixture:
-    """["FILE", "FILE:WEIGHT", ...] -> one data set. images_dir counts for all of the files."""
+def open_mixture(sources: list[str], images_dir=None, seed: int = 0, apart: int = 0) -> Mixture:
+    """["FILE", "FILE:WEIGHT", ...] -> one data set. images_dir counts for all of the files.
+
+    apart: so many samples are left out, see `set_apart`: the last ones of each file, by its share
+    of all samples. They depend on nothing else, so every process and every resume agrees.
+    """
     if not sources:
         raise ValueError("no data file was given; expected FILE or FILE:WEIGHT")
     split = [split_source(source) for source in sources]
-    return Mixture([Source(file, weight, open_data(file, images_dir)) for file, weight in split],
-                   seed)
+    opened = [open_data(file, images_dir) for file, _ in split]
+    ends = [0, *accumulate(map(len, opened))]
+    if apart and apart >= ends[-1]:
+        raise ValueError(f"{apart:,} samples are to be set apart, but there are only {ends[-1]:,}; "
+                         "expected fewer, so that some are left to train on")
+    kept = [len(data) - (apart * end // ends[-1] - apart * start // ends[-1] if apart else 0)
+            for data, start, end in zip(opened, ends, ends[1:])]
+    return Mixture([Source(file, weight, data, range(rows))
+                    for (file, weight), data, rows in zip(split, opened, kept)], seed)
 
 
 def split_source(source: str) -> tuple[str, float]:
@@ -111,6 +131,6 @@ def split_source(source: str) -> tuple[str, float]:
 
 
 def mixture_hash(mixture: Mixture) -> list[dict]:
-    """For run.json: data_hash of each file, its weight and its samples."""
+    """For run.json: data_hash of each file, its weight and all its samples."""
     return [{**data_hash(source.file), "weight": source.weight, "samples": len(source.data)}
             for source in mixture.sources]

@@ -1,9 +1,11 @@
-"""What a run tells: OUT/metrics.jsonl for machines, one line of progress for people.
+"""What a run tells: two files of figures for machines, lines of progress for people.
 
-    each optimizer step's figures -> one JSON line, flushed at once; and "step 12/400  loss 1.234"
+    each optimizer step's figures -> a line of OUT/metrics.jsonl, and "step 12/400  loss 1.234"
+    each measurement on held-out samples -> a line of OUT/evaluations.jsonl, and one to read
 """
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -22,10 +24,11 @@ class Log:
         self.last_line = 0.0  # when the last plain line was printed
         self.first_step, self.bad = progress.step + 1, progress.bad
         if enabled:
-            path = Path(out) / "metrics.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            cut_metrics(path, progress.step)
-            self.file = open(path, "a", encoding="utf-8")
+            Path(out).mkdir(parents=True, exist_ok=True)
+            for name in ("metrics", "evaluations"):
+                cut_metrics(Path(out) / f"{name}.jsonl", progress.step)
+            self.out = Path(out)
+            self.file = open(self.out / "metrics.jsonl", "a", encoding="utf-8")
 
     def step(self, step: int, figures: dict) -> None:
         """figures: the values of metrics.jsonl but the step's number, in their order."""
@@ -43,6 +46,18 @@ class Log:
         elif step in (self.first_step, self.steps) or now - self.last_line >= 10:
             self.last_line = now
             print(line, flush=True)
+
+    def evaluation(self, step: int, figures: dict) -> None:
+        """figures: the values of evaluations.jsonl but the step's number, in their order."""
+        if not self.enabled:
+            return
+        with open(self.out / "evaluations.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **figures}) + "\n")
+        right, wrong = (f"{loss:.3f}" if loss is not None else "none" for loss in
+                        (figures["eval_loss"], figures["eval_loss_wrong_picture"]))
+        unusable = f", {figures['skipped']:,} unusable" if figures["skipped"] else ""
+        self.say(f"step {step}/{self.steps}  held-out loss {right}, with wrong pictures {wrong} "
+                 f"({figures['samples']:,} samples{unusable})")
 
     def say(self, text: str) -> None:
         if self.enabled:
@@ -80,6 +95,16 @@ def cut_metrics(path: Path, last_step: int) -> None:
     path.write_text("".join(kept), encoding="utf-8")
 
 
+def kind_of(reason: str) -> str:
+    """Why a sample was skipped, without what is peculiar to it: names, numbers, quotations. So a
+    million missing pictures are one reason and not a million."""
+    for pattern, instead in ((r"'[^']*'|\"[^\"]*\"", "'...'"),
+                             (r"[^\s(]*(?:[/\\]|\w\.[a-z]{2,4}\b)[^\s:;,)]*", "FILE"),
+                             (r"\d[\d.,]*(?<=\d)", "N")):
+        reason = re.sub(pattern, instead, reason)
+    return reason
+
+
 def clock(seconds: float) -> str:
     """151 -> "2:31", 3725 -> "1:02:05"."""
     minutes, seconds = divmod(round(seconds), 60)
@@ -107,16 +132,35 @@ def introduction(model, optimizer, settings, data, batches, steps: int, ranks) -
         f"settings  preset {settings.preset}, peak learning rate {rates}, {settings.dtype} on "
         f"{ranks.device}, seed {settings.seed}, to {settings.out}",
     ]
+    if settings.overfit:
+        lines.append(
+            f"overfit   these {len(data):,} samples only, over and over: the loss should fall to "
+            "nearly 0; if it does not, the fault is not in the rest of the data"
+            + ("; held-out samples are not looked at" if settings.eval_every else ""))
     return "\n".join(lines)
 
 
-def closing(progress, log: Log, checkpoint: Path, next_command: str) -> str:
-    seen = progress.rows + progress.bad
-    return "\n".join([
-        f"{progress.step:,} steps, {progress.rows:,} samples trained on in {clock(log.seconds)}",
-        f"{progress.bad:,} of {seen:,} samples skipped as unusable; "
-        f"{progress.useful / max(1, progress.positions):.1%} of the positions were useful, the "
-        "rest was padding",
-        f"checkpoint: {checkpoint}",
-        f"next: {next_command}",
-    ])
+def closing(summary: dict, checkpoint: Path, next_command: str) -> str:
+    """The figures of OUT/summary.json for people."""
+    s, seen = summary, summary["samples_trained"] + summary["samples_skipped"]
+    lines = [
+        f"{s['steps']:,} steps, {s['samples_trained']:,} samples trained on in "
+        f"{clock(s['wall_seconds'])}",
+        f"{s['samples_skipped']:,} of {seen:,} samples skipped as unusable",
+        *(f"    {count:,} x {reason}" for reason, count in
+          sorted(s["skipped_why"].items(), key=lambda pair: -pair[1])),
+        f"{s['tokens']:,} tokens, {s['tokens_supervised']:,} supervised, "
+        f"{s['tokens_padding'] / max(1, s['tokens']):.1%} padding; "
+        f"{s['tokens_per_second'] or 0:,.0f} a second",
+        "most memory " + ", ".join(
+            f"{s[name] / 1e9:,.2f} GB {where}" for name, where in
+            (("peak_memory", "in a process"), ("peak_gpu_memory", "on a GPU")) if s[name]),
+    ]
+    if s["last_loss"] is not None:
+        lines.append(f"last loss {s['last_loss']:.3f}")
+    if s["best_eval_loss"] is not None:
+        wrong = s["last_evaluation"]["eval_loss_wrong_picture"]
+        lines.append(f"best held-out loss {s['best_eval_loss']:.3f} at step {s['best_eval_step']}, "
+                     f"at last {s['last_evaluation']['eval_loss']:.3f}"
+                     + (f", with wrong pictures {wrong:.3f}" if wrong is not None else ""))
+    return "\n".join([*lines, f"checkpoint: {checkpoint}", f"next: {next_command}"])

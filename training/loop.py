@@ -15,12 +15,14 @@ last step of a run may be a smaller one, when the epochs are used up.
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 
+from training.log import kind_of
 from training.optim import schedule, set_learning_rate
 
+KINDS = 50  # of reasons that are counted one by one; more would be names taken for reasons
 ENOUGH = 100  # samples that must have been seen before their share of bad ones is judged
 
 
@@ -32,6 +34,7 @@ class Progress:
     epoch: int = 0  # where the next micro-batch lies
     batch: int = 0
     bad: int = 0  # samples skipped so far, on all ranks
+    skipped: dict = field(default_factory=dict)  # why: how many of them
     rows: int = 0  # samples trained on
     positions: int = 0  # tokens computed, padding included
     useful: int = 0  # tokens computed, padding left out
@@ -64,10 +67,12 @@ def endless(batches, epoch: int, batch: int):
         epoch, batch = epoch + 1, 0
 
 
-def train(model, batches, optimizer, settings, ranks, log, save, progress: Progress) -> Progress:
+def train(model, batches, optimizer, settings, ranks, log, save, progress: Progress,
+          held_out=None) -> Progress:
     """Train from progress.step to the last step.
 
     save(step, state) writes a checkpoint, on every save_every-th step and after the last.
+    held_out: what is measured on every eval_every-th step and after the last, see held_out.py.
     """
     steps, limit = steps_of_run(settings, batches), micro_batches_of_run(settings, batches)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -104,6 +109,8 @@ def train(model, batches, optimizer, settings, ranks, log, save, progress: Progr
             "loss": loss, "grad_norm": norm, "learning_rate": rate,
             "supervised_tokens": int(supervised), "tokens_per_second": round(useful / seconds, 1),
             "seconds": round(seconds, 4)})
+        if held_out and (step % settings.eval_every == 0 or step == steps):
+            log.evaluation(step, held_out.losses(model, settings, ranks))
         if step % settings.save_every == 0 or step == steps:
             check_bad(progress, settings, at_end=step == steps)
             state = {"progress": asdict(progress), "optimizer": optimizer.state_dict()}
@@ -118,12 +125,16 @@ def take(stream, number: int, settings, ranks, log, progress) -> list:
     micro, skipped = [], []
     for _ in range(number):
         batch, bad, (progress.epoch, progress.batch) = next(stream)
-        skipped += [str(sample) for sample in bad]
+        skipped += [(str(sample), kind_of(sample.reason)) for sample in bad]
         if batch.where:  # every row of a batch may have been a bad one
             micro.append(batch)
     skipped = ranks.gather(skipped)
-    log.bad_samples(skipped)
+    log.bad_samples([line for line, _ in skipped])
     progress.bad += len(skipped)
+    for _, reason in skipped:
+        if reason not in progress.skipped and len(progress.skipped) >= KINDS:
+            reason = "other reasons"
+        progress.skipped[reason] = progress.skipped.get(reason, 0) + 1
     check_bad(progress, settings)
     return micro
 

@@ -12,6 +12,8 @@ from dataclasses import asdict
 from dataset.chat import FAMILIES
 from training.preset_table import PRESETS, Preset, Recipe
 
+OVERFIT_STEPS = 200
+
 __all__ = ["PRESETS", "Preset", "Recipe", "read_flags", "resolve", "settings_of_preset"]
 
 
@@ -94,6 +96,14 @@ def read_flags(description: str, stage: str, arguments=None) -> argparse.Namespa
     add("--lora_alpha", type=float, help="adapters add alpha / rank times their product")
     add("--lora_dropout", type=float, help="share of an adapter's input that is dropped")
     add("--lora_targets", nargs="+", help="names of the linear layers that get an adapter")
+    add("--eval_every", type=int, help="steps between measurements of the loss on held-out samples "
+        "(default: 0, never)")
+    add("--eval_data", metavar="FILE", help="held-out samples; without it the emoji world has its "
+        "own, and other --data needs --eval_samples")
+    add("--eval_samples", type=int, help="of --eval_data the first so many; without it the last "
+        "so many of --data, which are then never trained on")
+    add("--overfit", type=int, metavar="N", help="train on the first N samples only, over and "
+        "over: the first thing to try when a loss looks wrong (200 steps, if nothing else is said)")
     add("--full_checkpoint", action=yes_no,
         help="copy the public towers into each checkpoint instead of referring to them")
     flags = parser.parse_args(arguments)
@@ -112,11 +122,14 @@ def resolve(flags: argparse.Namespace, stage: str, earlier: dict) -> argparse.Na
     """
     given = {name: value for name, value in vars(flags).items() if value is not None}
     preset = given.get("preset") or earlier.get("preset") or "emoji"
-    others = {"seed": 0, "workers": 2, "max_bad": 0.01, "full_checkpoint": False, "model": None}
+    others = {"seed": 0, "workers": 2, "max_bad": 0.01, "full_checkpoint": False, "model": None,
+              "eval_every": 0, "eval_data": None, "eval_samples": None, "overfit": None}
     settings = {**others, **settings_of_preset(preset, stage), **earlier, **given,
                 "preset": preset}
     if "epochs" in given and "steps" not in given:
         settings["steps"] = None
+    if "overfit" in given and not {"steps", "epochs"} & given.keys():
+        settings["steps"] = OVERFIT_STEPS
     # The two exclude each other: whichever was asked for puts the preset's other one out.
     if given.get("lora") and "train_language" not in given:
         settings["train_language"] = "none"
@@ -132,9 +145,15 @@ def check(settings: dict) -> None:
                  "lora_rank", "learning_rate", "epochs", "clip"):
         if not settings[name] > 0:
             raise SystemExit(f"--{name} {settings[name]}: expected a number above 0")
-    if settings["steps"] is not None and settings["steps"] < 1:
-        raise SystemExit(f"--steps {settings['steps']}: expected at least 1")
-    for name in ("warmup_ratio", "lora_dropout", "max_bad", "weight_decay", "workers"):
+    for name in ("steps", "eval_samples", "overfit"):
+        if settings[name] is not None and settings[name] < 1:
+            raise SystemExit(f"--{name} {settings[name]}: expected at least 1")
+    if settings["eval_every"] and not settings["overfit"] and settings["data"] != "emoji" and not (
+            settings["eval_data"] or settings["eval_samples"]):
+        raise SystemExit(f"--eval_every {settings['eval_every']}: on which samples? Give "
+                         "--eval_data FILE, or --eval_samples N to set the last N of --data apart")
+    for name in ("warmup_ratio", "lora_dropout", "max_bad", "weight_decay", "workers",
+                 "eval_every"):
         if not settings[name] >= 0:
             raise SystemExit(f"--{name} {settings[name]}: expected 0 or more")
     for name in ("warmup_ratio", "lora_dropout"):

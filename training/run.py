@@ -8,11 +8,13 @@ read and in what comes next; that is all they say. The loop itself is loop.py.
 
 from dataset.batching import Batches
 from training.distributed import start_ranks
+from training.held_out import HeldOut, open_held_out
 from training.log import Log, closing, introduction
 from training.loop import StopTraining, steps_of_run, train
 from training.optim import choose_trained, make_optimizer
 from training.precision import choose_dtype
 from training.presets import read_flags, resolve
+from training.record import describe, launch, summarise
 from training.setup import (
     assemble,
     newest_checkpoint,
@@ -31,6 +33,7 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
     checkpoint, earlier = where_to_start(flags, stage)
     settings = resolve(flags, stage, earlier)
     data, about_data = open_training_data(settings, emoji_kind)
+    unseen = open_held_out(settings, emoji_kind, data)
 
     with start_ranks() as ranks:
         settings.dtype, why = choose_dtype(settings.dtype, ranks.device)
@@ -44,17 +47,26 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
         progress = prepare_out(settings, ranks, checkpoint, optimizer, about_data)
         ranks.copy_from_main(parts.model.parameters())
 
-        batches = Batches(data, parts.template, parts.processor, settings.batch_size,
-                          settings.max_length, settings.seed, ranks.rank, ranks.world_size,
-                          settings.workers)
+        def make_batches(samples):
+            return Batches(samples, parts.template, parts.processor, settings.batch_size,
+                           settings.max_length, settings.seed, ranks.rank, ranks.world_size,
+                           settings.workers)
+
+        batches = make_batches(data)
+        held_out = HeldOut(unseen, make_batches) if unseen else None
         steps = steps_of_run(settings, batches)
         log = Log(settings.out, steps, progress, ranks.main)
         log.say(introduction(parts.model, optimizer, settings, data, batches, steps, ranks))
         log.say(f"numbers   {settings.dtype}: {why}")
-        save = saver(parts, settings, stage, ranks, about_data)
-        try:
-            progress = train(parts.model, batches, optimizer, settings, ranks, log, save, progress)
-        except StopTraining as reason:
-            raise SystemExit(f"\nstopped: {reason}") from reason
+        facts = describe(settings, stage, ranks, about_data)
+        save = saver(parts, settings, facts)
+        with launch(settings.out, facts, progress, steps, ranks.main):
+            try:
+                train(parts.model, batches, optimizer, settings, ranks, log, save, progress,
+                      held_out)
+            except StopTraining as reason:
+                raise SystemExit(f"\nstopped: {reason}") from reason
+        summary = summarise(settings.out, progress, log.seconds, ranks)
         model = "" if settings.out == f"out/{stage}" else f" --model {settings.out}"
-        log.say(closing(progress, log, newest_checkpoint(settings.out), next_command + model))
+        if ranks.main:
+            log.say(closing(summary, newest_checkpoint(settings.out), next_command + model))

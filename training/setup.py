@@ -6,21 +6,17 @@
 """
 
 import glob
-import platform
-import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import safetensors
-import tokenizers
 import torch
+from torch.utils.data import Subset
 
 from dataset.chat import DEFAULT_SYSTEM, ChatTemplate
 from dataset.images import ImageProcessor
 from dataset.mixture import mixture_hash, open_mixture, split_source
 from dataset.tokenizer import Tokenizer
 from model.checkpoint import (
-    ROOT,
     base_directory,
     base_reference,
     checkpoints,
@@ -40,10 +36,12 @@ from model.projector import Projector
 from model.vision import VisionTransformer
 from model.vlm import VLM
 from training.loop import Progress
+from training.record import FILES
 
 # What a run may change when it is resumed; all else would make it another run.
 CHANGEABLE = ("out", "resume", "model", "preset", "language", "vision", "steps", "epochs",
-              "save_every", "keep", "workers", "max_bad", "full_checkpoint")
+              "save_every", "keep", "workers", "max_bad", "full_checkpoint", "eval_every",
+              "eval_data", "log")
 
 
 @dataclass
@@ -95,9 +93,9 @@ def template_facts(config: dict) -> dict:
 
 def check_resumed(flags, earlier: dict, checkpoint: Path) -> dict:
     for name, value in vars(flags).items():
-        if name not in CHANGEABLE and value is not None and value != earlier[name]:
+        if name not in CHANGEABLE and value is not None and value != earlier.get(name):
             raise SystemExit(f"--{name} {value}: the run to resume, {checkpoint}, was started with "
-                             f"{earlier[name]}. Leave the flag out, or start a new run with "
+                             f"{earlier.get(name)}. Leave the flag out, or start a new run with "
                              "another --out.")
     return earlier
 
@@ -185,20 +183,29 @@ def open_training_data(settings, kind: str):
     if settings.data == "emoji":
         from dataset.emoji.world import EmojiData  # here: other data has no use for it
 
-        data = EmojiData(kind)
-        return data, {"file": "emoji", "kind": kind, "samples": len(data)}
-    files = settings.data if isinstance(settings.data, list) else [settings.data]
+        data, about = EmojiData(kind), {"file": "emoji", "kind": kind}
+    else:
+        apart = settings.eval_samples or 0
+        data = open_files("data", settings, apart=0 if settings.eval_data else apart)
+        about = mixture_hash(data)
+        # One file of weight 1 is told as before there were weights: such runs can be resumed.
+        alone = {name: value for name, value in about[0].items()
+                 if (name, value) != ("weight", 1.0)}
+        about = {"files": about} if len(about) > 1 else alone
+    if settings.overfit:  # Subset has no epochs: a mixture stands still, each caption stays
+        data = Subset(data, range(min(settings.overfit, len(data))))
+    return data, {**about, "samples": len(data)}
+
+
+def open_files(flag: str, settings, apart: int = 0):
+    """The files that --data or --eval_data names, mixed."""
+    named = getattr(settings, flag)
+    files = named if isinstance(named, list) else [named]
     try:
-        data = open_mixture([name for file in files for name in matching(file)],
-                            settings.images, settings.seed)
+        return open_mixture([name for file in files for name in matching(file)],
+                            settings.images, settings.seed, apart)
     except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(f"--data {' '.join(files)}: {error}") from error
-    about = mixture_hash(data)
-    if len(about) > 1:
-        return data, {"files": about, "samples": len(data)}
-    # One file of weight 1 is told as before there were weights: such runs can still be resumed.
-    alone = {name: value for name, value in about[0].items() if (name, value) != ("weight", 1.0)}
-    return data, {**alone, "samples": len(data)}
+        raise SystemExit(f"--{flag} {' '.join(files)}: {error}") from error
 
 
 def matching(source: str) -> list[str]:
@@ -226,10 +233,11 @@ def prepare_out(settings, ranks, checkpoint: Path | None, optimizer, about_data:
         optimizer.load_state_dict(state["optimizer"])
         return Progress(**state["progress"])
     ranks.wait()  # every rank has looked for its start by now
-    if ranks.main and (checkpoints(out) or (out / "metrics.jsonl").exists()):
+    written = [out / name for name in FILES]
+    if ranks.main and (checkpoints(out) or any(path.exists() for path in written)):
         number = 1 + len(list(out.glob("earlier_*")))
         (out / f"earlier_{number}").mkdir()
-        for path in [*checkpoints(out), out / "metrics.jsonl"]:
+        for path in [*checkpoints(out), *written]:
             if path.exists():
                 path.rename(out / f"earlier_{number}" / path.name)
         print(f"an earlier run was moved to {out / f'earlier_{number}'}")
@@ -237,15 +245,10 @@ def prepare_out(settings, ranks, checkpoint: Path | None, optimizer, about_data:
     return Progress()
 
 
-def saver(parts: Parts, settings, stage: str, ranks, about_data: dict):
-    """-> save(step, state), as the loop wants it."""
+def saver(parts: Parts, settings, facts: dict):
+    """-> save(step, state), as the loop wants it. facts: record.describe's."""
     trained = {name for name, p in parts.model.named_parameters() if p.requires_grad}
     changed = parts.held | trained | set(own_names(parts.model))
-    facts = {"stage": stage, "settings": vars(settings), "processes": ranks.world_size,
-             "data": about_data, "commit": commit(),
-             "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                          "safetensors": safetensors.__version__,
-                          "tokenizers": tokenizers.__version__}}
 
     def save(step: int, state: dict) -> None:
         tensors = {name: p for name, p in parts.model.named_parameters() if name in changed}
@@ -254,13 +257,3 @@ def saver(parts: Parts, settings, stage: str, ranks, about_data: dict):
                         settings.full_checkpoint)
 
     return save
-
-
-def commit() -> str | None:
-    """The version of this code, when it lies in a git repository."""
-    try:
-        told = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT,
-                              capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return told.stdout.strip()
