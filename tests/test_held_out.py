@@ -106,8 +106,8 @@ def test_wrong_pictures_are_other_pictures_and_text_stays(world, unseen):
 
 
 def test_a_model_that_has_learned_to_look_loses_with_wrong_pictures(world, unseen, tmp_path):
-    train_sft.main([*world, *unseen, "--model", "none", "--train_language", "all", "--steps", "120",
-                    "--batch_size", "8", "--eval_every", "60", "--save_every", "500",
+    train_sft.main([*world, *unseen, "--model", "none", "--train_language", "all", "--steps", "80",
+                    "--batch_size", "8", "--eval_every", "40", "--save_every", "500",
                     "--out", str(tmp_path)])
     told = evaluations(tmp_path)
     print(told)
@@ -170,7 +170,7 @@ def test_two_ranks_measure_what_one_does(world, unseen, tmp_path):
     assert two == pytest.approx(one, abs=1e-5)
 
 
-def test_emoji_measures_scenes_that_nobody_trains_on():
+def test_emoji_measures_scenes_that_nobody_trains_on(tmp_path):
     for stage, kind in (("pretrain", "captions"), ("sft", "chat")):
         settings = resolve(read_flags("", stage, ["--eval_every", "5"]), stage, {})
         data, _ = open_training_data(settings, kind)
@@ -179,6 +179,10 @@ def test_emoji_measures_scenes_that_nobody_trains_on():
         numbers = [int(held_out[i].where.split("scene ")[1][:-1]) for i in (0, 255)]
         last = int(data[len(data) - 1].where.split("scene ")[1][:-1])
         assert numbers == [last + 1, last + 256] and numbers[1] < 10**9, "no test scenes either"
+    train_pretrain.main(["--steps", "1", "--batch_size", "2", "--workers", "0", "--eval_every", "1",
+                         "--eval_samples", "4", "--out", str(tmp_path)])
+    told, = evaluations(tmp_path)
+    assert told["samples"] == 4 and told["eval_loss_wrong_picture"] > 0
 
 
 def test_broken_samples_are_counted_and_none_at_all_is_no_number(world, tmp_path, capsys):

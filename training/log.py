@@ -10,13 +10,15 @@ import sys
 import time
 from pathlib import Path
 
+from training.boards import open_board
+
 LISTED_BAD = 5  # so many bad samples are shown in full; the rest are only counted
 
 
 class Log:
     """Rank 0 writes; on the other ranks every method does nothing."""
 
-    def __init__(self, out, steps: int, progress, enabled: bool):
+    def __init__(self, settings, steps: int, progress, enabled: bool):
         """progress: how far the run had come before; its later lines in the file are dropped."""
         self.steps, self.enabled = steps, enabled
         self.terminal = sys.stdout.isatty()
@@ -24,11 +26,12 @@ class Log:
         self.last_line = 0.0  # when the last plain line was printed
         self.first_step, self.bad = progress.step + 1, progress.bad
         if enabled:
-            Path(out).mkdir(parents=True, exist_ok=True)
+            self.out = Path(settings.out)
+            self.out.mkdir(parents=True, exist_ok=True)
             for name in ("metrics", "evaluations"):
-                cut_metrics(Path(out) / f"{name}.jsonl", progress.step)
-            self.out = Path(out)
+                cut_metrics(self.out / f"{name}.jsonl", progress.step)
             self.file = open(self.out / "metrics.jsonl", "a", encoding="utf-8")
+            self.board, self.close_board = open_board(settings, self.first_step)
 
     def step(self, step: int, figures: dict) -> None:
         """figures: the values of metrics.jsonl but the step's number, in their order."""
@@ -36,6 +39,7 @@ class Log:
             return
         self.file.write(json.dumps({"step": step, **figures}) + "\n")
         self.file.flush()  # a killed run keeps every step that it has made
+        self.board("train", step, figures)
         now = time.monotonic()
         left = (now - self.started) / (step - self.first_step + 1) * (self.steps - step)
         line = (f"step {step}/{self.steps}  loss {figures['loss']:.3f}  "
@@ -53,6 +57,7 @@ class Log:
             return
         with open(self.out / "evaluations.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **figures}) + "\n")
+        self.board("eval", step, figures)
         right, wrong = (f"{loss:.3f}" if loss is not None else "none" for loss in
                         (figures["eval_loss"], figures["eval_loss_wrong_picture"]))
         unusable = f", {figures['skipped']:,} unusable" if figures["skipped"] else ""
@@ -63,6 +68,11 @@ class Log:
         if self.enabled:
             # On a terminal the line of progress is wiped first; the next step draws it again.
             print(("\r\033[K" if self.terminal else "") + text, flush=True)
+
+    def close(self) -> None:
+        if self.enabled:
+            self.file.close()
+            self.close_board()
 
     def bad_samples(self, new: list[str]) -> None:
         """Show the first few samples that were skipped; count all."""

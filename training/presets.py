@@ -10,6 +10,7 @@ import argparse
 from dataclasses import asdict
 
 from dataset.chat import FAMILIES
+from training.boards import BOARDS
 from training.preset_table import PRESETS, Preset, Recipe
 
 OVERFIT_STEPS = 200
@@ -104,6 +105,8 @@ def read_flags(description: str, stage: str, arguments=None) -> argparse.Namespa
         "so many of --data, which are then never trained on")
     add("--overfit", type=int, metavar="N", help="train on the first N samples only, over and "
         "over: the first thing to try when a loss looks wrong (200 steps, if nothing else is said)")
+    add("--log", choices=BOARDS, help="show the figures of metrics.jsonl and evaluations.jsonl "
+        "there too (requirements-extra.txt)")
     add("--full_checkpoint", action=yes_no,
         help="copy the public towers into each checkpoint instead of referring to them")
     flags = parser.parse_args(arguments)
@@ -123,7 +126,8 @@ def resolve(flags: argparse.Namespace, stage: str, earlier: dict) -> argparse.Na
     given = {name: value for name, value in vars(flags).items() if value is not None}
     preset = given.get("preset") or earlier.get("preset") or "emoji"
     others = {"seed": 0, "workers": 2, "max_bad": 0.01, "full_checkpoint": False, "model": None,
-              "eval_every": 0, "eval_data": None, "eval_samples": None, "overfit": None}
+              "eval_every": 0, "eval_data": None, "eval_samples": None, "overfit": None,
+              "log": None}
     settings = {**others, **settings_of_preset(preset, stage), **earlier, **given,
                 "preset": preset}
     if "epochs" in given and "steps" not in given:

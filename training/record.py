@@ -25,7 +25,7 @@ from model.checkpoint import ROOT, write_json
 from training.distributed import cores
 
 # What a run writes beside its checkpoints; a new run in the same OUT moves them aside.
-FILES = ("metrics.jsonl", "evaluations.jsonl", "run.json", "summary.json")
+FILES = ("metrics.jsonl", "evaluations.jsonl", "run.json", "summary.json", "tensorboard")
 
 
 def describe(settings, stage: str, ranks, about_data: dict) -> dict:
@@ -136,6 +136,7 @@ def summarise(out, progress, wall_seconds: float, ranks) -> dict | None:
         "tokens_per_second": round(progress.useful / seconds, 1) if seconds else None,
         "training_seconds": round(seconds, 3), "wall_seconds": round(wall_seconds, 3),
         "peak_memory": memory, "peak_gpu_memory": gpu_memory,
+        "overflow_steps": getattr(progress, "overflows", 0),  # skipped, with fp16
         "last_loss": metrics[-1]["loss"] if metrics else None,
         "best_eval_loss": best.get("eval_loss"), "best_eval_step": best.get("step"),
         "last_evaluation": evaluations[-1] if evaluations else None,

@@ -7,6 +7,7 @@ read and in what comes next; that is all they say. The loop itself is loop.py.
 """
 
 from dataset.batching import Batches
+from training.boards import check_installed
 from training.distributed import start_ranks
 from training.held_out import HeldOut, open_held_out
 from training.log import Log, closing, introduction
@@ -32,6 +33,7 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
     flags = read_flags(description, stage, arguments)
     checkpoint, earlier = where_to_start(flags, stage)
     settings = resolve(flags, stage, earlier)
+    check_installed(settings.log)
     data, about_data = open_training_data(settings, emoji_kind)
     unseen = open_held_out(settings, emoji_kind, data)
 
@@ -55,7 +57,7 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
         batches = make_batches(data)
         held_out = HeldOut(unseen, make_batches) if unseen else None
         steps = steps_of_run(settings, batches)
-        log = Log(settings.out, steps, progress, ranks.main)
+        log = Log(settings, steps, progress, ranks.main)
         log.say(introduction(parts.model, optimizer, settings, data, batches, steps, ranks))
         log.say(f"numbers   {settings.dtype}: {why}")
         facts = describe(settings, stage, ranks, about_data)
@@ -68,5 +70,6 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
                 raise SystemExit(f"\nstopped: {reason}") from reason
         summary = summarise(settings.out, progress, log.seconds, ranks)
         model = "" if settings.out == f"out/{stage}" else f" --model {settings.out}"
+        log.close()
         if ranks.main:
             log.say(closing(summary, newest_checkpoint(settings.out), next_command + model))
