@@ -2,23 +2,33 @@
 
     python export.py --to transformers          LlavaForConditionalGeneration: transformers, vLLM
     python export.py --to merged                a checkpoint of ours, LoRA merged, in one piece
+    python export.py --to peft                  the language model's adapters, for peft
 
 Flow: checkpoint directory -> load -> merge LoRA -> one of model/export_*.py -> OUT.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from dataset.chat import ChatTemplate
 from dataset.images import ImageProcessor
 from dataset.public_template import PublicTemplate
 from dataset.tokenizer import Tokenizer
-from model.checkpoint import find_model, load_checkpoint, read_config
+from model.checkpoint import (
+    find_model,
+    load_checkpoint,
+    read_config,
+    read_run,
+    save_checkpoint,
+    tensor_names,
+    write_json,
+)
 from model.export_transformers import llava
 from model.lora import merge_lora
+from model.peft import peft_adapter
 from model.weights import save
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -58,14 +68,42 @@ def to_transformers(flags, checkpoint: Path, out: Path) -> None:
     public.save(out, model.language.config.max_position_embeddings)
     processor.save(out)
     class_token = int(model.vision.config.class_token)
-    (out / "processor_config.json").write_text(json.dumps({
+    write_json(out / "processor_config.json", {
         "processor_class": "LlavaProcessor", "image_token": public.image_token,
         "patch_size": model.vision.config.patch_size, "num_additional_image_tokens": class_token,
-        "vision_feature_select_strategy": config["vision_feature_select_strategy"],
-    }, indent=2) + "\n", encoding="utf-8")
+        "vision_feature_select_strategy": config["vision_feature_select_strategy"]})
 
 
-FORMS = {"transformers": to_transformers}
+def to_merged(flags, checkpoint: Path, out: Path) -> None:
+    """OUT/step_...: every weight in our own file, so that no public one is needed beside it."""
+    model, template, processor = load(flags, checkpoint)
+    merge_lora(model.language)
+    config, run = read_config(checkpoint), read_run(checkpoint)
+    config["lora"] = None
+    for reference in config["bases"].values():  # told still, as where it comes from
+        reference.pop("copied", None)
+    tensors = {name: p.to(DTYPES[flags.dtype]) for name, p in model.named_parameters()}
+    save_checkpoint(out, run["step"], tensors, config, run, (template.tokenizer, processor))
+
+
+def to_peft(flags, checkpoint: Path, out: Path) -> None:
+    config = read_config(checkpoint)
+    changed = [name for name in tensor_names(checkpoint)
+               if name.startswith("language.") and not name.endswith((".lora_a", ".lora_b"))]
+    if not config["lora"] or changed:
+        reason = (f"it trained {changed[0]} itself" if changed else "it has no LoRA adapters")
+        raise ValueError(f"{checkpoint} is no adapter on the public language model: {reason}. "
+                         "Use --to merged or --to transformers")
+    model, _, _ = load(flags, checkpoint)
+    adapter, tensors = peft_adapter(model.language, config["lora"],
+                                    config["bases"]["language"]["name"])
+    out.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()},
+              out / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_json(out / "adapter_config.json", adapter)
+
+
+FORMS = {"transformers": to_transformers, "merged": to_merged, "peft": to_peft}
 
 
 def main(arguments=None) -> None:

@@ -8,6 +8,7 @@ import math
 import torch
 
 from model.lora import add_lora
+from model.peft import add_peft
 from model.vlm import set_trainable
 
 PARTS = ("language", "projector", "vision")
@@ -43,7 +44,14 @@ def put_adapters(model, settings, present: dict | None) -> dict:
     """Put low-rank adapters into the language model, or go on with those that are there."""
     wanted = {"targets": settings.lora_targets, "rank": settings.lora_rank,
               "alpha": settings.lora_alpha, "dropout": settings.lora_dropout}
-    if present is None:
+    if settings.lora_from and not (present and settings.resume):
+        if present:
+            raise SystemExit(f"--lora_from {settings.lora_from}: the checkpoint to start from has "
+                             "adapters of its own; export it with --to merged first")
+        wanted = add_peft(model.language, settings.lora_from, settings.lora_dropout)
+        for name, value in wanted.items():  # the run says with what it trains
+            setattr(settings, f"lora_{name}", value)
+    elif present is None:
         add_lora(model.language, **wanted)
     elif present != wanted:
         raise SystemExit(f"the checkpoint has LoRA adapters with {present}, the settings say "

@@ -107,6 +107,8 @@ def read_flags(description: str, stage: str, arguments=None) -> argparse.Namespa
         "over: the first thing to try when a loss looks wrong (200 steps, if nothing else is said)")
     add("--log", choices=BOARDS, help="show the figures of metrics.jsonl and evaluations.jsonl "
         "there too (requirements-extra.txt)")
+    add("--lora_from", metavar="DIR", help="begin with the adapters of a peft directory; it "
+        "says their rank, alpha and targets")
     add("--full_checkpoint", action=yes_no,
         help="copy the public towers into each checkpoint instead of referring to them")
     flags = parser.parse_args(arguments)
@@ -127,13 +129,19 @@ def resolve(flags: argparse.Namespace, stage: str, earlier: dict) -> argparse.Na
     preset = given.get("preset") or earlier.get("preset") or "emoji"
     others = {"seed": 0, "workers": 2, "max_bad": 0.01, "full_checkpoint": False, "model": None,
               "eval_every": 0, "eval_data": None, "eval_samples": None, "overfit": None,
-              "log": None}
+              "log": None, "lora_from": None}
     settings = {**others, **settings_of_preset(preset, stage), **earlier, **given,
                 "preset": preset}
     if "epochs" in given and "steps" not in given:
         settings["steps"] = None
     if "overfit" in given and not {"steps", "epochs"} & given.keys():
         settings["steps"] = OVERFIT_STEPS
+    if "lora_from" in given:
+        given["lora"] = settings["lora"] = True
+        said = [name for name in ("lora_rank", "lora_alpha", "lora_targets") if name in given]
+        if said:
+            raise SystemExit(f"--{said[0]}: the adapters of --lora_from {given['lora_from']} have "
+                             "their own; leave it out")
     # The two exclude each other: whichever was asked for puts the preset's other one out.
     if given.get("lora") and "train_language" not in given:
         settings["train_language"] = "none"

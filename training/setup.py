@@ -58,7 +58,8 @@ def where_to_start(flags, stage: str) -> tuple[Path | None, dict]:
     that it brings: all of its run's to resume, the model's facts alone to train on."""
     if flags.resume and newest_checkpoint(flags.out):
         checkpoint = newest_checkpoint(flags.out)
-        earlier = {"features": "patches", **template_facts(read_config(checkpoint)),
+        earlier = {"features": "patches", "lora_from": None,
+                   **template_facts(read_config(checkpoint)),
                    **read_run(checkpoint)["settings"]}
         return checkpoint, check_resumed(flags, earlier, checkpoint)
     if flags.model == "none" or (stage == "pretrain" and flags.model is None):

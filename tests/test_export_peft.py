@@ -1,0 +1,169 @@
+"""Claims: an adapter trained here runs in peft on the public base, one trained by peft starts a
+run here; and a merged checkpoint needs nothing beside itself."""
+
+import json
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import export
+import train_sft
+from model.checkpoint import find_model, load_checkpoint, newest_checkpoint, read_config, read_run
+from model.language import LanguageModel
+from model.lora import add_lora
+from model.peft import add_peft, peft_adapter
+from tests.families import assert_close, save_qwen
+from tests.test_export import trained
+from tests.tiny import make_data, metrics
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tiny_tokenizer_dir):
+    """A run with adapters -> its directory, the run."""
+    directory = tmp_path_factory.mktemp("world")
+    run = trained(directory, tiny_tokenizer_dir, "Qwen3", "Siglip", 48,
+                  ["--lora", "--lora_rank", "3", "--lora_alpha", "5"])
+    return directory, run
+
+
+IDS = torch.randint(0, 250, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model.language(IDS)
+
+
+@torch.no_grad()
+def test_peft_loads_the_adapter_on_the_public_base(world, tmp_path):
+    directory, run = world
+    export.main(["--model", run, "--to", "peft", "--out", str(tmp_path / "adapter")])
+    base = transformers.AutoModelForCausalLM.from_pretrained(directory / "language")
+    plain = base(IDS).logits
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    ours = logits(load_checkpoint(find_model(run)))
+    assert_close(ours, adapted.eval()(IDS).logits, 1e-5, "logits with the adapter")
+    assert (ours - plain).abs().max() > 1e-3, "it is not the base"
+    assert adapted.peft_config["default"].r == 3
+    assert "q_proj" in adapted.peft_config["default"].target_modules
+
+
+@torch.no_grad()
+def test_a_merged_checkpoint_is_alone_and_the_same(world, tmp_path):
+    directory, run = world
+    export.main(["--model", run, "--to", "merged", "--out", str(tmp_path / "out"),
+                 "--dtype", "fp32"])
+    pixels = torch.rand(1, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+    whole = load_checkpoint(find_model(run))
+    for part in ("language", "vision"):
+        (directory / part).rename(directory / f"gone_{part}")
+    try:
+        merged = load_checkpoint(find_model(str(tmp_path / "out")))
+    finally:
+        for part in ("language", "vision"):
+            (directory / f"gone_{part}").rename(directory / part)
+    assert not any("lora" in name for name in merged.state_dict())
+    assert_close(logits(merged), logits(whole), 1e-5, "logits")
+    assert_close(merged.encode_images(pixels), whole.encode_images(pixels), 0, "pictures")
+
+
+def train_from(directory, tmp_path, *flags):
+    train_sft.main([
+        "--language", str(directory / "language"), "--vision", str(directory / "vision"),
+        "--model", "none", "--preset", "qwen2.5-siglip", "--data", make_data(tmp_path, count=4),
+        "--images", str(tmp_path), "--steps", "1", "--batch_size", "2", "--dtype", "fp32",
+        "--workers", "0", "--learning_rate", "1e-30", "--projector_learning_rate", "1e-30",
+        *flags, "--out", str(tmp_path / "out")])
+    return newest_checkpoint(tmp_path / "out")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rslora", [False, True])
+def test_training_starts_from_an_adapter_of_peft(world, tmp_path, rslora):
+    directory, _ = world
+    base = transformers.AutoModelForCausalLM.from_pretrained(directory / "language")
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(base, peft.LoraConfig(
+        r=2, lora_alpha=3, target_modules=["q_proj", "down_proj"], layers_to_transform=[0, 2],
+        init_lora_weights=False, use_rslora=rslora))
+    theirs.save_pretrained(tmp_path / "adapter")
+    with torch.enable_grad():
+        checkpoint = train_from(directory, tmp_path, "--lora_from", str(tmp_path / "adapter"))
+    assert_close(logits(load_checkpoint(checkpoint)), theirs.eval()(IDS).logits, 1e-5, "logits")
+    settings = read_run(checkpoint)["settings"]
+    assert settings["lora_rank"] == 2 == read_config(checkpoint)["lora"]["rank"]
+    if not rslora:
+        with torch.enable_grad():
+            train_sft.main(["--resume", "--steps", "2", "--out", str(tmp_path / "out")])
+        assert len(metrics(tmp_path / "out")) == 2
+        with pytest.raises(SystemExit, match="has adapters of its own"):
+            train_sft.main(["--model", str(tmp_path / "out"), "--data",
+                            str(tmp_path / "data.jsonl"), "--lora_from", str(tmp_path / "adapter"),
+                            "--out", str(tmp_path / "third")])
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"use_dora": True}, "use_dora = True; only False"),
+    ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' changes"),
+    ({"r": 4}, "lora_A of model.layers.0.* is \\(3, ..\\); rank 4 .*\\(4, ..\\)"),
+    ("model.layers.7.mlp.up_proj", "layers.7.mlp.up_proj.lora_A.weight is no LoRA matrix"),
+    ("model.layers.0.mlp.other", "mlp.other.* is no LoRA .*there are: .*q_proj")])
+def test_adapters_that_compute_otherwise_are_refused(world, tmp_path, change, message):
+    directory, run = world
+    export.main(["--model", run, "--to", "peft", "--out", str(tmp_path / "adapter")])
+    if isinstance(change, str):
+        file = tmp_path / "adapter" / "adapter_model.safetensors"
+        tensors = load_file(file)
+        tensors[f"base_model.model.{change}.lora_A.weight"] = torch.zeros(3, 36)
+        save_file(tensors, file)
+    else:
+        file = tmp_path / "adapter" / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    language = LanguageModel.from_pretrained(str(directory / "language"))
+    with pytest.raises(ValueError, match=message):
+        add_peft(language, tmp_path / "adapter")
+    with pytest.raises(SystemExit, match="--lora: "):
+        train_from(directory, tmp_path, "--lora_from", str(tmp_path / "adapter"))
+
+
+def test_flags_that_the_adapter_decides_are_refused(world, tmp_path):
+    with pytest.raises(SystemExit, match="--lora_rank: the adapters of --lora_from"):
+        train_from(world[0], tmp_path, "--lora_from", "A", "--lora_rank", "4")
+    with pytest.raises(SystemExit, match="A lacks adapter_config.json"):
+        train_from(world[0], tmp_path, "--lora_from", "A")
+
+
+def test_a_trained_base_is_no_adapter(tmp_path, tiny_tokenizer_dir):
+    run = trained(tmp_path, tiny_tokenizer_dir, "Qwen2", "CLIP", 48, ["--train_language", "last:1"])
+    with pytest.raises(SystemExit, match="it trained language.layers.2"):
+        export.main(["--model", run, "--to", "peft", "--out", str(tmp_path / "out")])
+
+
+def test_adapters_on_a_fused_matrix_go_out_and_come_back(tmp_path):
+    save_qwen(tmp_path / "qwen")
+    ours = LanguageModel.from_pretrained(str(tmp_path / "qwen"))
+    lora = {"targets": ["c_attn", "w1"], "rank": 3, "alpha": 6.0, "dropout": 0.0}
+    add_lora(ours, **lora)
+    for name, p in ours.named_parameters():
+        if name.endswith("lora_b"):
+            torch.nn.init.normal_(p)
+    config, tensors = peft_adapter(ours, lora, "Qwen/Qwen-7B-Chat")
+    assert config["target_modules"] == ["c_attn", "w1"]
+    name = "base_model.model.transformer.h.0.attn.c_attn.lora_"
+    assert (tensors[f"{name}A.weight"].shape, tensors[f"{name}B.weight"].shape) == (
+        (3, 36), (3 * 36, 3))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    again = LanguageModel.from_pretrained(str(tmp_path / "qwen"))
+    assert add_peft(again, tmp_path) == lora
+    ids = IDS % 61
+    assert_close(again(ids), ours(ids), 0, "logits")
+    apart = LanguageModel.from_pretrained(str(tmp_path / "qwen"))
+    add_lora(apart, ["q_proj"], 2, 2.0)
+    with pytest.raises(ValueError, match="--lora_targets c_attn"):
+        peft_adapter(apart, {**lora, "targets": ["q_proj"]}, "")
+
