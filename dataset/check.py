@@ -115,7 +115,7 @@ def examine(data, i: int, template: ChatTemplate, max_length: int | None) -> Fin
         try:
             load_image(image)
         except (OSError, ValueError, MemoryError) as error:
-            found.fault, found.text = "damaged", f"{sample.where}: {error}"
+            found.fault, found.text = "damaged", str(BadSample(sample.where, str(error)))
             return found
     try:
         kept, _ = template.fit(ids, mask, max_length or len(ids))

@@ -6,10 +6,22 @@ Each tower's preprocessor_config.json says what its training did: resize, cut ou
 scale 0..255 to 0..1, subtract a mean, divide by a spread. We do the same steps in the same order
 with the same library (Pillow), because a tower fed in another way sees worse and nothing warns:
 bilinear for bicubic, or a forgotten mean, cost accuracy in silence.
+
+A picture file comes from strangers. What becomes of the odd ones, as in the public processors:
+
+    CMYK, YCbCr, palette, 1 bit   converted to RGB by Pillow
+    16 or 32 bits of grey         values above 255 become white; 16 bits of colour lose 8
+    transparent                   white behind it
+    turned by EXIF                set upright, as exif_transpose does; EXIF that is broken: as it is
+    animated, several pages       the first one
+    damaged, too large, no photo  OSError: SVG, PDF, PostScript, a pipe, a directory, a bomb
 """
 
 import io
 import json
+import math
+import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +29,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+# What pictures are published in. Pillow knows forty more formats, and for one of them, EPS, it
+# starts another program (Ghostscript) that runs what the file says.
+Image.init()
+FORMATS = tuple({"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "MPO",
+                 "ICO"} & Image.OPEN.keys())
+MOST_PIXELS = 89_478_485  # 256 MB of RGB; Pillow's own limit, see open_image
+LONGEST_EDGE = 4096  # of what a tower is fed with; none takes a quarter of it
 HALF = (0.5, 0.5, 0.5)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -35,15 +54,16 @@ def load_image(source) -> Image.Image:
     """A path, the bytes of an image file, a PIL image, or a function that draws one -> upright RGB.
 
     Transparency becomes white. A damaged or truncated file raises OSError: Pillow could fill the
-    missing part with grey, and the model would learn to describe what it cannot see.
+    missing part with grey, and the model would learn to describe what it cannot see. So does one
+    of more than MOST_PIXELS: a file of 1 KB can unfold to gigabytes.
     """
     name = f"a picture of {len(source)} bytes" if isinstance(source, bytes) else str(source)
     try:
         if callable(source):
             source = source()
         if not isinstance(source, Image.Image):
-            source = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        image = ImageOps.exif_transpose(source)  # cameras store the turn, not turned pixels
+            source = open_image(source)
+        image = upright(source)
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
@@ -52,7 +72,30 @@ def load_image(source) -> Image.Image:
     except UnidentifiedImageError as error:  # its own text names a Python object, not the reason
         raise OSError(f"cannot read {name}: no image format that Pillow knows") from error
     except Exception as error:  # a broken file makes Pillow raise half a dozen different types
-        raise OSError(f"cannot read {name}: {error}") from error
+        raise OSError(f"cannot read {name}: {error or type(error).__name__}") from error
+
+
+def open_image(source) -> Image.Image:
+    """A path or bytes -> the whole first frame."""
+    if isinstance(source, bytes):
+        source = io.BytesIO(source)
+    elif not os.path.isfile(source):  # opening a pipe would wait for ever
+        raise OSError("there is no such file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what Pillow copes with; nobody could do anything
+        # Pillow raises at twice its limit and between the two only warns.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = Image.open(source, formats=FORMATS)
+        image.load()
+    return image
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Cameras store the turn beside the pixels, in EXIF, and not turned pixels."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # EXIF that nobody can read; of the pixels it says nothing
+        return image
 
 
 @dataclass(frozen=True)
@@ -68,6 +111,19 @@ class ImageProcessor:
     std: tuple[float, float, float]
 
     def __post_init__(self):
+        edges = f"1 to {LONGEST_EDGE} pixels"
+        for name, found, fine, expected in (
+            ("size", self.resize, self.resize is None or are_edges(self.resize), edges),
+            ("crop_size", self.crop, self.crop is None or are_edges(self.crop), edges),
+            ("resample", self.resample, self.resample in range(6), "a filter of Pillow's, 0 to 5"),
+            ("rescale_factor", self.rescale, are_numbers([self.rescale], 1, above=0),
+             "a number above 0"),
+            ("image_mean", self.mean, are_numbers(self.mean, 3), "three numbers"),
+            ("image_std", self.std, are_numbers(self.std, 3, above=0), "three numbers above 0"),
+        ):
+            if not fine:
+                raise ValueError(f"preprocessor_config.json has {name} = {found!r}; "
+                                 f"expected {expected}")
         if self.crop is None and not isinstance(self.resize, tuple):
             raise ValueError("preprocessor_config.json neither crops nor resizes to a fixed height "
                              "and width; pictures of unlike sizes cannot share a batch")
@@ -83,13 +139,18 @@ class ImageProcessor:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing; it says how the vision tower wants its "
                                     "pictures, and is published beside its weights")
-        return cls.from_public(json.loads(file.read_text(encoding="utf-8")))
+        try:
+            return cls.from_public(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file}: {error}") from error
 
     @classmethod
     def from_public(cls, public: dict) -> "ImageProcessor":
         """Read the dictionary of a preprocessor_config.json, in its older spellings too."""
+        if not isinstance(public, dict):
+            raise ValueError("preprocessor_config.json holds no object {name: value}")
         kind = public.get("image_processor_type") or public.get("feature_extractor_type") or ""
-        kind = kind.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast")
+        kind = str(kind).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast")
         if kind not in DEFAULTS:
             raise ValueError(f"preprocessor_config.json is for {kind or 'an unnamed class'!r}; "
                              f"supported are {', '.join(DEFAULTS)}")
@@ -104,8 +165,8 @@ class ImageProcessor:
         normalize = facts.get("do_normalize", True)
         rescale = facts.get("rescale_factor", 1 / 255) if facts.get("do_rescale", True) else 1.0
         return cls(kind, resize, crop, facts.get("resample", Image.Resampling.BICUBIC), rescale,
-                   tuple(facts["image_mean"]) if normalize else (0.0, 0.0, 0.0),
-                   tuple(facts["image_std"]) if normalize else (1.0, 1.0, 1.0))
+                   as_tuple(facts["image_mean"]) if normalize else (0.0, 0.0, 0.0),
+                   as_tuple(facts["image_std"]) if normalize else (1.0, 1.0, 1.0))
 
     def save(self, directory) -> None:
         """Write a preprocessor_config.json that other libraries read as we do."""
@@ -131,6 +192,9 @@ class ImageProcessor:
         """RGB -> (3,H,W) float32."""
         if self.resize is not None:
             height, width = fit_size(image, self.resize)
+            if height * width > MOST_PIXELS:  # a hair's breadth, enlarged along with its length
+                raise ValueError(f"a picture of {image.width} x {image.height} would be resized to "
+                                 f"{width} x {height}, more than {MOST_PIXELS:,} pixels")
             image = image.resize((width, height), resample=self.resample)
         if self.crop is not None:
             image = crop_centre(image, *self.crop)
@@ -144,6 +208,7 @@ def read_size(size) -> int | tuple[int, int]:
     """224, {"shortest_edge": 224} or {"height": .., "width": ..} -> int or (height, width)."""
     if isinstance(size, int):
         return size
+    size = size if isinstance(size, dict) else {"size": size}
     found = {key: value for key, value in size.items() if value is not None}
     if set(found) == {"shortest_edge"}:
         return found["shortest_edge"]
@@ -151,6 +216,19 @@ def read_size(size) -> int | tuple[int, int]:
         return found["height"], found["width"]
     raise ValueError(f"preprocessor_config.json has the size {size}; expected a number, "
                      "shortest_edge alone, or height and width")
+
+
+def as_tuple(found) -> tuple:
+    return tuple(found) if isinstance(found, (list, tuple)) else (found,)
+
+
+def are_edges(size) -> bool:
+    return all(type(edge) is int and 1 <= edge <= LONGEST_EDGE for edge in as_tuple(size))
+
+
+def are_numbers(found: list, count: int, above: float = -math.inf) -> bool:
+    return len(found) == count and all(
+        type(n) in (int, float) and above < n < math.inf for n in found)
 
 
 def fit_size(image: Image.Image, resize) -> tuple[int, int]:

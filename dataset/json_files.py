@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.records import TEXT_KEYS, BadSample, Sample, to_sample
+from dataset.records import TEXT_KEYS, BadSample, Sample, shown, to_sample
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors put it in front of a text
 WINDOW = 1 << 20  # characters of a file that JsonWalk holds at a time
@@ -57,14 +57,14 @@ class Pieces:
             opened.seek(self.starts[i])
             text = opened.read(self.sizes[i])
         try:
-            record = json.loads(text)
+            record = json.loads(text.decode("utf-8-sig"))  # as bytes it may pass for UTF-16
         except json.JSONDecodeError as error:  # its own text counts lines from the record's start
             raise BadSample(self.where(i), f"not JSON: {error.msg} at character {error.pos + 1} "
                                            "of the record") from error
         except (ValueError, RecursionError) as error:  # not UTF-8, or nested without end
             raise BadSample(self.where(i), f"not JSON: {error}") from error
         if not isinstance(record, dict):
-            raise BadSample(self.where(i), f"expected an object, found {str(record)[:40]!r}")
+            raise BadSample(self.where(i), f"expected an object, found {shown(record)}")
         return record
 
 
@@ -98,9 +98,9 @@ class CocoData:
             if key == "annotations":
                 self.annotations.append(start, size, line)
             if key == "images":
-                if not isinstance(value, dict) or not isinstance(value.get("id"), int):
+                if not isinstance(value, dict) or not is_id(value.get("id")):
                     raise ValueError(f"{file}:{line}: an image without a number as its 'id': "
-                                     f"{str(value)[:60]!r}")
+                                     f"{shown(value)}")
                 self.images.append(start, size, line)
                 ids.append(value["id"])
         if not len(self.images) or not len(self.annotations):
@@ -122,16 +122,20 @@ class CocoData:
             raise BadSample(where, "the annotation has no 'caption'; boxes and key points cannot "
                                    "be learned here, take captions_*.json")
         number = annotation.get("image_id")
-        place = np.searchsorted(self.ids, number) if isinstance(number, int) else len(self.ids)
+        place = np.searchsorted(self.ids, number) if is_id(number) else len(self.ids)
         if place == len(self.ids) or self.ids[place] != number:
-            raise BadSample(where, f"image_id {number!r} is none of the file's {len(self.ids)} "
-                                   "images")
+            raise BadSample(where, f"image_id {str(number)[:60]} is none of the file's "
+                                   f"{len(self.ids)} images")
         image = self.images.read(self.order[place])
         if not isinstance(image.get("file_name"), str):
             raise BadSample(where, f"image {number} has no 'file_name' "
                                    f"({self.images.where(self.order[place])})")
         record = {"caption": annotation["caption"], "image": [image["file_name"]]}
         return to_sample(record, self.images_dir, where, i, draw)
+
+
+def is_id(value) -> bool:
+    return isinstance(value, int) and abs(value) < 1 << 63  # what an index of numbers can hold
 
 
 def open_json(file: Path, images_dir: Path, first: bytes):
@@ -165,6 +169,9 @@ def index_array(file: Path) -> Pieces:
         walk.peek()
         for _, start, size, line in walk.entries():
             pieces.append(start, size, line)
+        if walk.peek():  # two arrays, one after the other: half of the data would be lost unseen
+            raise ValueError(f"{file}:{walk.line}: something follows the end of the array; "
+                             "expected one array, or one object a line (JSON Lines)")
     return pieces
 
 
@@ -240,7 +247,7 @@ class JsonWalk:
                 # A number that ends where the window ends may go on behind it.
                 if end < len(self.text) or not self._read():
                     break
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 if len(self.text) - self.place > LONGEST or not self._read():
                     raise ValueError(self._tell(error)) from error
         start, line = self.start, self.line
@@ -261,7 +268,7 @@ class JsonWalk:
         self.place = to
 
     def _tell(self, error) -> str:
-        pos, reason = getattr(error, "pos", self.place), getattr(error, "msg", "nested too deeply")
+        pos, reason = getattr(error, "pos", self.place), getattr(error, "msg", str(error))
         line = self.line + self.text.count("\n", self.place, pos)
         if pos >= len(self.text.rstrip()) or reason.startswith("Unterminated string"):
             reason += "; the file ends too early, is the download complete?"

@@ -22,6 +22,8 @@ from dataset.records import PICTURE_KEYS, TAGS, TEXT_KEYS, BadSample, Sample, to
 
 SLICE = 1 << 24  # bytes of a row group that are held decoded; pyarrow needs several times as much
 SLOW = 1 << 26  # bytes of a row group that are too many to pass through for one row
+# What pyarrow raises for a damaged file; a size that was misread asks for all memory.
+UNREADABLE = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError)
 STREAM = 1 << 20  # bytes read at a time; without it a whole column of the group is read at once
 
 
@@ -30,7 +32,7 @@ class ParquetData:
         try:
             with pq.ParquetFile(file) as parquet:
                 self.metadata, names = parquet.metadata, parquet.schema_arrow.names
-        except (pa.ArrowException, OSError) as error:
+        except UNREADABLE as error:
             raise ValueError(f"{file}: not readable as Parquet: {error}; is the download complete?"
                              ) from error
         self.file, self.images_dir = file, images_dir
@@ -42,6 +44,9 @@ class ParquetData:
                              " 'messages', 'prompt' and 'completion', 'texts' or 'caption'")
         groups = range(self.metadata.num_row_groups)
         self.ends = list(accumulate(self.metadata.row_group(g).num_rows for g in groups))
+        if len(self) != self.metadata.num_rows:
+            raise ValueError(f"{file}: the footer speaks of {self.metadata.num_rows} rows, its row "
+                             f"groups hold {len(self)}; the file is damaged")
         self.reader = None
 
     def __len__(self) -> int:
@@ -61,7 +66,7 @@ class ParquetData:
         where = f"{self.file}:{i + 1}"
         try:
             record = self._row(i)
-        except (ValueError, OSError) as error:  # pyarrow's errors are either
+        except UNREADABLE as error:
             self.reader = None
             raise BadSample(where, f"cannot read the row: {error}") from error
         return to_sample(record, self.images_dir, where, i, draw)

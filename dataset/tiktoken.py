@@ -62,7 +62,11 @@ def is_first_qwen(directory) -> bool:
     for name, key, value in (("config.json", "model_type", "qwen"),
                              ("tokenizer_config.json", "tokenizer_class", "QWenTokenizer")):
         file = Path(directory) / name
-        if file.is_file() and json.loads(file.read_text(encoding="utf-8")).get(key) == value:
+        try:
+            content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        except ValueError as error:
+            raise ValueError(f"{file} is not JSON: {error}; fetch the file again") from error
+        if isinstance(content, dict) and content.get(key) == value:
             return True
     return False
 

@@ -31,7 +31,7 @@ class Tokenizer:
     def from_directory(cls, path) -> "Tokenizer":
         path = Path(path)
         if (path / "tokenizer.json").is_file():
-            backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+            backend = read_json(path / "tokenizer.json")
         elif (path / "qwen.tiktoken").is_file():
             backend = read_tiktoken(path / "qwen.tiktoken")
         else:
@@ -83,3 +83,14 @@ class Tokenizer:
         # A loader's worker process gets a pickled copy, and pickling the backend forgets
         # encode_special_tokens: without this, a worker would read "<|im_end|>" as the token.
         self.__init__(state["backend"], state["companions"])
+
+
+def read_json(file: Path) -> tokenizers.Tokenizer:
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+        if not backend.get_vocab_size():
+            raise ValueError("it holds no token")
+        return backend
+    except Exception as error:  # the library raises nothing more exact
+        raise ValueError(f"{file} cannot be read as a tokenizer.json: {error}; fetch it again"
+                         ) from error

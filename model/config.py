@@ -4,7 +4,18 @@ Every family that we can load differs from the others only by the facts below, s
 (language.py) and the vision transformer (vision.py) each exist once and ask these facts.
 """
 
+import math
 from dataclasses import dataclass
+
+# What a number of config.json has to be, by its name; checked before anything is computed.
+WHOLE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
+         "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "image_size",
+         "patch_size", "seq_length", "kv_channels")
+REAL = ("rope_theta", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rotary_emb_base",
+        "mlp_ratio")
+SWITCH = ("tie_word_embeddings", "use_dynamic_ntk", "use_logn_attn")
+LARGEST = 1 << 24  # of a whole number; the largest public vocabulary has 262,144 words
+MOST_LAYERS = 1000  # the deepest public decoder has 126; a million would be built for an hour
 
 
 @dataclass(frozen=True)
@@ -29,6 +40,7 @@ class LanguageConfig:
     context_limit: int | None = None
 
     def __post_init__(self):
+        check_values(vars(self))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} must be a multiple of "
@@ -40,6 +52,7 @@ class LanguageConfig:
     @classmethod
     def from_public(cls, public: dict) -> "LanguageConfig":
         """Read the dictionary of a public config.json; raise on a variant we would get wrong."""
+        public = check_values(public)
         model_type = public.get("model_type")
         if model_type == "qwen":
             return cls(**read_qwen(public))
@@ -50,6 +63,7 @@ class LanguageConfig:
             )
         # transformers 5 moved rope_theta into rope_parameters; older files have it at the top.
         rope = public.get("rope_parameters") or public.get("rope_scaling") or {}
+        rope = check_values(rope, "rope_parameters of config.json")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         default_theta = 10000.0  # what the three public config classes assume when it is absent
         refuse(public, "rope_type", rope_type, "default")
@@ -59,6 +73,8 @@ class LanguageConfig:
         refuse(public, "mlp_bias", public.get("mlp_bias", False), False)
         if model_type != "qwen2":
             refuse(public, "attention_bias", public.get("attention_bias", False), False)
+        require(public, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                "num_attention_heads")
         heads = public["num_attention_heads"]
         return cls(
             model_type=model_type,
@@ -101,6 +117,7 @@ def read_qwen(public: dict) -> dict:
     if "hidden_size" not in public:
         raise ValueError("config.json of model_type 'qwen' has no hidden_size: it is of the first "
                          "release (n_embd, n_layer, ...). Get the current one of Qwen/Qwen-7B-Chat")
+    require(public, "vocab_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     heads, width = public["num_attention_heads"], public["hidden_size"]
     refuse(public, "rotary_pct", public.get("rotary_pct", 1.0), 1.0)
     refuse(public, "no_bias", public.get("no_bias", True), True)
@@ -166,6 +183,10 @@ class VisionConfig:
     features: str = "patches"  # or one vector: "class" (the class token), "pooled" (patches' mean)
 
     def __post_init__(self):
+        check_values(vars(self))
+        if self.patch_size > self.image_size:
+            raise ValueError(f"patch_size {self.patch_size} is larger than image_size "
+                             f"{self.image_size}: there would be no patch")
         if self.features not in ("patches", "class", "pooled"):
             raise ValueError(f"features is {self.features!r}; there are 'patches', 'class' and "
                              "'pooled'")
@@ -190,9 +211,10 @@ class VisionConfig:
     def from_public(cls, public: dict, feature_layer: int = -1,
                     features: str = "patches") -> "VisionConfig":
         """Read a public config.json: of the tower alone, or of a whole SigLIP or CLIP."""
+        public = check_values(public)
         model_type = public.get("model_type")
         if model_type in ("siglip", "clip"):  # the published files hold both towers
-            public = {**(public.get("vision_config") or {})}
+            public = check_values(public.get("vision_config") or {}, "vision_config of config.json")
             model_type += "_vision_model"
         if model_type not in ("siglip_vision_model", "clip_vision_model", "dinov2"):
             raise ValueError(
@@ -259,6 +281,30 @@ class VLMConfig:
     projector: str  # "linear", "mlp" or "norm_mlp"
     pixel_shuffle: int  # n: each n x n square of patches becomes one language token
     image_token_id: int  # placeholder in the ids; may lie past the vocabulary: never looked up
+
+
+def check_values(public, what: str = "config.json") -> dict:
+    """-> the dictionary without the names that have no value; ValueError where one is no number
+    that could be computed with: "32", -1, NaN, or a billion layers."""
+    if not isinstance(public, dict):
+        raise ValueError(f"{what} is {str(public)[:60]!r}; expected an object {{name: value}}")
+    public = {name: value for name, value in public.items() if value is not None}
+    for name, value in public.items():
+        most = MOST_LAYERS if name == "num_hidden_layers" else LARGEST
+        for names, fine, expected in (
+                (WHOLE, type(value) is int and 1 <= value <= most, f"a whole number, 1 to {most}"),
+                (REAL, type(value) in (int, float) and 0 < value < math.inf, "a number above 0"),
+                (SWITCH, type(value) is bool, "true or false")):
+            if name in names and not fine:
+                raise ValueError(f"{what} has {name} = {str(value)[:60]!r}; expected {expected}")
+    return public
+
+
+def require(public: dict, *names: str) -> None:
+    missing = [name for name in names if name not in public]
+    if missing:
+        raise ValueError(f"config.json of model_type {public.get('model_type')!r} lacks "
+                         f"{', '.join(missing)}")
 
 
 def refuse(public: dict, name: str, found, supported) -> None:

@@ -12,7 +12,7 @@ import re
 
 import torch
 
-from model.config import LanguageConfig, refuse
+from model.config import LanguageConfig, check_values, refuse
 
 # What shapes cannot tell, by: older names? norms of q and k? width of q / width of k.
 # The first two are interleaved (layouts.half_split); all tie the head to the embeddings.
@@ -48,10 +48,15 @@ def minimind_config(shapes: dict[str, list[int]], public: dict, where) -> Langua
     if missing:
         raise ValueError(f"{where}: no MiniMind language model, it lacks {missing[0]}. Another "
                          "model's weights need its config.json beside them")
+    for name in names:
+        if len(shapes[f"{name}.weight"]) != 2 or 0 in shapes[f"{name}.weight"]:
+            raise ValueError(f"{where}: {name}.weight has the shape {shapes[f'{name}.weight']}; "
+                             "expected a matrix")
     (words, width), (q, _), (k, _), (middle, _) = (shapes[f"{name}.weight"] for name in names)
 
-    said = {OLDER_NAMES.get(key, key): value for key, value in public.items()}
-    rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
+    said = check_values({OLDER_NAMES.get(key, key): value for key, value in public.items()})
+    rope = check_values(said.get("rope_parameters") or said.get("rope_scaling") or {},
+                        "rope_scaling of config.json")
     refuse(public, "rope_type", rope.get("rope_type", rope.get("type", "default")), "default")
     facts = {**GENERATIONS.get((older, normed, q / k), {}), **rope,
              **{key: value for key, value in said.items() if value is not None}}
@@ -61,6 +66,9 @@ def minimind_config(shapes: dict[str, list[int]], public: dict, where) -> Langua
             "not tell the number of heads. Put a config.json of MiniMind's beside it, with "
             "num_attention_heads, rope_theta and rms_norm_eps")
     head_dim = q // facts["num_attention_heads"]
+    if not head_dim or q % head_dim or k % head_dim:
+        raise ValueError(f"{where}: q is {q} wide and k {k}; {facts['num_attention_heads']} heads "
+                         "cannot share that out")
     layer = re.compile(r"(?:model\.)?layers\.(\d+)\.")
     return LanguageConfig(
         model_type="qwen3" if normed else "llama",

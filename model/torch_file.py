@@ -2,7 +2,7 @@
 
 Such a file is a pickle: a small program that builds objects, which can do anything at all when
 it is run. weights_only=True runs none of it but the making of tensors, and refuses the rest. That
-is the one way in which this project opens them.
+is the one way in which this project opens them: weights here, and training_state.pt of a run.
 """
 
 import pickle
@@ -45,27 +45,33 @@ class Header:
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """{name: tensor} of a file that holds nothing else; memory-mapped, so nothing is read yet."""
-    try:
-        # Files from before PyTorch 1.6 (2020) are no zip archives and cannot be mapped.
-        content = torch.load(path, map_location="cpu", weights_only=True,
-                             mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors, and opening it all would run code that came with "
-            f"it: refused ({first_line(error)}). Get the weights as safetensors, or as the plain "
-            "state_dict() of the model") from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as a file of torch.save: {first_line(error)}. "
-                         "It may be cut short: compare its size, download it again") from error
+    content = load_plain(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; a dictionary "
                          "{name: tensor} is needed")
-    others = [name for name, value in content.items() if not isinstance(value, torch.Tensor)]
+    others = [name for name, value in content.items()
+              if not isinstance(value, torch.Tensor) or not isinstance(name, str)]
     if others:
         raise ValueError(
             f"{path} holds {', '.join(map(repr, others[:4]))}, which are no tensors: it looks like "
             "the state of a training run. Give the file with the weights alone")
     return content
+
+
+def load_plain(path: Path):
+    """What torch.save wrote, as far as it is tensors, numbers, texts, lists and dictionaries."""
+    try:
+        # Files from before PyTorch 1.6 (2020) are no zip archives and cannot be mapped.
+        return torch.load(path, map_location="cpu", weights_only=True,
+                          mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors, and opening it all would run code that came with "
+            f"it: refused ({first_line(error)}). Get the weights as safetensors, or as the plain "
+            "state_dict() of the model") from error
+    except Exception as error:  # a damaged pickle fails in a dozen ways
+        raise ValueError(f"{path} cannot be read as a file of torch.save: {first_line(error)}. "
+                         "It may be cut short: compare its size, download it again") from error
 
 
 def first_line(error: Exception) -> str:

@@ -18,7 +18,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -66,7 +66,7 @@ def language_config(source: Path) -> LanguageConfig:
     public = {} if alone else read_config(directory)
     if alone or public.get("model_type") in ("minimind", "minimind-v"):
         return minimind_config(tensor_shapes(source), public, source)
-    return LanguageConfig.from_public(public)
+    return in_words_of(directory, LanguageConfig.from_public, public)
 
 
 def load_vision(name, dtype: torch.dtype = torch.float32, feature_layer: int = -1,
@@ -76,7 +76,8 @@ def load_vision(name, dtype: torch.dtype = torch.float32, feature_layer: int = -
     Blocks after feature_layer are not needed for it and not read.
     """
     directory = resolve(name)
-    config = VisionConfig.from_public(read_config(directory), feature_layer, features)
+    config = in_words_of(directory, VisionConfig.from_public, read_config(directory),
+                         feature_layer, features)
     with torch.device("meta"):
         model = VisionTransformer(config)
     layout = LAYOUTS[config.model_type]
@@ -123,7 +124,11 @@ def fill(model, source: Path, held: dict[str, Path], layout: Layout, unread: lis
                     problems.append(f"misshapen: {name} is {found} in the file, and config.json "
                                     f"asks for {shape}")
                 elif not problems:
-                    tensor = file.get_tensor(name).to(dtype)
+                    tensor = file.get_tensor(name)
+                    if unusable(tensor):
+                        problems.append(f"{unusable(tensor)}: {name} in {path.name}")
+                        continue
+                    tensor = tensor.to(dtype)
                     if name.rsplit(".", 2)[-2] in layout.interleaved:
                         tensor = half_split(tensor, model.config.head_dim)
                     tensors.update(unstacked(tensor, {each: target[each] for each in ours}))
@@ -133,6 +138,15 @@ def fill(model, source: Path, held: dict[str, Path], layout: Layout, unread: lis
                          "config.json describes it:\n  " + "\n  ".join(problems[:12]) + more)
     model.load_state_dict(tensors, assign=True)
     return model
+
+
+def unusable(tensor: torch.Tensor) -> str:
+    """Why it cannot be a weight; "" if it can. Reads the tensor once, which loading it would do."""
+    if tensor.is_meta or tensor.layout != torch.strided or not tensor.is_floating_point():
+        return f"no plain fractions but {str(tensor.dtype).removeprefix('torch.')}"
+    # A NaN or an infinity comes through a sum. (The smallest dtypes cannot be summed.)
+    wide = tensor.float() if tensor.itemsize < 2 else tensor
+    return "" if wide.sum(dtype=torch.float32).isfinite() else "not finite"
 
 
 def unstacked(tensor: torch.Tensor, target: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -223,7 +237,37 @@ def read_config(directory: Path) -> dict:
     path = directory / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: it says what the weights beside it are")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}; fetch the file again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {str(content)[:40]!r}; expected an object {{name: value}}")
+    return content
+
+
+def in_words_of(directory: Path, read, *arguments):
+    """read(...) of config.json's content, with the file's name before whatever is wrong in it."""
+    try:
+        return read(*arguments)
+    except ValueError as error:
+        raise ValueError(f"{directory / 'config.json'}: {error}") from error
+
+
+def shards(index: Path) -> list[str]:
+    """The files that an index names. They lie beside it: no name may lead elsewhere."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(p, str) for p in places.values()):
+        raise ValueError(f"{index} has no 'weight_map' of {{tensor: file}}; fetch it again")
+    for name, file in places.items():
+        if Path(file).name != file or "\\" in file:
+            raise ValueError(f"{index}: the file of {name} is {file!r}; expected a file beside the "
+                             "index, nothing else is opened")
+    return sorted(set(places.values()))
 
 
 def weight_files(source) -> list[Path]:
@@ -239,8 +283,7 @@ def weight_files(source) -> list[Path]:
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = source / f"{single}.index.json"
         if index.is_file():
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            names = sorted(set(shards))
+            names = shards(index)
         elif (source / single).is_file():
             names = [single]
         if names:
@@ -266,7 +309,13 @@ def pth_files(source: Path) -> list[Path]:
 
 def open_tensors(path: Path):
     """One file with weights, to be used in `with`: keys(), get_slice(name), get_tensor(name)."""
-    return safe_open(path, framework="pt") if path.suffix == ".safetensors" else TorchFile(path)
+    if path.suffix != ".safetensors":
+        return TorchFile(path)
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}. It may be cut short: "
+                         "compare its size, download it again") from error
 
 
 def tensor_files(source: Path) -> dict[str, Path]:

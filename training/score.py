@@ -111,7 +111,7 @@ def answer_all(model, template, processor, questions: list[Question], batch_size
             try:
                 pixels.append(read_pixels(questions[i].images, processor))
                 batch.append(i)
-            except OSError as error:
+            except (OSError, ValueError) as error:  # damaged, or too long and thin to be resized
                 bad.append(BadSample(questions[i].where, str(error)))
         if batch:
             # Who says more than the longest truth is wrong anyway; a little room shows how.
