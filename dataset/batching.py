@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from dataset.formats import BadSample, Sample
 from dataset.images import load_image
+from dataset.whereabouts import Whereabouts
 
 UNSUPERVISED = -100  # what torch's cross entropy ignores
 
@@ -93,6 +94,7 @@ class Batches:
         self.max_length, self.seed, self.workers = max_length, seed, workers
         self.rank, self.world_size = rank, world_size
         self.global_batch = batch_size * world_size
+        self.whereabouts = Whereabouts(workers)
         # Windows of equal size: a small one left over would waste more than the others.
         count = self.batches_per_epoch
         windows = -(-count // window)
@@ -145,11 +147,12 @@ class EpochOrder:
         bad = list(self.refused) if place == 0 and b.rank == 0 else []
         rows = []
         for row in self.plan[place]:
-            try:
-                pixels = [b.image_processor(load_image(image)) for image in row.sample.images]
-                rows.append(Row(row.ids, row.mask, row.sample, tuple(pixels)))
-            except (OSError, ValueError, MemoryError) as error:
-                bad.append(BadSample(row.sample.where, str(error)))
+            with b.whereabouts.at(row.sample.where):
+                try:
+                    pixels = [b.image_processor(load_image(image)) for image in row.sample.images]
+                    rows.append(Row(row.ids, row.mask, row.sample, tuple(pixels)))
+                except (OSError, ValueError, MemoryError) as error:
+                    bad.append(BadSample(row.sample.where, str(error)))
         return collate(rows), bad
 
     def _plan(self, window: int) -> tuple[list[list[Row]], list[BadSample]]:
@@ -160,26 +163,32 @@ class EpochOrder:
         # Files are read front to back; the sort by index also settles ties between equal lengths.
         rows, refused = [], []
         for i in sorted(chosen.tolist()):
-            try:
-                sample = self.data[i]
-            except BadSample as bad:
-                refused.append(bad)
-                continue
-            try:
-                # Qwen3 learns one answer of a row: in the next epoch it is another one's turn.
-                messages = b.template.lesson(sample.messages, self.epoch + i)
-                shown = sum(message.images for message in messages)
-                sample = replace(sample, messages=tuple(messages), images=sample.images[:shown])
-                ids, mask = b.template.render(messages)
-                rows.append(Row(*b.template.fit(ids, mask, b.max_length), sample))
-            except ValueError as error:
-                refused.append(BadSample(sample.where, str(error)))
+            with b.whereabouts.at(place_of(self.data, i)):
+                try:
+                    sample = self.data[i]
+                except BadSample as bad:
+                    refused.append(bad)
+                    continue
+                try:
+                    # Qwen3 learns one answer of a row: in the next epoch it is another one's turn.
+                    messages = b.template.lesson(sample.messages, self.epoch + i)
+                    shown = sum(message.images for message in messages)
+                    sample = replace(sample, messages=tuple(messages), images=sample.images[:shown])
+                    ids, mask = b.template.render(messages)
+                    rows.append(Row(*b.template.fit(ids, mask, b.max_length), sample))
+                except ValueError as error:
+                    refused.append(BadSample(sample.where, str(error)))
         rows.sort(key=lambda row: len(row.ids))
         # Spread what is left evenly over the promised number of batches, then mix long and short.
         count = end - first
         plan = [rows[len(rows) * i // count:len(rows) * (i + 1) // count] for i in range(count)]
         np.random.default_rng([b.seed, self.epoch, window]).shuffle(plan)
         return [batch[b.rank::b.world_size] for batch in plan], refused
+
+
+def place_of(data, i: int) -> str:
+    """Where sample i stands, without reading it."""
+    return data.place(i) if hasattr(data, "place") else f"sample {i}"
 
 
 def collate(rows: list[Row]) -> Batch:

@@ -44,6 +44,7 @@ class Source:
 class Part:
     """What an epoch takes of one pass through one file."""
 
+    file: str
     data: object
     number: int  # of the pass
     rows: object  # sorted numbers of the rows, a range where it is all of them
@@ -65,11 +66,19 @@ class Mixture:
         return self.ends[-1] if self.ends else 0
 
     def __getitem__(self, i: int) -> Sample:
+        part, row = self._find(i)
+        return part.data.sample(row, draw=part.number)
+
+    def place(self, i: int) -> str:
+        """Where sample i stands, without reading it."""
+        part, row = self._find(i)
+        return f"{part.file}, sample {row + 1}"
+
+    def _find(self, i: int) -> tuple[Part, int]:
         i = range(len(self))[i]  # IndexError past the end, which is what ends a for loop
         number = bisect.bisect_right(self.ends, i)
         part = self.parts[number]
-        row = part.rows[i - self.ends[number] + len(part)]
-        return part.data.sample(int(row), draw=part.number)
+        return part, int(part.rows[i - self.ends[number] + len(part)])
 
     def at_epoch(self, epoch: int) -> "Mixture":
         """The same files at another epoch: as many samples, other captions, other parts."""
@@ -93,7 +102,7 @@ class Mixture:
                 rng = np.random.default_rng([self.seed, number, this_pass])
                 # Sorted again: files are read front to back, and batching shuffles anyway.
                 rows = source.rows.start + np.sort(rng.permutation(size)[first:last])
-            yield Part(source.data, this_pass, rows)
+            yield Part(source.file, source.data, this_pass, rows)
             place += last - first
 
 

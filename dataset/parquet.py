@@ -28,6 +28,8 @@ STREAM = 1 << 20  # bytes read at a time; without it a whole column of the group
 
 
 class ParquetData:
+    latest = None  # of all files in this process, the one that was read last
+
     def __init__(self, file: Path, images_dir: Path):
         try:
             with pq.ParquetFile(file) as parquet:
@@ -75,7 +77,11 @@ class ParquetData:
         group = bisect.bisect_right(self.ends, i)
         row = i - (self.ends[group - 1] if group else 0)
         if self.reader is None or not self.reader.reaches(group, row):
-            self.reader = None  # let the old rows go before the new ones come
+            # Let the old rows go before the new ones come, those of another file too: a thousand
+            # shards would otherwise hold a slice each.
+            if ParquetData.latest is not None:
+                ParquetData.latest.reader = None
+            ParquetData.latest, self.reader = self, None
             # Opened anew: a loader's workers must not share a place in the file.
             parquet = pq.ParquetFile(self.file, metadata=self.metadata, buffer_size=STREAM,
                                      pre_buffer=False)

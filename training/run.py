@@ -7,6 +7,7 @@ read and in what comes next; that is all they say. The loop itself is loop.py.
 """
 
 from dataset.batching import Batches
+from dataset.whereabouts import told_by
 from training.boards import check_installed
 from training.distributed import start_ranks
 from training.held_out import HeldOut, open_held_out
@@ -68,6 +69,12 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
                       held_out)
             except StopTraining as reason:
                 raise SystemExit(f"\nstopped: {reason}") from reason
+            except RuntimeError as error:
+                loaders = [batches, *((held_out.right, held_out.wrong) if held_out else ())]
+                reason = told_by(error, [loader.whereabouts for loader in loaders])
+                if reason is None:
+                    raise
+                raise SystemExit(f"\nstopped: {reason}") from error
         summary = summarise(settings.out, progress, log.seconds, ranks)
         model = "" if settings.out == f"out/{stage}" else f" --model {settings.out}"
         log.close()

@@ -1,0 +1,192 @@
+"""Claims: an index is numbers, not objects, and workers share it; many shards hold one slice;
+each source comes as often as its weight says, on any number of ranks and workers; a worker that
+dies ends the run with the sample it was at."""
+
+import gc
+import json
+import os
+import pickle
+import re
+import signal
+import sys
+from array import array
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import dataset.batching
+import train_pretrain
+from dataset.batching import Batches
+from dataset.formats import open_data
+from dataset.json_files import Pieces
+from dataset.mixture import open_mixture
+from dataset.parquet import GroupReader
+from model.checkpoint import newest_checkpoint
+from tests.test_training import prepare
+from tests.tiny import make_data, make_world, metrics, torchrun
+from training.setup import matching
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def test_an_index_costs_24_bytes_a_line(tmp_path):
+    """A dictionary or a list of numbers would cost some hundred."""
+    line = b'{"messages": [{"role": "user", "content": "u"}]}\n'
+    (tmp_path / "data.jsonl").write_bytes(line * 200_000)
+    data = open_data(tmp_path / "data.jsonl")
+    assert len(data) == 200_000 and data[199_999].where.endswith(":200000")
+    index = (data.pieces.starts, data.pieces.sizes, data.pieces.lines)
+    assert sum(map(sys.getsizeof, index)) < 200_000 * 24 * 1.15
+    # What a spawned worker is handed. Forked ones share the pages: the next test.
+    assert len(pickle.dumps(data)) < 200_000 * 24 * 1.01
+
+
+def private_bytes() -> int:
+    """Memory of this process that it shares with no other."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(re.search(r"(\d+) kB", line)[1]) for line in lines
+               if line.startswith("Private_")) * 1024
+
+
+class Reading:
+    """A data set for a DataLoader: reads samples, then tells what the worker has for itself."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        for place in range(0, len(self.data), len(self.data) // 50):
+            self.data[place]
+        return private_bytes()
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux tells it")
+def test_forked_workers_share_the_index(tmp_path):
+    """Four million lines, 96 MB of numbers; the file itself is one line that all of them name."""
+    line = b'{"messages": [{"role": "user", "content": "u"}]}'
+    (tmp_path / "data.jsonl").write_bytes(line)
+    data = open_data(tmp_path / "data.jsonl")
+    count = 4_000_000
+    data.pieces = Pieces(data.pieces.file, array("q", bytes(8 * count)),
+                         array("q", [len(line)]) * count, array("q", [1]) * count)
+    gc.collect()
+    loader = DataLoader(Reading(data), batch_size=None, sampler=[0, 1], num_workers=2,
+                        multiprocessing_context="fork")
+    for own in loader:
+        assert own < 40e6, f"a worker has {own / 1e6:.0f} MB for itself"
+
+
+def test_many_shards_hold_one_slice(tmp_path):
+    """data/*.parquet: every shard is found, in order; whatever is read, one reader is open."""
+    for number in range(12):
+        turns = [[{"role": "user", "content": f"{number}-{row}"}] for row in range(5)]
+        pq.write_table(pa.table({"messages": turns}), tmp_path / f"part-{number:02}.parquet")
+    files = matching(f"{tmp_path}/*.parquet")
+    mixed = open_mixture(files)
+    assert [s.messages[0].content for s in mixed] == [
+        f"{number}-{row}" for number in range(12) for row in range(5)]
+    for i in (0, 31, 5, 59, 30):
+        mixed[i]
+    gc.collect()
+    assert sum(type(thing) is GroupReader for thing in gc.get_objects()) == 1
+
+
+def test_each_source_comes_as_often_as_its_weight_says(world, tmp_path):
+    """Two ranks, two workers, three epochs: together every rank sees each sample just so often,
+    in another order each time, and the same when it is asked again."""
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    files = [make_data(tmp_path / name, count) for name, count in (("a", 24), ("b", 12), ("c", 8))]
+    _, parts, _ = prepare(world)
+    weights = {files[0]: 0.5, files[1]: 1, files[2]: 3}
+
+    def order(epoch, world_size=2, workers=2):
+        data = open_mixture([f"{file}:{weight}" for file, weight in weights.items()], seed=7)
+        return [[where for batch, bad in Batches(
+            data, parts.template, parts.processor, 4, 128, 7, rank, world_size, workers)
+            .epoch(epoch) for where in batch.where] for rank in range(world_size)]
+
+    total, orders = Counter(), []
+    for epoch in range(2):
+        ranks = order(epoch)
+        orders.append(ranks)
+        seen = [where for rank in ranks for where in rank]
+        per_source = Counter(where.rsplit(":", 1)[0] for where in seen)
+        assert per_source == {files[0]: 12, files[1]: 12, files[2]: 24}, "in each epoch"
+        total.update(seen)
+    assert dict(total) == {
+        f"{file}:{line}": 2 * weights[file] for file, count in zip(files, (24, 12, 8))
+        for line in range(1, count + 1)}, "the halves of two epochs make a whole"
+    assert orders[0] != orders[1]
+    assert order(1, workers=0) == orders[1], "seed and epoch decide, not the workers"
+
+
+def die(how):
+    def load_image(source):
+        if torch.utils.data.get_worker_info() and "blue" in str(source):
+            if how == "raise":
+                raise KeyError("a mistake")
+            os.kill(os.getpid(), how)
+        return plain(source)
+
+    plain = dataset.batching.load_image
+    return load_image
+
+
+@pytest.mark.parametrize("how, told", [
+    (signal.SIGKILL, "is killed by signal: Killed"),
+    (signal.SIGSEGV, "is killed by signal: Segmentation fault"), ("raise", "KeyError")])
+def test_a_worker_that_dies_is_reported_with_its_sample(world, tmp_path, monkeypatch, how, told):
+    """One line shows the blue picture; whoever opens that dies. Saved before: step 1."""
+    lines = [line for line in Path(world[5]).read_text().splitlines() if "blue" not in line]
+    blue = next(line for line in Path(world[5]).read_text().splitlines() if "blue" in line)
+    (tmp_path / "data.jsonl").write_text("\n".join([*lines[:8], blue, *lines[8:]]))
+    flags = [*world, "--data", str(tmp_path / "data.jsonl"), "--images",
+             str(Path(world[5]).parent), "--workers", "1", "--steps", "50", "--save_every", "1",
+             "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("dataset.batching.load_image", die(how))
+    with pytest.raises(RuntimeError if how == "raise" else SystemExit) as stopped:
+        train_pretrain.main(flags)
+    text = str(stopped.value)
+    assert told in text and f"at {tmp_path}/data.jsonl:9" in text
+    launch, = json.loads((tmp_path / "out" / "run.json").read_text())["launches"]
+    assert "data.jsonl:9" in launch["outcome"], "run.json tells it too"
+    if newest_checkpoint(tmp_path / "out"):  # the line may come in the very first step
+        monkeypatch.undo()
+        train_pretrain.main(["--resume", "--steps", "12", "--out", str(tmp_path / "out")])
+        assert len(metrics(tmp_path / "out")) == 12
+
+
+DYING = """
+import os, signal, sys
+import dataset.batching, train_pretrain
+from torch.utils.data import get_worker_info
+plain = dataset.batching.load_image
+def load_image(source):
+    if get_worker_info() and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(source)
+dataset.batching.load_image = load_image
+train_pretrain.main(sys.argv[1:])
+"""
+
+
+def test_a_worker_of_one_rank_ends_all_ranks(world, tmp_path):
+    """torchrun itself would wait 300 s in this test; a hang would be an error of subprocess."""
+    (tmp_path / "dying.py").write_text(DYING)
+    done = torchrun(["--standalone", "--nproc_per_node", "2"], tmp_path / "dying.py", *world,
+                    "--workers", "1", "--out", tmp_path / "out")
+    assert done.returncode != 0
+    assert re.search(r"stopped: process \d+, which prepares data, .* it was at \S+data\.jsonl:\d+",
+                     done.stderr), done.stderr
