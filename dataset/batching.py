@@ -1,19 +1,28 @@
 """Samples -> batches whose rows are of like length, in an order that seed and epoch decide.
 
-    data[i] -> chat.py, images.py -> Batches.epoch -> Batch(ids, labels, pixels)   -> training
+    data[i] -> chat.py, images.py -> Batches.steps, .load -> Batch(ids, labels, pixels)  -> training
 
 Rows of like length stand together, padded on the right. A causal model never looks to the right,
 so padding changes nothing and training needs no attention mask. To find rows of like length
-without spoiling the shuffle, the shuffled epoch is cut into windows of many batches:
+without spoiling the shuffle, the shuffled epoch is cut into windows of many blocks:
 
     shuffle the epoch -> cut into windows -> in each: render texts, sort by length,
-    cut into batches, shuffle the batches -> every rank takes its rows of each batch
+    cut into blocks, shuffle the blocks -> the places 0, 1, 2, ... of the epoch's samples
 
-The number of batches depends on the number of samples alone. Rows that turn out broken leave
-their batch smaller, or empty, and no rank ever waits for a batch that another does not have.
+A block is as many rows as the run's first micro-batch had on all ranks together, and it stays that
+size however the run is resumed: so seed and epoch fix the place of each sample. A micro-batch is
+the next batch_size * world_size places, and place p is the work of rank p % world_size. Another
+batch size, or another number of ranks, cuts the same line of places at other points, and nobody is
+seen twice or left out.
+
+Every block fills its places; where rows turn out broken, or the samples are no whole number of
+blocks, some of its places are empty. So the number of batches depends on the number of samples
+alone, and no rank ever waits for a batch that another does not have.
 """
 
 import bisect
+import signal
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -75,19 +84,20 @@ class Row:
 
 
 class Batches:
-    """data -> per epoch, pairs of a Batch for this rank and the BadSamples met on the way to it.
+    """data -> pairs of a Batch for this rank and the BadSamples met on the way to it.
 
-    batch_size: rows for one rank; a global batch has batch_size * world_size.
-    window: at most so many global batches are sorted together. Waste falls as 1 / window; the
-    price is that a window's texts are rendered (0.4 ms a row) before its first batch comes, and
-    that this rank's rows of it wait in memory, with their pictures where those are bytes.
+    batch_size: rows for one rank; a micro-batch has batch_size * world_size on all of them.
+    block: rows of like length that stand together; of the run that is resumed, else a micro-batch.
+    window: at most so many blocks are sorted together. Waste falls as 1 / window; the price is
+    that a window's texts are rendered (0.4 ms a row) before its first batch comes, and that this
+    rank's rows of it wait in memory, with their pictures where those are bytes.
     Broken texts are reported by rank 0 alone, with the first batch of their window, and broken
     pictures by the rank that wanted them: the ranks' lists add up to each bad sample once.
     """
 
     def __init__(self, data, template, image_processor, batch_size: int, max_length: int,
                  seed: int, rank: int = 0, world_size: int = 1, workers: int = 0,
-                 window: int = 256):
+                 window: int = 256, block: int | None = None):
         if len(data) == 0:
             raise ValueError("the data holds no samples; nothing can be learned from it")
         self.data, self.template, self.image_processor = data, template, image_processor
@@ -95,58 +105,94 @@ class Batches:
         self.rank, self.world_size = rank, world_size
         self.global_batch = batch_size * world_size
         self.whereabouts = Whereabouts(workers)
+        self.block = block or self.global_batch
+        blocks = -(-len(data) // self.block)  # rounded up: the last ones have empty places
+        self.places = blocks * self.block  # of an epoch
         # Windows of equal size: a small one left over would waste more than the others.
-        count = self.batches_per_epoch
-        windows = -(-count // window)
-        self.windows = [count * w // windows for w in range(windows + 1)]  # their first batches
+        windows = -(-blocks // window)
+        self.windows = [self.block * (blocks * w // windows) for w in range(windows + 1)]
 
     @property
     def batches_per_epoch(self) -> int:
-        return -(-len(self.data) // self.global_batch)  # rounded up: the last may be smaller
+        return -(-self.places // self.global_batch)
+
+    def steps(self, epoch: int, place: int, size: int, left: float) -> Iterator[list[tuple]]:
+        """Cut the line of places into optimizer steps of `size` places, from (epoch, place) on,
+        until `left` places are used up. A step is a list of micro-batches (epoch, first place,
+        place after the last). It goes on across the end of an epoch; a micro-batch does not.
+        """
+        while left > 0:
+            step, wanted = [], int(min(size, left))
+            left -= wanted
+            while wanted:
+                end = min(place + min(self.global_batch, wanted), self.places)
+                step.append((epoch, place, end))
+                wanted -= end - place
+                epoch, place = self.after(epoch, end)
+            yield step
+
+    def after(self, epoch: int, end: int) -> tuple[int, int]:
+        """(epoch, place) that follows a micro-batch which ends before place `end`."""
+        return (epoch + 1, 0) if end == self.places else (epoch, end)
 
     def epoch(self, epoch: int, skip: int = 0):
-        """Iterate over (Batch, list[BadSample]), from batch number `skip` on.
+        """Iterate over (Batch, list[BadSample]) of one epoch, from batch number `skip` on."""
+        size = self.global_batch
+        return self.load((epoch, place, min(place + size, self.places))
+                         for place in range(skip * size, self.places, size))
 
-        Resuming costs nothing for the windows before it: their samples are not even read.
+    def load(self, micro_batches: Iterable[tuple]) -> Iterator[tuple[Batch, list[BadSample]]]:
+        """Make the micro-batches that `steps` names, several ahead of time by --workers.
+
+        Resuming costs nothing for the windows before: their samples are not even read.
         """
-        return iter(DataLoader(
-            EpochOrder(self, epoch), batch_size=None, sampler=range(skip, self.batches_per_epoch),
-            num_workers=self.workers, collate_fn=as_it_is, pin_memory=torch.cuda.is_available(),
+        yield from DataLoader(
+            Order(self), batch_size=None, sampler=micro_batches, num_workers=self.workers,
+            collate_fn=as_it_is, pin_memory=torch.cuda.is_available(),
+            worker_init_fn=outlive_signals,
             # A loader draws a number from torch's global generator unless it has its own, and
             # dropout would then differ between a resumed run and an uninterrupted one.
-            generator=torch.Generator()))
+            generator=torch.Generator())
 
 
 def as_it_is(item):
-    return item  # the DataLoader only carries: batches are made by EpochOrder
+    return item  # the DataLoader only carries: batches are made by Order
 
 
-class EpochOrder:
-    """One epoch as a list of batches; a DataLoader's worker holds a copy and asks by number.
+def outlive_signals(_) -> None:
+    """Who stops a run (Ctrl-C, torchrun, Slurm, systemd) signals its workers too, but training
+    still needs them to finish its step. It ends them itself; the alarm is for the case that it
+    cannot any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):  # not on Windows
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+
+
+class Order:
+    """All epochs as one line of places; a DataLoader's worker holds a copy and asks for a piece.
 
     Each worker renders the texts of a whole window and keeps it while it serves batches from it.
     So the order is the same for any number of workers.
     """
 
-    def __init__(self, batches: Batches, epoch: int):
-        self.batches, self.epoch = batches, epoch
-        # Files mixed by weight show other parts of themselves, and other captions, in each epoch.
-        mixed = hasattr(batches.data, "at_epoch")
-        self.data = batches.data.at_epoch(epoch) if mixed else batches.data
-        self.order = np.random.default_rng([batches.seed, epoch]).permutation(len(batches.data))
-        self.planned = None  # number of the window that the next two belong to
-        self.plan, self.refused = [], []
+    def __init__(self, batches: Batches):
+        self.batches = batches
+        self.epoch = self.window = None  # what the next three belong to
+        self.data = self.order = None  # of the epoch
+        self.plan, self.refused = {}, []  # of the window
 
-    def __getitem__(self, number: int) -> tuple[Batch, list[BadSample]]:
-        b = self.batches
-        window = bisect.bisect_right(b.windows, number) - 1
-        place = number - b.windows[window]
-        if self.planned != window:
-            self.plan, self.refused = self._plan(window)
-            self.planned = window
-        bad = list(self.refused) if place == 0 and b.rank == 0 else []
+    def __getitem__(self, micro_batch: tuple[int, int, int]) -> tuple[Batch, list[BadSample]]:
+        epoch, place, end = micro_batch
+        b, planned, bad = self.batches, [], []
+        while place < end:  # once, but for a micro-batch that reaches over the end of a window
+            self._turn_to(epoch, bisect.bisect_right(b.windows, place) - 1)
+            first, last = b.windows[self.window], min(end, b.windows[self.window + 1])
+            if place == first and b.rank == 0:
+                bad += self.refused
+            planned += [self.plan[p] for p in range(place, last) if p in self.plan]
+            place = last
         rows = []
-        for row in self.plan[place]:
+        for row in planned:
             with b.whereabouts.at(row.sample.where):
                 try:
                     pixels = [b.image_processor(load_image(image)) for image in row.sample.images]
@@ -155,14 +201,23 @@ class EpochOrder:
                     bad.append(BadSample(row.sample.where, str(error)))
         return collate(rows), bad
 
-    def _plan(self, window: int) -> tuple[list[list[Row]], list[BadSample]]:
-        """Read and render a window -> for each of its batches, the rows of this rank."""
+    def _turn_to(self, epoch: int, window: int) -> None:
         b = self.batches
-        first, end = b.windows[window:window + 2]
-        chosen = self.order[first * b.global_batch:end * b.global_batch]
+        if self.epoch != epoch:
+            # Files mixed by weight show other parts of themselves, and other captions, each time.
+            self.data = b.data.at_epoch(epoch) if hasattr(b.data, "at_epoch") else b.data
+            self.order = np.random.default_rng([b.seed, epoch]).permutation(len(b.data))
+        if (self.epoch, self.window) != (epoch, window):
+            self.epoch, self.window = epoch, window
+            self.plan, self.refused = self._plan()
+
+    def _plan(self) -> tuple[dict[int, Row], list[BadSample]]:
+        """Read and render a window -> {place: row} of this rank, and what could not be used."""
+        b = self.batches
+        first, end = b.windows[self.window:self.window + 2]
         # Files are read front to back; the sort by index also settles ties between equal lengths.
         rows, refused = [], []
-        for i in sorted(chosen.tolist()):
+        for i in sorted(self.order[first:end].tolist()):
             with b.whereabouts.at(place_of(self.data, i)):
                 try:
                     sample = self.data[i]
@@ -179,11 +234,13 @@ class EpochOrder:
                 except ValueError as error:
                     refused.append(BadSample(sample.where, str(error)))
         rows.sort(key=lambda row: len(row.ids))
-        # Spread what is left evenly over the promised number of batches, then mix long and short.
-        count = end - first
-        plan = [rows[len(rows) * i // count:len(rows) * (i + 1) // count] for i in range(count)]
-        np.random.default_rng([b.seed, self.epoch, window]).shuffle(plan)
-        return [batch[b.rank::b.world_size] for batch in plan], refused
+        # Spread what is left evenly over the promised number of blocks, then mix long and short.
+        count = (end - first) // b.block
+        blocks = [rows[len(rows) * i // count:len(rows) * (i + 1) // count] for i in range(count)]
+        np.random.default_rng([b.seed, self.epoch, self.window]).shuffle(blocks)
+        plan = {first + number * b.block + at: row
+                for number, block in enumerate(blocks) for at, row in enumerate(block)}
+        return {p: row for p, row in plan.items() if p % b.world_size == b.rank}, refused
 
 
 def place_of(data, i: int) -> str:

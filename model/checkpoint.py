@@ -8,21 +8,24 @@
     tokenizer.json, preprocessor_config.json, ...   written by the companions' own save(directory)
     run.json                  settings, versions, commit, data: how this came about
     training_state.pt         optimizer and data position, needed by --resume alone
+    manifest.json             length and sha256 of each file above: a torn checkpoint is noticed
 """
 
 import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from model.config import LanguageConfig, VisionConfig, VLMConfig
 from model.language import LanguageModel
 from model.lora import add_lora
+from model.manifest import TornError, check_whole, write_manifest
 from model.projector import Projector
 from model.vision import VisionTransformer
 from model.vlm import VLM
@@ -41,11 +44,33 @@ def save_checkpoint(out, step: int, tensors: dict, config: dict, run: dict, comp
 
     tensors: {name in the VLM: tensor}. companions: objects that save(directory) themselves.
     Everything goes to a temporary name first and is renamed once it is safely on the disk: a
-    directory called step_... is complete, whenever the machine stopped.
+    directory called step_... is complete, whenever the machine stopped. Deleting begins with
+    another name for the same reason. OSError says why nothing could be saved (a full disk, say);
+    then nothing of it is left, and the older checkpoints are as they were.
     """
     out = Path(out)
     final, partial = out / f"step_{step:06}", out / f".partial_step_{step:06}"
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while it saved
+    for left in [*out.glob(".partial_*"), *out.glob(".deleted_*")]:  # of a run that was killed
+        shutil.rmtree(left)
+    try:
+        write_files(partial, tensors, config, run, companions, state, copy_bases)
+    # safetensors and torch.save raise what they like when a write fails.
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"cannot save {final}: {error}") from error
+    if final.exists():  # the same step again, by a run that was resumed from an older one
+        delete(final)
+    os.rename(partial, final)
+    flush_to_disk(out)
+    # Never by name alone: one that is newer than this one is no reason to lose this one.
+    for old in [path for path in checkpoints(out) if step_of(path) <= step][:-keep]:
+        delete(old)
+    return final
+
+
+def write_files(partial: Path, tensors: dict, config: dict, run: dict, companions,
+                state: dict | None, copy_bases: bool) -> None:
+    """All files of a checkpoint, safely on the disk when this returns."""
     partial.mkdir(parents=True)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
               partial / "model.safetensors", metadata={"format": "pt"})
@@ -57,15 +82,16 @@ def save_checkpoint(out, step: int, tensors: dict, config: dict, run: dict, comp
     write_json(partial / "run.json", run)
     if state is not None:
         torch.save(state, partial / "training_state.pt")
+    write_manifest(partial)
     for path in [*partial.rglob("*"), partial]:
         flush_to_disk(path)
-    if final.exists():  # the same step again, by a run that was resumed from an older one
-        shutil.rmtree(final)
-    os.rename(partial, final)
-    flush_to_disk(out)
-    for old in checkpoints(out)[:-keep]:
-        shutil.rmtree(old)
-    return final
+
+
+def delete(checkpoint: Path) -> None:
+    """Under another name first: half of a directory must not look like a checkpoint."""
+    deleted = checkpoint.with_name(f".deleted_{checkpoint.name}")
+    os.rename(checkpoint, deleted)
+    shutil.rmtree(deleted)
 
 
 def base_reference(name: str) -> dict:
@@ -233,24 +259,51 @@ def verified_base(directory: Path, part: str, reference: dict, moved: str | None
 def checkpoints(out) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     found = [path for path in Path(out).glob("step_*") if STEP.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(STEP.fullmatch(path.name)[1]))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(STEP.fullmatch(checkpoint.name)[1])
 
 
 def newest_checkpoint(out) -> Path | None:
     return (checkpoints(out) or [None])[-1]
 
 
+def newest_whole(out) -> Path | None:
+    """The newest checkpoint that is as it was saved, None without any; torn ones are named.
+
+    Raises TornError when there are checkpoints, and every one of them is torn.
+    """
+    torn = None
+    for path in reversed(checkpoints(out)):
+        try:
+            check_whole(path)
+        except TornError as error:
+            print(f"passing over {path.name}: {error}", file=sys.stderr)
+            torn = torn or error
+            continue
+        if torn:
+            print(f"using {path} instead", file=sys.stderr)
+        return path
+    if torn:
+        raise TornError(f"no checkpoint in {out} is whole: {torn}")
+    return None
+
+
 def find_model(model: str | None, runs=("out/sft", "out/pretrain")) -> Path:
-    """--model DIR -> a checkpoint. DIR may be a run: its newest counts.
+    """--model DIR -> a checkpoint, checked. DIR may be a run: its newest whole one counts.
 
     Without --model: the newest of the first run in `runs` that has one.
     """
     if model is None:
         for run in runs:
-            if newest_checkpoint(run):
-                return newest_checkpoint(run)
+            if path := newest_whole(run):
+                return path
         raise FileNotFoundError(f"no checkpoint in {' or '.join(runs)}: run "
                                 "`torchrun train_pretrain.py` first, or give --model DIR")
-    path = newest_checkpoint(model) or Path(model)
-    read_config(path)  # raises when it is something else
-    return path
+    if path := newest_whole(model):
+        return path
+    read_config(model)  # raises when it is something else
+    check_whole(model)
+    return Path(model)

@@ -95,7 +95,7 @@ def test_everything_a_chat_needs_is_there(world, tmp_path):
     _, checkpoint = trained([*world, "--system", "Be brief.", "--out", str(tmp_path / "out")])
     assert {path.name for path in checkpoint.iterdir()} == {
         "model.safetensors", "config.json", "run.json", "training_state.pt", "tokenizer.json",
-        "preprocessor_config.json"}
+        "preprocessor_config.json", "manifest.json"}
     config = read_config(checkpoint)
     assert (config["system"], config["image_tokens"], config["lora"]) == ("Be brief.", 4, None)
     run = json.loads((checkpoint / "run.json").read_text())

@@ -27,6 +27,7 @@ VALUES = {
     "weight_decay": [("0.3", 0.3)], "warmup_ratio": [("0.4", 0.4)], "clip": [("2.5", 2.5)],
     "dtype": [("bf16", "bf16"), ("fp32", "fp32")], "seed": [("8", 8)], "save_every": [("6", 6)],
     "keep": [("4", 4)], "workers": [("0", 0)], "max_bad": [("0.2", 0.2)],
+    "log_samples": [(True, True), (False, False)],
     "train_projector": [(True, True), (False, False)],
     "train_language": [("last:2", "last:2"), ("none", "none"), ("all", "all"),
                        ("first:1+last:1", "first:1+last:1")],

@@ -5,10 +5,14 @@
 """
 
 import json
+import os
 import re
+import shlex
 import sys
 import time
 from pathlib import Path
+
+import torch.distributed as dist
 
 from training.boards import open_board
 
@@ -28,7 +32,7 @@ class Log:
         if enabled:
             self.out = Path(settings.out)
             self.out.mkdir(parents=True, exist_ok=True)
-            for name in ("metrics", "evaluations"):
+            for name in ("metrics", "evaluations", "samples"):
                 cut_metrics(self.out / f"{name}.jsonl", progress.step)
             self.file = open(self.out / "metrics.jsonl", "a", encoding="utf-8")
             self.board, self.close_board = open_board(settings, self.first_step)
@@ -64,6 +68,21 @@ class Log:
         self.say(f"step {step}/{self.steps}  held-out loss {right}, with wrong pictures {wrong} "
                  f"({figures['samples']:,} samples{unusable})")
 
+    def samples(self, step: int, micro_batches: list[tuple[int, list[str]]]) -> None:
+        """--log_samples: a line for the step, or two where it reaches into the next epoch.
+
+        micro_batches: (epoch, places of its samples) of each, of all ranks.
+        """
+        if not self.enabled:
+            return
+        epochs = {}
+        for epoch, where in micro_batches:
+            epochs.setdefault(epoch, []).extend(where)
+        with open(self.out / "samples.jsonl", "a", encoding="utf-8") as file:
+            for epoch, where in sorted(epochs.items()):
+                line = {"step": step, "epoch": epoch, "samples": where}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
     def say(self, text: str) -> None:
         if self.enabled:
             # On a terminal the line of progress is wiped first; the next step draws it again.
@@ -91,18 +110,23 @@ class Log:
 def cut_metrics(path: Path, last_step: int) -> None:
     """Drop the lines after last_step: a killed run wrote some past its last checkpoint.
 
-    A line that the kill cut in half goes too.
+    A line that the kill cut in half goes too. The file is replaced in one move: a kill right here
+    leaves it as it was.
     """
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    kept, lines = [], path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for line in lines:
         try:
             if line.endswith("\n") and json.loads(line)["step"] <= last_step:
                 kept.append(line)
         except ValueError:
             continue
-    path.write_text("".join(kept), encoding="utf-8")
+    if len(kept) == len(lines):
+        return
+    cut = path.with_name(f".{path.name}")
+    cut.write_text("".join(kept), encoding="utf-8")
+    os.replace(cut, path)
 
 
 def kind_of(reason: str) -> str:
@@ -148,6 +172,17 @@ def introduction(model, optimizer, settings, data, batches, steps: int, ranks) -
             "nearly 0; if it does not, the fault is not in the rest of the data"
             + ("; held-out samples are not looked at" if settings.eval_every else ""))
     return "\n".join(lines)
+
+
+def stopped(progress, stage: str, settings) -> str:
+    """After a signal: what is there, and the command that goes on from it."""
+    program = "python"
+    if dist.is_torchelastic_launched():
+        program = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}"
+        nodes = os.environ["GROUP_WORLD_SIZE"]
+        program += f" --nnodes {nodes}" if nodes != "1" else ""
+    return (f"asked to stop: step {progress.step} is finished and saved. To go on:\n"
+            f"{program} train_{stage}.py --resume --out {shlex.quote(str(settings.out))}")
 
 
 def closing(summary: dict, checkpoint: Path, next_command: str) -> str:

@@ -9,18 +9,21 @@ An optimizer step is made of `accumulate` micro-batches on each rank:
 So each supervised token weighs the same, whichever micro-batch or rank it came with. A mean per
 micro-batch would let the tokens of a short answer weigh more than those of a long one.
 
-Micro-batches are counted on across the ends of epochs: no step is cut short there. Only the very
-last step of a run may be a smaller one, when the epochs are used up.
+Samples are counted on across the ends of epochs: no step is cut short there. Only the very last
+step of a run may be a smaller one, when the epochs are used up.
 """
 
 import math
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 
 import torch
 
 from training.log import kind_of
 from training.optim import schedule, set_learning_rate
+from training.signals import Stop
 
 KINDS = 50  # of reasons that are counted one by one; more would be names taken for reasons
 ENOUGH = 100  # samples that must have been seen before their share of bad ones is judged
@@ -28,11 +31,16 @@ ENOUGH = 100  # samples that must have been seen before their share of bad ones 
 
 @dataclass
 class Progress:
-    """How far a run has come; with the optimizer's state all that a resume needs."""
+    """How far a run has come; with the optimizer's state all that a resume needs.
+
+    block and (epoch, place) are those of dataset/batching.py: they say which samples come next,
+    whatever the number of ranks and the size of a batch will be.
+    """
 
     step: int = 0  # optimizer steps made
-    epoch: int = 0  # where the next micro-batch lies
-    batch: int = 0
+    block: int | None = None  # what the first micro-batch was on all ranks; None: not begun
+    epoch: int = 0
+    place: int = 0
     bad: int = 0  # samples skipped so far, on all ranks
     skipped: dict = field(default_factory=dict)  # why: how many of them
     rows: int = 0  # samples trained on
@@ -44,90 +52,111 @@ class StopTraining(Exception):
     """The run cannot go on; the text says why and what to do. Checkpoints stay as they are."""
 
 
-def micro_batches_of_run(settings, batches) -> float:
-    """With --epochs, the micro-batches of the whole run on each rank; with --steps, no limit."""
+def places_left(settings, batches, progress: Progress) -> int:
+    """How many places the run still has to go, on all ranks together."""
     if settings.steps is not None:
-        return math.inf
-    return math.ceil(settings.epochs * batches.batches_per_epoch)
+        return (settings.steps - progress.step) * places_of_step(settings, batches)
+    blocks = math.ceil(settings.epochs * (batches.places // batches.block))
+    return blocks * batches.block - progress.epoch * batches.places - progress.place
 
 
-def steps_of_run(settings, batches) -> int:
+def places_of_step(settings, batches) -> int:
+    return batches.global_batch * settings.accumulate
+
+
+def steps_of_run(settings, batches, progress: Progress) -> int:
+    left = places_left(settings, batches, progress)
+    return progress.step + max(0, math.ceil(left / places_of_step(settings, batches)))
+
+
+def steps_ahead(settings, batches, progress: Progress) -> float:
+    """With --epochs: how many more steps than were made would have brought a run of the present
+    batch size to where this one is. 0 unless the size was changed; then the learning rate goes on
+    from its place on the curve."""
     if settings.steps is not None:
-        return settings.steps
-    return math.ceil(micro_batches_of_run(settings, batches) / settings.accumulate)
-
-
-def endless(batches, epoch: int, batch: int):
-    """(Batch, bad samples, epoch and number of the batch after it), epoch after epoch."""
-    while True:
-        for micro, bad in batches.epoch(epoch, skip=batch):
-            batch += 1
-            at_end = batch == batches.batches_per_epoch
-            yield micro, bad, ((epoch + 1, 0) if at_end else (epoch, batch))
-        epoch, batch = epoch + 1, 0
+        return 0
+    done = progress.epoch * batches.places + progress.place
+    # Rounded, so that every later resume finds the same number to the last bit.
+    return round(done / places_of_step(settings, batches) - progress.step, 6)
 
 
 def train(model, batches, optimizer, settings, ranks, log, save, progress: Progress,
-          held_out=None) -> Progress:
-    """Train from progress.step to the last step.
+          held_out=None, stop: Stop | None = None) -> Progress:
+    """Train from progress.step to the last step, or to the end of the one where stop is asked.
 
     save(step, state) writes a checkpoint, on every save_every-th step and after the last.
     held_out: what is measured on every eval_every-th step and after the last, see held_out.py.
     """
-    steps, limit = steps_of_run(settings, batches), micro_batches_of_run(settings, batches)
+    steps = steps_of_run(settings, batches, progress)
+    ahead = steps_ahead(settings, batches, progress)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    stream = endless(batches, progress.epoch, progress.batch)
-    model.train()
-    for step in range(progress.step + 1, steps + 1):
-        began = time.monotonic()
-        number = min(settings.accumulate, limit - (step - 1) * settings.accumulate)
-        micro = take(stream, int(number), settings, ranks, log, progress)
-        positions = sum(batch.ids.numel() for batch in micro)
-        useful = sum(sum(batch.lengths) for batch in micro)
-        supervised, rows, positions, useful = ranks.sum(
-            sum(batch.supervised for batch in micro), sum(len(batch.where) for batch in micro),
-            positions, useful)
+    progress.block = batches.block
 
-        # Dropout's noise follows from seed, step and rank alone, as the data order follows from
-        # seed and epoch: a resumed run draws the same, and there is no generator state to save.
-        torch.manual_seed((settings.seed * 1_000_003 + step) * 4099 + ranks.rank)
-        losses = [backward(model, batch, max(supervised, 1), settings, ranks) for batch in micro]
-        loss, = ranks.sum(sum(float(loss) for loss in losses))
-        ranks.sum_gradients(trained)
-        norm = float(torch.nn.utils.clip_grad_norm_(trained, settings.clip))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise StopTraining(not_finite(step, loss, norm, micro, losses, ranks))
-        rate = set_learning_rate(optimizer, schedule(step, steps, settings.warmup_ratio))
-        optimizer.step()
-        optimizer.zero_grad()
+    def to_come():
+        return batches.steps(progress.epoch, progress.place, places_of_step(settings, batches),
+                             places_left(settings, batches, progress))
 
-        progress.step, progress.rows = step, progress.rows + int(rows)
-        progress.positions += int(positions)
-        progress.useful += int(useful)
-        seconds = time.monotonic() - began
-        log.step(step, {
-            "loss": loss, "grad_norm": norm, "learning_rate": rate,
-            "supervised_tokens": int(supervised), "tokens_per_second": round(useful / seconds, 1),
-            "seconds": round(seconds, 4)})
-        if held_out and (step % settings.eval_every == 0 or step == steps):
-            log.evaluation(step, held_out.losses(model, settings, ranks))
-        if step % settings.save_every == 0 or step == steps:
-            check_bad(progress, settings, at_end=step == steps)
-            state = {"progress": asdict(progress), "optimizer": optimizer.state_dict()}
-            if ranks.main:
-                save(step, state)
-            ranks.wait()  # else a rank could be gone, or far ahead, before the files are there
+    # The same list twice: the workers of the first are several micro-batches ahead of the loop.
+    with closing(batches.load(chain.from_iterable(to_come()))) as stream:
+        model.train()
+        for step, places in enumerate(to_come(), start=progress.step + 1):
+            began = time.monotonic()
+            micro = take(stream, len(places), settings, ranks, log, progress)
+            epoch, _, end = places[-1]
+            progress.epoch, progress.place = batches.after(epoch, end)
+            if settings.log_samples:
+                log.samples(step, ranks.gather([(epoch, batch.where) for (epoch, _, _), batch
+                                                in zip(places, micro) if batch.where]))
+            micro = [batch for batch in micro if batch.where]  # each row may have been a bad one
+            positions = sum(batch.ids.numel() for batch in micro)
+            useful = sum(sum(batch.lengths) for batch in micro)
+            supervised, rows, positions, useful = ranks.sum(
+                sum(batch.supervised for batch in micro),
+                sum(len(batch.where) for batch in micro), positions, useful)
+
+            # Dropout's noise follows from seed, step and rank alone, as the data order follows
+            # from seed and epoch: a resumed run draws the same, and there is no generator state
+            # to save.
+            torch.manual_seed((settings.seed * 1_000_003 + step) * 4099 + ranks.rank)
+            losses = [backward(model, batch, max(supervised, 1), settings, ranks)
+                      for batch in micro]
+            # One rank alone may have got the signal; by this sum all stop after the same step.
+            loss, stopping = ranks.sum(sum(float(loss) for loss in losses),
+                                       bool(stop and stop.asked))
+            ranks.sum_gradients(trained)
+            norm = float(torch.nn.utils.clip_grad_norm_(trained, settings.clip))
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise StopTraining(not_finite(step, loss, norm, micro, losses, ranks))
+            rate = set_learning_rate(optimizer,
+                                     schedule(step + ahead, steps + ahead, settings.warmup_ratio))
+            optimizer.step()
+            optimizer.zero_grad()
+
+            progress.step, progress.rows = step, progress.rows + int(rows)
+            progress.positions += int(positions)
+            progress.useful += int(useful)
+            seconds = time.monotonic() - began
+            log.step(step, {
+                "loss": loss, "grad_norm": norm, "learning_rate": rate,
+                "supervised_tokens": int(supervised),
+                "tokens_per_second": round(useful / seconds, 1), "seconds": round(seconds, 4)})
+            if held_out and (step % settings.eval_every == 0 or step == steps):
+                log.evaluation(step, held_out.losses(model, settings, ranks))
+            if step % settings.save_every == 0 or step == steps or stopping:
+                check_bad(progress, settings, at_end=step == steps)
+                save_on_main(save, step, progress, optimizer, ranks)
+            if stopping:
+                break
     return progress
 
 
 def take(stream, number: int, settings, ranks, log, progress) -> list:
-    """The next micro-batches of this rank; bad samples on the way are told and counted."""
+    """The micro-batches of the next step, of this rank; bad samples are told and counted."""
     micro, skipped = [], []
     for _ in range(number):
-        batch, bad, (progress.epoch, progress.batch) = next(stream)
+        batch, bad = next(stream)
         skipped += [(str(sample), kind_of(sample.reason)) for sample in bad]
-        if batch.where:  # every row of a batch may have been a bad one
-            micro.append(batch)
+        micro.append(batch)
     skipped = ranks.gather(skipped)
     log.bad_samples([line for line, _ in skipped])
     progress.bad += len(skipped)
@@ -137,6 +166,20 @@ def take(stream, number: int, settings, ranks, log, progress) -> list:
         progress.skipped[reason] = progress.skipped.get(reason, 0) + 1
     check_bad(progress, settings)
     return micro
+
+
+def save_on_main(save, step: int, progress: Progress, optimizer, ranks) -> None:
+    """Rank 0 writes the checkpoint; all ranks learn whether it is there, and go on or stop."""
+    problem = None
+    if ranks.main:
+        try:
+            save(step, {"progress": asdict(progress), "optimizer": optimizer.state_dict()})
+        except OSError as error:
+            problem = error
+    # Also a barrier: else a rank could be gone, or far ahead, before the files are there.
+    if ranks.sum(problem is not None) != [0.0]:
+        raise StopTraining(f"{problem or 'rank 0 could not save'}. The older checkpoints are as "
+                           "they were; make room, then go on with --resume.") from problem
 
 
 def backward(model, batch, supervised: float, settings, ranks) -> torch.Tensor:

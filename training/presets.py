@@ -85,6 +85,8 @@ def read_flags(description: str, stage: str, arguments=None) -> argparse.Namespa
     add("--seed", type=int, default=None, help="of new weights, data order, dropout (default: 0)")
     add("--save_every", type=int, help="steps between checkpoints")
     add("--keep", type=int, help="newest checkpoints that are kept")
+    add("--log_samples", action=yes_no,
+        help="write the places of each step's samples to OUT/samples.jsonl (default: no)")
     add("--workers", type=int, default=None, help="processes that prepare data (default: 2)")
     add("--max_bad", type=float, default=None,
         help="share of unusable samples that stops the run (default: 0.01)")
@@ -129,7 +131,7 @@ def resolve(flags: argparse.Namespace, stage: str, earlier: dict) -> argparse.Na
     preset = given.get("preset") or earlier.get("preset") or "emoji"
     others = {"seed": 0, "workers": 2, "max_bad": 0.01, "full_checkpoint": False, "model": None,
               "eval_every": 0, "eval_data": None, "eval_samples": None, "overfit": None,
-              "log": None, "lora_from": None}
+              "log": None, "log_samples": False, "lora_from": None}
     settings = {**others, **settings_of_preset(preset, stage), **earlier, **given,
                 "preset": preset}
     if "epochs" in given and "steps" not in given:

@@ -13,7 +13,7 @@ import os
 import platform
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -25,7 +25,8 @@ from model.checkpoint import ROOT, write_json
 from training.distributed import cores
 
 # What a run writes beside its checkpoints; a new run in the same OUT moves them aside.
-FILES = ("metrics.jsonl", "evaluations.jsonl", "run.json", "summary.json", "tensorboard")
+FILES = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "run.json",
+         "summary.json", "tensorboard")
 
 
 def describe(settings, stage: str, ranks, about_data: dict) -> dict:
@@ -104,7 +105,8 @@ def launch(out, facts: dict, progress, steps: int, enabled: bool):
     try:
         yield
     except (Exception, SystemExit, KeyboardInterrupt) as error:
-        end(f"{type(error).__name__}: {error}".strip())
+        with suppress(OSError):  # on a full disk: what is to be told is the error itself
+            end(f"{type(error).__name__}: {error}".strip())
         raise
     end("finished" if progress.step >= steps else f"stopped before step {steps}")
 

@@ -6,12 +6,16 @@ The two scripts differ in their recipe (presets.py), in the half of the embedded
 read and in what comes next; that is all they say. The loop itself is loop.py.
 """
 
+import errno
+from contextlib import contextmanager
+
 from dataset.batching import Batches
 from dataset.whereabouts import told_by
+from model.checkpoint import newest_checkpoint
 from training.boards import check_installed
 from training.distributed import start_ranks
 from training.held_out import HeldOut, open_held_out
-from training.log import Log, closing, introduction
+from training.log import Log, closing, introduction, stopped
 from training.loop import StopTraining, steps_of_run, train
 from training.optim import choose_trained, make_optimizer
 from training.precision import choose_dtype
@@ -19,12 +23,14 @@ from training.presets import read_flags, resolve
 from training.record import describe, launch, summarise
 from training.setup import (
     assemble,
-    newest_checkpoint,
     open_training_data,
     prepare_out,
     saver,
     where_to_start,
 )
+from training.signals import listen
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share, the file
 
 
 def run(stage: str, description: str, emoji_kind: str, next_command: str, arguments=None) -> None:
@@ -50,33 +56,50 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
         progress = prepare_out(settings, ranks, checkpoint, optimizer, about_data)
         ranks.copy_from_main(parts.model.parameters())
 
-        def make_batches(samples):
+        def make_batches(samples, block=None):
             return Batches(samples, parts.template, parts.processor, settings.batch_size,
                            settings.max_length, settings.seed, ranks.rank, ranks.world_size,
-                           settings.workers)
+                           settings.workers, block=block)
 
-        batches = make_batches(data)
+        batches = make_batches(data, progress.block)
         held_out = HeldOut(unseen, make_batches) if unseen else None
-        steps = steps_of_run(settings, batches)
-        log = Log(settings, steps, progress, ranks.main)
-        log.say(introduction(parts.model, optimizer, settings, data, batches, steps, ranks))
-        log.say(f"numbers   {settings.dtype}: {why}")
+        steps = steps_of_run(settings, batches, progress)
         facts = describe(settings, stage, ranks, about_data)
         save = saver(parts, settings, facts)
-        with launch(settings.out, facts, progress, steps, ranks.main):
-            try:
+        loaders = [batches, *((held_out.right, held_out.wrong) if held_out else ())]
+        with told_plainly(settings.out, loaders):
+            log = Log(settings, steps, progress, ranks.main)
+            log.say(introduction(parts.model, optimizer, settings, data, batches, steps, ranks))
+            log.say(f"numbers   {settings.dtype}: {why}")
+            with (launch(settings.out, facts, progress, steps, ranks.main),
+                  told_plainly(settings.out, loaders), listen() as stop):
                 train(parts.model, batches, optimizer, settings, ranks, log, save, progress,
-                      held_out)
-            except StopTraining as reason:
-                raise SystemExit(f"\nstopped: {reason}") from reason
-            except RuntimeError as error:
-                loaders = [batches, *((held_out.right, held_out.wrong) if held_out else ())]
-                reason = told_by(error, [loader.whereabouts for loader in loaders])
-                if reason is None:
-                    raise
-                raise SystemExit(f"\nstopped: {reason}") from error
-        summary = summarise(settings.out, progress, log.seconds, ranks)
+                      held_out, stop)
+            if progress.step < steps:
+                log.close()
+                log.say(stopped(progress, stage, settings))
+                return
+            summary = summarise(settings.out, progress, log.seconds, ranks)
         model = "" if settings.out == f"out/{stage}" else f" --model {settings.out}"
         log.close()
         if ranks.main:
             log.say(closing(summary, newest_checkpoint(settings.out), next_command + model))
+
+
+@contextmanager
+def told_plainly(out, loaders: list[Batches]):
+    """What stops a run from outside is told in a sentence, with exit status 1: no traceback."""
+    try:
+        yield
+    except StopTraining as reason:
+        raise SystemExit(f"\nstopped: {reason}") from reason
+    except RuntimeError as error:
+        reason = told_by(error, [loader.whereabouts for loader in loaders])
+        if reason is None:
+            raise
+        raise SystemExit(f"\nstopped: {reason}") from error
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise SystemExit(f"\nstopped: cannot write to {out}: {error}. Its checkpoints are as they "
+                         "were; make room, then go on with --resume.") from error

@@ -22,16 +22,19 @@ from model.checkpoint import (
     checkpoints,
     find_base,
     find_model,
+    flush_to_disk,
     load_checkpoint,
-    newest_checkpoint,
+    newest_whole,
     own_names,
     read_config,
     read_run,
     save_checkpoint,
+    step_of,
     tensor_names,
 )
 from model.config import VLMConfig
 from model.language import LanguageModel
+from model.manifest import TornError
 from model.projector import Projector
 from model.vision import VisionTransformer
 from model.vlm import VLM
@@ -40,8 +43,8 @@ from training.record import FILES
 
 # What a run may change when it is resumed; all else would make it another run.
 CHANGEABLE = ("out", "resume", "model", "preset", "language", "vision", "steps", "epochs",
-              "save_every", "keep", "workers", "max_bad", "full_checkpoint", "eval_every",
-              "eval_data", "log")
+              "batch_size", "accumulate", "save_every", "keep", "workers", "max_bad",
+              "log_samples", "full_checkpoint", "eval_every", "eval_data", "log")
 
 
 @dataclass
@@ -56,8 +59,11 @@ class Parts:
 def where_to_start(flags, stage: str) -> tuple[Path | None, dict]:
     """-> the checkpoint to load (None: the public towers and a new projector), and the settings
     that it brings: all of its run's to resume, the model's facts alone to train on."""
-    if flags.resume and newest_checkpoint(flags.out):
-        checkpoint = newest_checkpoint(flags.out)
+    try:
+        checkpoint = newest_whole(flags.out) if flags.resume else None
+    except TornError as error:
+        raise SystemExit(f"{error}. Without --resume the run starts anew.") from error
+    if checkpoint:
         earlier = {"features": "patches", "lora_from": None,
                    **template_facts(read_config(checkpoint)),
                    **read_run(checkpoint)["settings"]}
@@ -66,7 +72,7 @@ def where_to_start(flags, stage: str) -> tuple[Path | None, dict]:
         return None, {}
     try:
         checkpoint = find_model(flags.model, runs=("out/pretrain",))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, TornError) as error:
         raise SystemExit(f"{error}; or --model none to start from the public towers") from error
     if Path(flags.out).resolve() in checkpoint.resolve().parents:
         raise SystemExit(f"the new run would write beside its own start, {checkpoint}: "
@@ -223,27 +229,43 @@ def prepare_out(settings, ranks, checkpoint: Path | None, optimizer, about_data:
     Otherwise move what an earlier run left in OUT aside: nobody's training is overwritten.
     """
     out = Path(settings.out)
+    ranks.wait()  # every rank has looked for its start by now
     if settings.resume and checkpoint and checkpoint.parent == out:
         run = read_run(checkpoint)
-        if run["data"] != about_data or run["processes"] != ranks.world_size:
-            raise SystemExit(f"{checkpoint} was made by {run['processes']} processes on "
-                             f"{run['data']}, this is {ranks.world_size} on {about_data}: "
+        if run["data"] != about_data:
+            raise SystemExit(f"{checkpoint} was made on {run['data']}, this is {about_data}: "
                              "the data order would not go on where it stopped")
+        if ranks.main:  # torn ones are kept to be looked at, where nobody resumes from them
+            for torn in [path for path in checkpoints(out) if step_of(path) > step_of(checkpoint)]:
+                torn.rename(free_name(out, f"torn_{torn.name}"))
         state = torch.load(checkpoint / "training_state.pt", map_location="cpu",
                            weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
-        return Progress(**state["progress"])
-    ranks.wait()  # every rank has looked for its start by now
+        return progress_of(state["progress"], run)
     written = [out / name for name in FILES]
     if ranks.main and (checkpoints(out) or any(path.exists() for path in written)):
-        number = 1 + len(list(out.glob("earlier_*")))
-        (out / f"earlier_{number}").mkdir()
+        earlier = free_name(out, "earlier")
+        earlier.mkdir()
         for path in [*checkpoints(out), *written]:
             if path.exists():
-                path.rename(out / f"earlier_{number}" / path.name)
-        print(f"an earlier run was moved to {out / f'earlier_{number}'}")
+                path.rename(earlier / path.name)
+        print(f"an earlier run was moved to {earlier}")
     ranks.wait()
     return Progress()
+
+
+def free_name(out: Path, name: str) -> Path:
+    number = 1 + len(list(out.glob(f"{name}_*")))
+    return out / f"{name}_{number}"
+
+
+def progress_of(saved: dict, run: dict) -> Progress:
+    """Checkpoints once counted micro-batches of their own size where places are counted now."""
+    if "batch" in saved:
+        block = run["settings"]["batch_size"] * run["processes"]
+        saved = {**saved, "block": block, "place": saved["batch"] * block}
+        del saved["batch"]
+    return Progress(**saved)
 
 
 def saver(parts: Parts, settings, facts: dict):
@@ -253,6 +275,9 @@ def saver(parts: Parts, settings, facts: dict):
 
     def save(step: int, state: dict) -> None:
         tensors = {name: p for name, p in parts.model.named_parameters() if name in changed}
+        metrics = Path(settings.out) / "metrics.jsonl"
+        if metrics.exists():  # no checkpoint of a step whose line the machine has not yet written
+            flush_to_disk(metrics)
         save_checkpoint(settings.out, step, tensors, parts.config, {"step": step, **facts},
                         (parts.template.tokenizer, parts.processor), state, settings.keep,
                         settings.full_checkpoint)
