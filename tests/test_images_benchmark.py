@@ -32,6 +32,12 @@ def counted(stage: str, **changes) -> float:
     return counter.get_total_flops()
 
 
+def test_every_preset_has_its_figures():
+    for name in PRESETS:
+        for stage in ("pretrain", "sft"):
+            assert images.operations(name, stage) > 1e8, (name, stage)
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
 def test_the_arithmetic_is_what_training_does(stage):
     expected, told = counted(stage), images.operations("emoji", stage)
@@ -43,6 +49,6 @@ def test_the_command_prints_both_halves(capsys, monkeypatch):
     monkeypatch.setattr(images, "PRESETS", {"emoji": PRESETS["emoji"]})
     images.main(["--pictures", "1"])
     told = capsys.readouterr().out
-    assert "pictures a second in one process" in told and "workers" in told
+    assert "pictures a second on one core" in told and "workers" in told
     assert told.count("\nemoji ") == 2
     assert load_image(images.photo()).size == (640, 480)

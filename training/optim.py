@@ -44,11 +44,13 @@ def put_adapters(model, settings, present: dict | None) -> dict:
     """Put low-rank adapters into the language model, or go on with those that are there."""
     wanted = {"targets": settings.lora_targets, "rank": settings.lora_rank,
               "alpha": settings.lora_alpha, "dropout": settings.lora_dropout}
-    if settings.lora_from and not (present and settings.resume):
+    # A preset alone, whose parameters are only counted, names no directory.
+    lora_from = settings.lora_from if "lora_from" in settings else None
+    if lora_from and not (present and settings.resume):
         if present:
-            raise SystemExit(f"--lora_from {settings.lora_from}: the checkpoint to start from has "
+            raise SystemExit(f"--lora_from {lora_from}: the checkpoint to start from has "
                              "adapters of its own; export it with --to merged first")
-        wanted = add_peft(model.language, settings.lora_from, settings.lora_dropout)
+        wanted = add_peft(model.language, lora_from, settings.lora_dropout)
         for name, value in wanted.items():  # the run says with what it trains
             setattr(settings, f"lora_{name}", value)
     elif present is None:
