@@ -131,12 +131,13 @@ def flush_to_disk(path: Path) -> None:
 # ---------------------------------------------------------------- loading
 
 
-def load_checkpoint(directory, dtype: torch.dtype = torch.float32, language: str | None = None,
-                    vision: str | None = None) -> VLM:
+def load_checkpoint(directory, dtype: torch.dtype | None = torch.float32,
+                    language: str | None = None, vision: str | None = None) -> VLM:
     """A checkpoint directory -> the whole VLM, with its adapters in place, in evaluation mode.
 
     language, vision: where the public towers lie now, if not where they were in training. Their
     files must be the same to the last bit; FileNotFoundError and ValueError say what is not.
+    dtype None: each number as its file holds it, what was trained in float32.
     """
     directory = Path(directory)
     config = read_config(directory)
@@ -150,7 +151,7 @@ def load_checkpoint(directory, dtype: torch.dtype = torch.float32, language: str
         with torch.device("meta"):  # no memory yet: perhaps every weight is in our own file
             model = make(wanted)
         if all(f"{part}.{name}" in tensors for name, _ in model.named_parameters()):
-            return model.to_empty(device="cpu").to(dtype)
+            return model.to_empty(device="cpu")
         model = load(str(verified_base(directory, part, config["bases"][part], moved[part])))
         if model.config != wanted:
             raise ValueError(f"the config.json of the {part} tower says {model.config}, but "
@@ -170,18 +171,19 @@ def load_checkpoint(directory, dtype: torch.dtype = torch.float32, language: str
     if config["lora"]:
         add_lora(model.language, **config["lora"])
     put_tensors(model, tensors, directory)
-    return model.to(dtype).eval()
+    return (model if dtype is None else model.to(dtype)).eval()
 
 
 def put_tensors(model, tensors: dict, directory: Path) -> None:
-    """Copy the checkpoint's tensors into the model; every one must have its place."""
+    """Put the checkpoint's tensors in the model's place; every one must have its place there."""
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             found = tuple(parameters[name].shape) if name in parameters else "no such parameter"
             raise ValueError(f"{directory / 'model.safetensors'}: {name} has shape "
                              f"{tuple(tensor.shape)}, the model has {found}")
-        parameters[name].data.copy_(tensor)
+        # Not copied into what is there: a base in bf16 would round what was trained in float32.
+        parameters[name].data = tensor.clone()  # and not the mapped file, which --keep may delete
     missing = [name for name in own_names(model) if name not in tensors]
     if missing:
         raise ValueError(f"{directory / 'model.safetensors'} lacks {missing[0]}"

@@ -11,8 +11,10 @@ GQA (Ainslie et al. 2023), Qwen (2023), Qwen2 (2024), Qwen3 (2025).
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from model.config import LanguageConfig
+from model.numbers import product_dtype
 
 
 class RMSNorm(nn.Module):
@@ -26,7 +28,8 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        # Converted here once for all that read it, such as q, k and v.
+        return (self.weight * wide.to(x.dtype)).to(product_dtype(x))
 
 
 def rope_table(positions: torch.Tensor, head_dim: int, theta: float):
@@ -111,7 +114,14 @@ class DecoderLayer(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """ids (B,T) -> logits (B,T,V); or, in three steps: embed, decode, logits."""
+    """ids (B,T) -> logits (B,T,V); or, in three steps: embed, decode, logits.
+
+    checkpointing: for the backward pass keep what goes into each layer, and compute the layer a
+    second time there, with the same dropout (Chen et al. 2016). Of the dozen tensors that a layer
+    makes of its input only one layer's are there at a time; the price is a second forward pass.
+    """
+
+    checkpointing = False
 
     def __init__(self, config: LanguageConfig):
         super().__init__()
@@ -123,14 +133,20 @@ class LanguageModel(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @classmethod
-    def from_pretrained(cls, name: str, dtype: torch.dtype = torch.float32) -> "LanguageModel":
-        """Load a public model from a local directory or by its name on the hub."""
+    def from_pretrained(cls, name: str,
+                        dtype: torch.dtype | None = torch.float32) -> "LanguageModel":
+        """Load a public model from a local directory or by its name on the hub.
+
+        dtype None: the numbers as they are in the file.
+        """
         from model.weights import load_language  # here, because weights.py knows this class
 
         return load_language(name, dtype)
 
     def embed(self, ids):
-        return self.embed_tokens(ids)  # (B,T) -> (B,T,D)
+        # In training a frozen table is bf16. The stream that all layers add to is float32 all the
+        # same, as the norms are: small contributions would be rounded away in it.
+        return self.embed_tokens(ids).to(self.norm.weight.dtype)  # (B,T) -> (B,T,D)
 
     def decode(self, embeds, positions=None, mask=None, cache=None):
         """embeds (B,T,D) -> hidden states (B,T,D), after the final norm.
@@ -156,7 +172,10 @@ class LanguageModel(nn.Module):
         rope = rope_table(positions, self.config.head_dim, self.config.rope_theta)
         x = embeds
         for number, layer in enumerate(self.layers):
-            x = layer(x, rope, mask, cache, number)
+            if self.checkpointing:
+                x = checkpoint(layer, x, rope, mask, cache, number, use_reentrant=False)
+            else:
+                x = layer(x, rope, mask, cache, number)
         return self.norm(x)
 
     def logits(self, hidden):

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.layouts import LAYOUTS
+from model.numbers import product_dtype
 
 
 class LoRALinear(nn.Module):
@@ -42,7 +43,8 @@ class LoRALinear(nn.Module):
         self.scale = alpha / rank
 
     def forward(self, x):
-        thin = F.linear(self.dropout(x.to(self.lora_a.dtype)), self.lora_a)  # (...,rank)
+        x_like_a = x.to(product_dtype(self.lora_a))
+        thin = F.linear(self.dropout(x_like_a), self.lora_a)  # (...,rank)
         out = F.linear(x, self.weight, self.bias)
         return out + (F.linear(thin, self.lora_b) * self.scale).to(out.dtype)
 

@@ -12,6 +12,7 @@ DINOv2 (Oquab et al. 2023).
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from model.config import VisionConfig
 
@@ -79,7 +80,10 @@ class VisionTransformer(nn.Module):
     (N,1,Dv) where config.features asks for one vector: "pooled", the mean of all patches, or
     "class", the class token. After the last block the latter is what transformers calls
     pooler_output: it went through the final norm, in CLIP too, where the patches do not.
+    checkpointing: as in language.py; worth something only when the tower is trained.
     """
+
+    checkpointing = False
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -100,10 +104,13 @@ class VisionTransformer(nn.Module):
             self.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     @classmethod
-    def from_pretrained(cls, name: str, dtype: torch.dtype = torch.float32,
+    def from_pretrained(cls, name: str, dtype: torch.dtype | None = torch.float32,
                         feature_layer: int = -1,
                         features: str = "patches") -> "VisionTransformer":
-        """Load a public tower from a local directory or by its name on the hub."""
+        """Load a public tower from a local directory or by its name on the hub.
+
+        dtype None: the numbers as they are in the file.
+        """
         from model.weights import load_vision  # here, because weights.py knows this class
 
         return load_vision(name, dtype, feature_layer, features)
@@ -137,7 +144,7 @@ class VisionTransformer(nn.Module):
         if self.config.pre_norm:
             x = self.pre_layernorm(x)
         for layer in self.layers:
-            x = layer(x)
+            x = checkpoint(layer, x, use_reentrant=False) if self.checkpointing else layer(x)
         if self.final_norm:
             x = self.post_layernorm(x)
         if self.config.features == "class":

@@ -10,6 +10,7 @@ Follows LLaVA (Liu et al. 2023): to the decoder an image token is a token like a
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from model.config import VLMConfig
 from model.language import LanguageModel
@@ -18,6 +19,7 @@ from model.projector import Projector
 from model.vision import VisionTransformer
 
 IGNORE = -100  # the label of a token that nobody is asked to predict
+CHUNK = 2**24  # logits that exist at a time: 64 MB of float32, about four times in the backward
 
 
 class VLM(nn.Module):
@@ -37,6 +39,10 @@ class VLM(nn.Module):
         from model.checkpoint import load_checkpoint  # here, because checkpoint.py knows VLM
 
         return load_checkpoint(directory, dtype)
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Trade time for memory: keep only each block's input for the backward pass."""
+        self.language.checkpointing = self.vision.checkpointing = on
 
     def encode_images(self, pixels):
         """pixels (N,3,H,W) -> the language tokens of each picture (N,K,D)."""
@@ -91,10 +97,26 @@ class VLM(nn.Module):
         """
         hidden = self.language.decode(self.embed(ids, pixels))  # (B,T,D)
         supervised = labels != IGNORE  # (B,T)
-        # With 150,000 words the head is the dearest layer; it runs only where a label asks. In
-        # float32, because a sum over that many words loses its small terms in bf16.
-        logits = self.language.logits(hidden[supervised]).float()  # (supervised,V)
-        return F.cross_entropy(logits, labels[supervised], reduction="sum"), supervised.sum()
+        # With 150,000 words the head is the dearest layer; it runs only where a label asks.
+        return self.head_loss(hidden[supervised], labels[supervised]), supervised.sum()
+
+    def head_loss(self, hidden, labels):
+        """hidden (S,D), labels (S,) -> summed cross entropy, with never more than CHUNK logits.
+
+        All (S,V) of them would be most of a step's memory: 4,000 positions of 151,936 words are
+        2.4 GB in float32, and the backward pass wants them several times. So each chunk of rows
+        keeps its hidden states alone, and its logits are computed again in the backward pass. The
+        loss is a sum over rows, so the gradients are those of the plain form.
+        """
+        rows = max(1, CHUNK // self.language.config.vocab_size)
+        if len(hidden) <= rows:
+            return self.rows_loss(hidden, labels)
+        return sum(checkpoint(self.rows_loss, *chunk, use_reentrant=False)
+                   for chunk in zip(hidden.split(rows), labels.split(rows)))
+
+    def rows_loss(self, hidden, labels):
+        # In float32, because a sum over that many words loses its small terms in bf16.
+        return F.cross_entropy(self.language.logits(hidden).float(), labels, reduction="sum")
 
 
 def set_trainable(vlm: VLM, projector: bool = True, vision: bool = False,

@@ -45,8 +45,12 @@ WANTED_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.js
                 "generation_config.json", "preprocessor_config.json"]
 
 
-def load_language(name, dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """A public decoder from a directory, from MiniMind's .pth file or from the hub, in dtype."""
+def load_language(name, dtype: torch.dtype | None = torch.float32) -> LanguageModel:
+    """A public decoder from a directory, from MiniMind's .pth file or from the hub, in dtype.
+
+    dtype None: as the file holds it, and then it is the mapped file itself that takes no memory
+    until somebody reads it.
+    """
     source = resolve(name)
     config = language_config(source)
     with torch.device("meta"):
@@ -69,11 +73,11 @@ def language_config(source: Path) -> LanguageConfig:
     return in_words_of(directory, LanguageConfig.from_public, public)
 
 
-def load_vision(name, dtype: torch.dtype = torch.float32, feature_layer: int = -1,
+def load_vision(name, dtype: torch.dtype | None = torch.float32, feature_layer: int = -1,
                 features: str = "patches") -> VisionTransformer:
     """A public vision tower from a directory or from the hub, also out of a whole CLIP or SigLIP.
 
-    Blocks after feature_layer are not needed for it and not read.
+    Blocks after feature_layer are not needed for it and not read. dtype None: as in the file.
     """
     directory = resolve(name)
     config = in_words_of(directory, VisionConfig.from_public, read_config(directory),
@@ -104,7 +108,7 @@ def load_minimind_projector(name) -> dict[str, torch.Tensor]:
 
 
 def fill(model, source: Path, held: dict[str, Path], layout: Layout, unread: list[str],
-         dtype: torch.dtype):
+         dtype: torch.dtype | None):
     """Put the tensors that the files hold into model, which stands on the meta device."""
     wanted, prefix = public_names(model, layout), layout.prefix
     if not any(name.startswith(prefix) for name in held):
@@ -128,7 +132,7 @@ def fill(model, source: Path, held: dict[str, Path], layout: Layout, unread: lis
                     if unusable(tensor):
                         problems.append(f"{unusable(tensor)}: {name} in {path.name}")
                         continue
-                    tensor = tensor.to(dtype)
+                    tensor = tensor if dtype is None else tensor.to(dtype)
                     if name.rsplit(".", 2)[-2] in layout.interleaved:
                         tensor = half_split(tensor, model.config.head_dim)
                     tensors.update(unstacked(tensor, {each: target[each] for each in ours}))

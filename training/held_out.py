@@ -24,6 +24,7 @@ from torch.utils.data import Subset
 
 from dataset.batching import Batches
 from dataset.formats import BadSample
+from training.precision import autocast
 from training.setup import open_files
 
 EMOJI_SAMPLES = 256  # scenes, when --eval_samples does not say how many
@@ -86,8 +87,7 @@ def mean_loss(model, batches: Batches, settings, ranks) -> tuple[float | None, i
             if not batch.where:  # every row of a batch may have been a bad one
                 continue
             batch = batch.to(ranks.device, non_blocking=True)
-            with torch.autocast(ranks.device.type, torch.bfloat16,
-                                enabled=settings.dtype == "bf16"):
+            with autocast(settings.dtype, ranks.device):
                 loss, count = model(batch.ids, batch.labels, batch.pixels)
             total, tokens = total + float(loss), tokens + int(count)
             rows += len(batch.where)

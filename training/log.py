@@ -188,8 +188,10 @@ def stopped(progress, stage: str, settings) -> str:
 def closing(summary: dict, checkpoint: Path, next_command: str) -> str:
     """The figures of OUT/summary.json for people."""
     s, seen = summary, summary["samples_trained"] + summary["samples_skipped"]
+    overflows = (f" ({s['overflow_steps']:,} skipped: fp16 overflowed)" if s["overflow_steps"]
+                 else "")
     lines = [
-        f"{s['steps']:,} steps, {s['samples_trained']:,} samples trained on in "
+        f"{s['steps']:,} steps{overflows}, {s['samples_trained']:,} samples trained on in "
         f"{clock(s['wall_seconds'])}",
         f"{s['samples_skipped']:,} of {seen:,} samples skipped as unusable",
         *(f"    {count:,} x {reason}" for reason, count in

@@ -4,7 +4,7 @@ An optimizer step is made of `accumulate` micro-batches on each rank:
 
     count the supervised tokens of the whole step, over all micro-batches and ranks
     for each micro-batch: loss sum / that count -> backward, gradients pile up
-    sum the gradients over the ranks -> clip -> AdamW
+    sum the gradients over the ranks -> clip -> AdamW     (fp16: unscaled first; see precision.py)
 
 So each supervised token weighs the same, whichever micro-batch or rank it came with. A mean per
 micro-batch would let the tokens of a short answer weigh more than those of a long one.
@@ -23,6 +23,7 @@ import torch
 
 from training.log import kind_of
 from training.optim import schedule, set_learning_rate
+from training.precision import autocast, next_scale
 from training.signals import Stop
 
 KINDS = 50  # of reasons that are counted one by one; more would be names taken for reasons
@@ -46,6 +47,9 @@ class Progress:
     rows: int = 0  # samples trained on
     positions: int = 0  # tokens computed, padding included
     useful: int = 0  # tokens computed, padding left out
+    scale: float = 2.0**16  # fp16 only: the loss is multiplied by it before the backward pass,
+    calm: int = 0  # for so many steps now,
+    overflows: int = 0  # and so many steps were skipped, because that was too much
 
 
 class StopTraining(Exception):
@@ -118,28 +122,39 @@ def train(model, batches, optimizer, settings, ranks, log, save, progress: Progr
             # from seed and epoch: a resumed run draws the same, and there is no generator state
             # to save.
             torch.manual_seed((settings.seed * 1_000_003 + step) * 4099 + ranks.rank)
-            losses = [backward(model, batch, max(supervised, 1), settings, ranks)
+            half = settings.dtype == "fp16"
+            scale = progress.scale if half else 1.0
+            losses = [backward(model, batch, max(supervised, 1), settings, ranks, scale)
                       for batch in micro]
             # One rank alone may have got the signal; by this sum all stop after the same step.
             loss, stopping = ranks.sum(sum(float(loss) for loss in losses),
                                        bool(stop and stop.asked))
             ranks.sum_gradients(trained)
+            if half:
+                torch._foreach_div_([parameter.grad for parameter in trained], scale)
             norm = float(torch.nn.utils.clip_grad_norm_(trained, settings.clip))
-            if not (math.isfinite(loss) and math.isfinite(norm)):
+            # Both numbers are sums over all ranks: all of them skip the same steps.
+            overflow = half and math.isfinite(loss) and not math.isfinite(norm) and scale > 1
+            if not (math.isfinite(loss) and (math.isfinite(norm) or overflow)):
                 raise StopTraining(not_finite(step, loss, norm, micro, losses, ranks))
             rate = set_learning_rate(optimizer,
                                      schedule(step + ahead, steps + ahead, settings.warmup_ratio))
-            optimizer.step()
+            if not overflow:
+                optimizer.step()
             optimizer.zero_grad()
+            if half:
+                progress.scale, progress.calm = next_scale(scale, progress.calm, overflow)
+                progress.overflows += overflow
 
             progress.step, progress.rows = step, progress.rows + int(rows)
             progress.positions += int(positions)
             progress.useful += int(useful)
             seconds = time.monotonic() - began
             log.step(step, {
-                "loss": loss, "grad_norm": norm, "learning_rate": rate,
+                "loss": loss, "grad_norm": None if overflow else norm, "learning_rate": rate,
                 "supervised_tokens": int(supervised),
-                "tokens_per_second": round(useful / seconds, 1), "seconds": round(seconds, 4)})
+                "tokens_per_second": round(useful / seconds, 1), "seconds": round(seconds, 4),
+                **({"loss_scale": scale, "overflows": progress.overflows} if half else {})})
             if held_out and (step % settings.eval_every == 0 or step == steps):
                 log.evaluation(step, held_out.losses(model, settings, ranks))
             if step % settings.save_every == 0 or step == steps or stopping:
@@ -182,15 +197,14 @@ def save_on_main(save, step: int, progress: Progress, optimizer, ranks) -> None:
                            "they were; make room, then go on with --resume.") from problem
 
 
-def backward(model, batch, supervised: float, settings, ranks) -> torch.Tensor:
-    """Add one micro-batch's share to the gradients; return its share of the step's loss."""
+def backward(model, batch, supervised: float, settings, ranks, scale: float = 1.0) -> torch.Tensor:
+    """Add one micro-batch's share to the gradients, scale times as large; return its share of the
+    step's loss."""
     batch = batch.to(ranks.device, non_blocking=True)
-    # Autocast computes matrix products in bf16 and keeps the trained weights, norms and the loss
-    # in float32: an update of 1/1000 of a weight would vanish in bf16's 8 bits.
-    with torch.autocast(ranks.device.type, torch.bfloat16, enabled=settings.dtype == "bf16"):
+    with autocast(settings.dtype, ranks.device):
         loss_sum, _ = model(batch.ids, batch.labels, batch.pixels)
     loss = loss_sum / supervised
-    loss.backward()
+    (loss * scale).backward()
     return loss.detach()  # not .item(): that would make a GPU wait after every micro-batch
 
 

@@ -1,23 +1,74 @@
-"""Which numbers the matrix products use: bf16 where the hardware has it, else float32.
+"""Which numbers a run uses: what the matrix products compute in, and what each weight is kept in.
 
-bf16 halves the memory of activations and doubles the speed, on hardware that multiplies it. Other
-hardware takes it too, and converts to float32 and back for every product: four times *slower* than
-float32 on a processor with AVX-512 but without its bf16 instructions.
+    --dtype, the hardware -> choose_dtype -> "bf16", "fp16" or "fp32"
+    model, what is trained -> store_weights: trained float32, frozen matrices in that dtype
+    each forward pass -> autocast;   fp16's gradients -> next_scale
+
+bf16 has float32's range with 8 bits of precision, fp16 11 bits and a range that ends at 65,504.
+Both halve the memory of activations and at least double the speed, on hardware that multiplies
+them. Other hardware takes them too, and converts to float32 and back for every product: four times
+*slower* than float32 on a processor with AVX-512 but without its bf16 instructions.
+
+Paper: mixed precision training (Micikevicius et al. 2018).
 """
 
 import torch
 
+NUMBERS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CALM = 2000  # steps without overflow after which the scale of fp16's loss is doubled
+
 
 def choose_dtype(wanted: str, device: torch.device) -> tuple[str, str]:
-    """wanted: "auto", "bf16" or "fp32" -> what is used, and why, in a few words."""
+    """wanted: "auto", "bf16", "fp16" or "fp32" -> what is used, and why, in a few words."""
     if wanted != "auto":
         return wanted, "as asked"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        name = "this processor"
-        native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    if native:
-        return "bf16", f"{name} multiplies it natively"
-    return "fp32", f"{name} has no bf16 instructions"
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", f"{name} multiplies it natively"
+        major, minor = torch.cuda.get_device_capability(device)
+        return "fp16", (f"{name} has compute capability {major}.{minor}, and bf16 needs 8.0; with "
+                        "scaled gradients")
+    if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
+        return "bf16", "this processor multiplies it natively"
+    return "fp32", "this processor has no bf16 instructions"
+
+
+def autocast(dtype: str, device: torch.device):
+    """The context in which a forward pass computes its matrix products in dtype.
+
+    Norms, softmax, the loss and the trained weights stay float32: an update of 1/1000 of a weight
+    would vanish in bf16's 8 bits.
+    """
+    return torch.autocast(device.type, NUMBERS[dtype], enabled=dtype != "fp32")
+
+
+def store_weights(model, dtype: str, keep: set[str]) -> None:
+    """Give every weight the numbers that it is kept in for the whole run.
+
+    What is trained: float32, the master copy that takes small steps. Frozen matrices: dtype, half
+    the memory, and nothing to convert at every step; published weights are bf16 mostly, and lose
+    nothing. Frozen vectors and position tables: float32; they are few, and so the streams that
+    they are added to stay float32.
+
+    keep: names of frozen weights that stay float32, because a checkpoint saves them: what an
+    earlier stage has trained must not be rounded by passing through this one.
+    """
+    for name, parameter in model.named_parameters():
+        matrix = name.endswith(".weight") and parameter.ndim > 1
+        low = matrix and not parameter.requires_grad and name not in keep
+        parameter.data = parameter.data.to(NUMBERS[dtype] if low else torch.float32)
+
+
+def next_scale(scale: float, calm: int, overflow: bool) -> tuple[float, int]:
+    """After a step in fp16 -> the scale of the next one, and the steps since the last change.
+
+    Gradients below 6e-8 are zero in fp16, so the loss is multiplied before the backward pass and
+    the gradients divided after it (powers of two, which rounds nothing). How far is found by
+    trial: doubled after CALM good steps, halved when a gradient grew past 65,504. That step is
+    skipped. The rule is torch.amp.GradScaler's; here its state is two numbers of Progress, and
+    every rank comes to the same answer, because each looks at the gradients summed over all.
+    """
+    if overflow:
+        return scale / 2, 0
+    return (scale * 2, 0) if calm + 1 == CALM else (scale, calm + 1)

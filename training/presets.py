@@ -80,8 +80,11 @@ def read_flags(description: str, stage: str, arguments=None) -> argparse.Namespa
     add("--weight_decay", type=float, help="for matrices; norms and biases have none")
     add("--warmup_ratio", type=float, help="share of the steps in which the rate rises")
     add("--clip", type=float, help="longest gradient; longer ones are scaled down to it")
-    add("--dtype", choices=("auto", "bf16", "fp32"), help="numbers that the matrix products use; "
-        "auto: bf16 where the hardware multiplies it natively, else fp32")
+    add("--dtype", choices=("auto", "bf16", "fp16", "fp32"), help="numbers that the matrix "
+        "products use; auto: bf16 where the hardware multiplies it natively, else fp16 on CUDA, "
+        "fp32 on a processor")
+    add("--checkpointing", action=yes_no, help="keep each block's input alone for the backward "
+        "pass and compute the block again there: less memory, a third more time")
     add("--seed", type=int, default=None, help="of new weights, data order, dropout (default: 0)")
     add("--save_every", type=int, help="steps between checkpoints")
     add("--keep", type=int, help="newest checkpoints that are kept")
@@ -131,7 +134,8 @@ def resolve(flags: argparse.Namespace, stage: str, earlier: dict) -> argparse.Na
     preset = given.get("preset") or earlier.get("preset") or "emoji"
     others = {"seed": 0, "workers": 2, "max_bad": 0.01, "full_checkpoint": False, "model": None,
               "eval_every": 0, "eval_data": None, "eval_samples": None, "overfit": None,
-              "log": None, "log_samples": False, "lora_from": None}
+              "log": None, "log_samples": False, "lora_from": None,
+              "checkpointing": False}
     settings = {**others, **settings_of_preset(preset, stage), **earlier, **given,
                 "preset": preset}
     if "epochs" in given and "steps" not in given:

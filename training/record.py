@@ -138,7 +138,7 @@ def summarise(out, progress, wall_seconds: float, ranks) -> dict | None:
         "tokens_per_second": round(progress.useful / seconds, 1) if seconds else None,
         "training_seconds": round(seconds, 3), "wall_seconds": round(wall_seconds, 3),
         "peak_memory": memory, "peak_gpu_memory": gpu_memory,
-        "overflow_steps": getattr(progress, "overflows", 0),  # skipped, with fp16
+        "overflow_steps": progress.overflows,  # skipped, with fp16
         "last_loss": metrics[-1]["loss"] if metrics else None,
         "best_eval_loss": best.get("eval_loss"), "best_eval_step": best.get("step"),
         "last_evaluation": evaluations[-1] if evaluations else None,

@@ -11,14 +11,14 @@ from contextlib import contextmanager
 
 from dataset.batching import Batches
 from dataset.whereabouts import told_by
-from model.checkpoint import newest_checkpoint
+from model.checkpoint import newest_checkpoint, own_names
 from training.boards import check_installed
 from training.distributed import start_ranks
 from training.held_out import HeldOut, open_held_out
 from training.log import Log, closing, introduction, stopped
 from training.loop import StopTraining, steps_of_run, train
 from training.optim import choose_trained, make_optimizer
-from training.precision import choose_dtype
+from training.precision import choose_dtype, store_weights
 from training.presets import read_flags, resolve
 from training.record import describe, launch, summarise
 from training.setup import (
@@ -51,6 +51,8 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
         except (OSError, ValueError, KeyError) as error:  # each says what is wrong and what to do
             raise SystemExit(f"cannot build the model: {error}") from error
         parts.config["lora"] = choose_trained(parts.model, settings, parts.config["lora"])
+        store_weights(parts.model, settings.dtype, parts.held | set(own_names(parts.model)))
+        parts.model.set_checkpointing(settings.checkpointing)
         parts.model.to(ranks.device)
         optimizer = make_optimizer(parts.model, settings)
         progress = prepare_out(settings, ranks, checkpoint, optimizer, about_data)

@@ -44,7 +44,8 @@ from training.record import FILES
 # What a run may change when it is resumed; all else would make it another run.
 CHANGEABLE = ("out", "resume", "model", "preset", "language", "vision", "steps", "epochs",
               "batch_size", "accumulate", "save_every", "keep", "workers", "max_bad",
-              "log_samples", "full_checkpoint", "eval_every", "eval_data", "log")
+              "log_samples", "full_checkpoint", "eval_every", "eval_data", "log",
+              "checkpointing")
 
 
 @dataclass
@@ -115,14 +116,18 @@ def loudness(language) -> float:
 
 
 def assemble(settings, checkpoint: Path | None) -> Parts:
-    """Load the model, and build the template and the image processor that belong to it."""
+    """Load the model, and build the template and the image processor that belong to it.
+
+    The weights are in the files' own numbers: once it is known which of them are trained,
+    precision.store_weights gives each the numbers that it needs.
+    """
     torch.manual_seed(settings.seed)  # of the new projector's and the adapters' first weights
     if checkpoint:
         config, held = read_config(checkpoint), tensor_names(checkpoint)
         bases = config["bases"]
         moved = {part: None if getattr(settings, part) == bases[part]["name"]
                  else getattr(settings, part) for part in bases}
-        model = load_checkpoint(checkpoint, **moved)
+        model = load_checkpoint(checkpoint, None, **moved)
         language_directory = vision_directory = checkpoint
         for part, reference in bases.items():
             place = moved[part] or (reference.get("copied") and str(checkpoint / part))
@@ -130,8 +135,8 @@ def assemble(settings, checkpoint: Path | None) -> Parts:
     else:
         language_directory = find_base(settings.language)
         vision_directory = find_base(settings.vision)
-        language = LanguageModel.from_pretrained(str(language_directory))
-        vision = VisionTransformer.from_pretrained(str(vision_directory),
+        language = LanguageModel.from_pretrained(str(language_directory), None)
+        vision = VisionTransformer.from_pretrained(str(vision_directory), None,
                                                    feature_layer=settings.vision_layer,
                                                    features=settings.features)
         bases = {part: base_reference(getattr(settings, part)) for part in ("language", "vision")}
