@@ -306,6 +306,6 @@ def find_model(model: str | None, runs=("out/sft", "out/pretrain")) -> Path:
                                 "`torchrun train_pretrain.py` first, or give --model DIR")
     if path := newest_whole(model):
         return path
-    read_config(model)  # raises when it is something else
     check_whole(model)
+    read_config(model)  # raises when it is something else
     return Path(model)
