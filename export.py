@@ -3,8 +3,9 @@
     python export.py --to transformers          LlavaForConditionalGeneration: transformers, vLLM
     python export.py --to merged                a checkpoint of ours, LoRA merged, in one piece
     python export.py --to peft                  the language model's adapters, for peft
+    python export.py --push USER/NAME           what would go to the hub; with --yes, it goes
 
-Flow: checkpoint directory -> load -> merge LoRA -> one of model/export_*.py -> OUT.
+Flow: checkpoint directory -> load -> merge LoRA -> one of the forms -> OUT -> the hub.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from dataset.tokenizer import Tokenizer
 from model.checkpoint import (
     find_model,
     load_checkpoint,
+    newest_checkpoint,
     read_config,
     read_run,
     save_checkpoint,
@@ -30,6 +32,8 @@ from model.export_transformers import llava
 from model.lora import merge_lora
 from model.peft import peft_adapter
 from model.weights import save
+from training.hub import files_to_push, listing, push
+from training.model_card import model_card
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -45,7 +49,13 @@ def read_flags(arguments=None) -> argparse.Namespace:
         "every digit of the training")
     add("--language", help="where the public language model lies, if not where it was in training")
     add("--vision", help="where the public vision tower lies, if not where it was in training")
-    return parser.parse_args(arguments)
+    add("--push", metavar="USER/NAME", help="write a model card into --out and list all that would "
+        "be uploaded; an --out that is there already is taken as it is")
+    add("--yes", action="store_true", help="with --push: do upload it")
+    flags = parser.parse_args(arguments)
+    if flags.yes and not flags.push:
+        parser.error("--yes needs --push USER/NAME")
+    return flags
 
 
 def load(flags, checkpoint: Path):
@@ -106,19 +116,34 @@ def to_peft(flags, checkpoint: Path, out: Path) -> None:
 FORMS = {"transformers": to_transformers, "merged": to_merged, "peft": to_peft}
 
 
+def to_hub(flags, checkpoint: Path, directory: Path) -> None:
+    card = model_card(checkpoint, flags.to, flags.push)
+    (directory / "README.md").write_text(card, encoding="utf-8")
+    files = files_to_push(directory)
+    print(listing(files, directory))
+    if flags.yes:
+        print(f"uploaded: {push(directory, flags.push)}")
+    else:
+        print(f"nothing was sent to {flags.push}; look at {directory / 'README.md'}, then give "
+              "--yes as well")
+
+
 def main(arguments=None) -> None:
     flags = read_flags(arguments)
     out = Path(flags.out)
     try:
         checkpoint = find_model(flags.model)
-        if out.exists() and any(out.iterdir()):
+        there = out.exists() and any(out.iterdir())
+        if there and not flags.push:
             raise ValueError(f"--out {out} is not empty: give a new directory")
-        FORMS[flags.to](flags, checkpoint, out)
+        if not there:
+            FORMS[flags.to](flags, checkpoint, out)
+        if flags.push:
+            to_hub(flags, checkpoint, newest_checkpoint(out) or out)
+            return
     except (OSError, ValueError, KeyError) as error:  # each says what is wrong and what to do
         raise SystemExit(f"export.py: {error}") from error
-    for path in sorted(out.rglob("*")):
-        if path.is_file():
-            print(f"{path.stat().st_size:>14,}  {path}")
+    print(listing(sorted(path for path in out.rglob("*") if path.is_file()), out))
 
 
 if __name__ == "__main__":
