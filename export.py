@@ -3,6 +3,7 @@
     python export.py --to transformers          LlavaForConditionalGeneration: transformers, vLLM
     python export.py --to merged                a checkpoint of ours, LoRA merged, in one piece
     python export.py --to peft                  the language model's adapters, for peft
+    python export.py --to gguf --dtype q8_0     for llama.cpp (requirements-extra.txt)
     python export.py --push USER/NAME           what would go to the hub; with --yes, it goes
 
 Flow: checkpoint directory -> load -> merge LoRA -> one of the forms -> OUT -> the hub.
@@ -45,14 +46,20 @@ def read_flags(arguments=None) -> argparse.Namespace:
         "in out/pretrain)")
     add("--to", choices=FORMS, default="transformers", help="the form (%(default)s)")
     add("--out", default="out/export", metavar="DIR", help="new directory (%(default)s)")
-    add("--dtype", choices=DTYPES, default="bf16", help="of the weights (%(default)s); fp32 keeps "
-        "every digit of the training")
+    add("--dtype", choices=("bf16", "fp32", "f16", "q8_0"), help="of the weights: bf16 (default) "
+        "or fp32, which keeps every digit; with --to gguf f16 (default), q8_0 or fp32")
     add("--language", help="where the public language model lies, if not where it was in training")
     add("--vision", help="where the public vision tower lies, if not where it was in training")
     add("--push", metavar="USER/NAME", help="write a model card into --out and list all that would "
         "be uploaded; an --out that is there already is taken as it is")
     add("--yes", action="store_true", help="with --push: do upload it")
     flags = parser.parse_args(arguments)
+    fitting = ("f16", "q8_0", "fp32") if flags.to == "gguf" else ("bf16", "fp32")
+    flags.dtype = flags.dtype or fitting[0]
+    if flags.dtype not in fitting:
+        parser.error(f"--dtype {flags.dtype}: --to {flags.to} takes {', '.join(fitting)}")
+    if flags.push and flags.to == "gguf":
+        parser.error("--push takes safetensors alone, and no --to gguf")
     if flags.yes and not flags.push:
         parser.error("--yes needs --push USER/NAME")
     return flags
@@ -113,7 +120,23 @@ def to_peft(flags, checkpoint: Path, out: Path) -> None:
     write_json(out / "adapter_config.json", adapter)
 
 
-FORMS = {"transformers": to_transformers, "merged": to_merged, "peft": to_peft}
+def to_gguf(flags, checkpoint: Path, out: Path) -> None:
+    try:
+        from model.export_gguf import write_language, write_mmproj  # here: an extra
+    except ImportError as error:
+        raise ValueError("--to gguf needs the gguf package: pip install gguf") from error
+    model, template, processor = load(flags, checkpoint)
+    merge_lora(model.language)
+    tokenizer = PublicTemplate(template).gguf_tokenizer()
+    out.mkdir(parents=True, exist_ok=True)
+    write_language(model, tokenizer, len(tokenizer["tokens"]), flags.dtype, out / "language.gguf")
+    try:
+        write_mmproj(model, processor, out / "mmproj.gguf")
+    except ValueError as error:  # the language model is of use without its eyes
+        print(f"no mmproj.gguf, so llama.cpp will see no pictures: {error}")
+
+
+FORMS = {"transformers": to_transformers, "merged": to_merged, "peft": to_peft, "gguf": to_gguf}
 
 
 def to_hub(flags, checkpoint: Path, directory: Path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import tokenizers
 
 from dataset.chat import IMAGE, ROLES, ChatTemplate
+from dataset.tiktoken import PIECES
 
 # Texts for a new token, where the template's own is no special token of the tokenizer.
 PLACEHOLDERS = ("<|image_pad|>", "<|image_place|>")
@@ -53,6 +54,20 @@ JINJA = """\
     {{- START + 'assistant\\n' + OPENING -}}
 {%- endif -%}
 """
+
+
+def pieces_name(pre_tokenizer: dict | None) -> str:
+    """llama.cpp's name for the way in which text is cut before the merges."""
+    parts = (pre_tokenizer or {}).get("pretokenizers") or [pre_tokenizer or {"type": None}]
+    kinds = [part["type"] for part in parts]
+    if kinds == ["Split", "ByteLevel"] and parts[0]["pattern"].get("Regex") == PIECES:
+        return "qwen2"
+    if kinds == ["Digits", "ByteLevel"] and parts[0]["individual_digits"]:
+        return "smollm"
+    if kinds == ["ByteLevel"]:
+        return "gpt-2"
+    raise ValueError(f"the tokenizer cuts text by {kinds}, for which llama.cpp has no name here: "
+                     "known are those of Qwen, SmolLM2 and GPT-2")
 
 
 class PublicTemplate:
@@ -109,6 +124,26 @@ class PublicTemplate:
         rules += own["pretokenizers"] if own and own["type"] == "Sequence" else [own] * bool(own)
         public["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": rules}
         return json.dumps(public, ensure_ascii=False, indent=2) + "\n"
+
+    def gguf_tokenizer(self) -> dict:
+        """What a GGUF file says of a tokenizer: its tokens in order, their types, the merges.
+
+        ValueError: text is cut into pieces in a way that llama.cpp knows under no name here.
+        """
+        public = json.loads(self.backend.to_str())
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        added = self.backend.get_added_tokens_decoder()
+        tokens = [f"[PAD{number}]" for number in range(max(vocabulary.values()) + 1)]
+        types = [5] * len(tokens)  # unused, until a token takes the place
+        for token, number in vocabulary.items():
+            tokens[number] = token
+            # 1: normal, 3: control, 4: added, and text may hold it
+            types[number] = 1 if number not in added else 3 if added[number].special else 4
+        merges = [merge if isinstance(merge, str) else " ".join(merge)
+                  for merge in public["model"]["merges"]]
+        return {"tokens": tokens, "types": types, "merges": merges, "end": self.template.end,
+                "pieces": pieces_name(public["pre_tokenizer"]), "template": self.jinja(),
+                "padding": self.template.stop_ids[-1]}
 
     def save(self, directory, max_length: int) -> None:
         """Write tokenizer.json, tokenizer_config.json, chat_template.jinja and

@@ -112,9 +112,7 @@ def llava_vision(vision: VisionTransformer, size: tuple[int, int]):
     all to the pictures' size, as the tower would stretch it for each of them: not every engine can.
     """
     config, state = vision.config, dict(vision.state_dict())
-    side = size[0] // config.patch_size
-    own = state["position_embedding"][:int(config.class_token)]  # the class token's
-    state["position_embedding"] = torch.cat([own, vision.positions(side, side)[0]])
+    own = state["position_embedding"] = stretched(vision, size)
     layers, loudness = len(vision.layers), 1.0
     if vision.final_norm:
         state.update(norm_as_block(vision, f"layers.{layers}."))
@@ -126,6 +124,13 @@ def llava_vision(vision: VisionTransformer, size: tuple[int, int]):
     config = replace(config, image_size=size[0], num_hidden_layers=layers, feature_layer=-1,
                      final_norm=True)
     return filled(VisionTransformer, config, state), loudness
+
+
+def stretched(vision: VisionTransformer, size: tuple[int, int]) -> torch.Tensor:
+    """The position table for pictures of this size, the class token's row in front as before."""
+    rows, columns = (pixels // vision.config.patch_size for pixels in size)
+    own = vision.position_embedding[:int(vision.config.class_token)]
+    return torch.cat([own, vision.positions(rows, columns)[0]]).detach()
 
 
 def norm_as_block(vision: VisionTransformer, prefix: str) -> dict[str, torch.Tensor]:

@@ -5,16 +5,14 @@ import base64
 import hashlib
 import http.server
 import json
-import subprocess
-import sys
 import threading
 
+import huggingface_hub
 import pytest
 
 import export
 from model.checkpoint import find_model
 from tests.test_export import trained
-from tests.tiny import ROOT, environment
 from training.hub import files_to_push
 from training.model_card import model_card
 
@@ -93,30 +91,26 @@ def hub():
     server.server_close()
 
 
-def command(hub, *flags) -> subprocess.CompletedProcess:
-    there = {**environment(), "HF_ENDPOINT": hub.address, "HF_TOKEN": "hf_nobody",
-             "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-    return subprocess.run([sys.executable, "export.py", *flags], cwd=ROOT, env=there, text=True,
-                          capture_output=True, timeout=300)
-
-
-def test_nothing_is_sent_before_yes_and_everything_after(run, hub, tmp_path):
+def test_nothing_is_sent_before_yes_and_everything_after(run, hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_ENDPOINT", hub.address)
+    monkeypatch.setenv("HF_TOKEN", "hf_nobody")
+    # Read from the environment once, when the library was imported.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     flags = ["--model", run, "--out", str(tmp_path / "out"), "--push", "me/mine"]
-    shown = command(hub, *flags)
-    assert shown.returncode == 0, shown.stderr
+    export.main(flags)
+    shown = capsys.readouterr().out
     files = {path.name: path for path in (tmp_path / "out").iterdir()}
     assert {"README.md", "model.safetensors", "config.json", "tokenizer.json",
             "chat_template.jinja", "preprocessor_config.json"} <= files.keys()
     for name, path in files.items():
-        assert f"{path.stat().st_size:,}  {name}\n" in shown.stdout
-    assert "nothing was sent" in shown.stdout and not hub.created and not hub.files
+        assert f"{path.stat().st_size:,}  {name}\n" in shown
+    assert "nothing was sent" in shown and not hub.created and not hub.files
 
-    sent = command(hub, *flags, "--yes")
-    assert sent.returncode == 0, sent.stderr
+    export.main([*flags, "--yes"])
     assert hub.files == {name: path.read_bytes() for name, path in files.items()}
     assert [about["name"] for about in hub.created] == ["mine"]
     assert hub.tokens == {"Bearer hf_nobody"}
-    assert f"uploaded: {hub.address}/me/mine/commit/1" in sent.stdout
+    assert f"uploaded: {hub.address}/me/mine/commit/1" in capsys.readouterr().out
 
 
 def test_the_card_tells_what_is_known(run, tmp_path):

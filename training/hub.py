@@ -5,6 +5,7 @@
 HF_ENDPOINT names another hub; the token is huggingface_hub's (`hf auth login`, or HF_TOKEN).
 """
 
+import os
 from pathlib import Path
 
 # Weights as safetensors alone: a pickle (.bin, .pt, .pth) can run code on whoever loads it.
@@ -31,7 +32,8 @@ def push(directory: Path, name: str) -> str:
     """Make the repository USER/NAME where there is none, and send every file in one commit."""
     from huggingface_hub import HfApi  # here: nothing else of an export needs the network
 
-    api = HfApi()
+    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
+    api = HfApi(endpoint=endpoint)
     api.create_repo(name, exist_ok=True)
     about = api.upload_folder(repo_id=name, folder_path=directory, commit_message="Upload model")
     return about.commit_url

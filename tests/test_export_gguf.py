@@ -1,0 +1,134 @@
+"""Claims: a GGUF file holds every tensor of the model, within what its type can store, under the
+names, in the order of rows and with the tokenizer that llama.cpp reads; and llama.cpp (where
+xllamacpp, a build of it from PyPI, is installed) tokenizes and answers as we do."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import export
+from dataset.chat import Message
+from model.layouts import half_split
+from tests.test_export import opened, trained
+
+gguf = pytest.importorskip("gguf")  # an extra
+from model.export_gguf import gguf_name, interleaved, tensors_of  # noqa: E402 - needs it
+
+SYSTEMS = {  # language, vision, flags
+    "qwen2-siglip": ("Qwen2", "Siglip", ["--lora"]),
+    "llama-clip": ("Llama", "CLIP", ["--lora", "--vision_layer", "-2"]),
+}
+
+
+@pytest.fixture(scope="module", params=SYSTEMS)
+def exported(request, tmp_path_factory, tiny_tokenizer_dir):
+    """-> our model, template and processor; the directory with the files in f16 and q8_0."""
+    directory = tmp_path_factory.mktemp(request.param)
+    language, vision, flags = SYSTEMS[request.param]
+    run = trained(directory, tiny_tokenizer_dir, language, vision, 32, flags)
+    for dtype in ("f16", "q8_0"):
+        export.main(["--model", run, "--to", "gguf", "--dtype", dtype, "--out",
+                     str(directory / dtype)])
+    return (*opened(run), directory)
+
+
+@pytest.mark.parametrize("dtype, limit", [("f16", 1 / 2048), ("q8_0", 1 / 200)])
+def test_every_tensor_of_the_language_model_comes_back(exported, dtype, limit):
+    model, _, _, directory = exported
+    found, state = tensors_of(directory / dtype / "language.gguf"), model.language.state_dict()
+    table = {gguf_name(name, export_tables()["LANGUAGE"]): name for name in state}
+    assert found.keys() == table.keys()
+    for theirs, ours in table.items():
+        expected = state[ours].numpy()
+        if model.language.config.model_type == "llama" and ours.endswith(
+                ("q_proj.weight", "k_proj.weight")):
+            expected = interleaved(state[ours], 6).numpy()
+        got = found[theirs][:len(expected)]  # a placeholder's row may stand behind the table
+        assert np.abs(got - expected).max() <= limit * np.abs(expected).max(), theirs
+        assert found[theirs].ndim > 1 or (got == expected).all(), f"{theirs} is kept in float32"
+
+
+def export_tables() -> dict:
+    from model import export_gguf
+
+    return vars(export_gguf)
+
+
+def test_every_tensor_of_the_eyes_comes_back(exported):
+    model, _, processor, directory = exported
+    found, tables = tensors_of(directory / "f16" / "mmproj.gguf"), export_tables()
+    state = {gguf_name(name, tables["VISION"]): tensor
+             for name, tensor in model.vision.state_dict().items()}
+    state.update({gguf_name(name, tables["PROJECTOR"]): tensor
+                  for name, tensor in model.projector.state_dict().items()})
+    assert found.keys() == state.keys()
+    assert ("v.post_ln.weight" in found) == model.vision.final_norm
+    grid = model.vision.positions(2, 2)[0].detach().numpy()  # stretched to 32 pixels
+    assert np.abs(found["v.position_embd.weight"][-4:] - grid).max() == 0
+    for name in found.keys() - {"v.position_embd.weight"}:
+        expected = state[name].numpy()
+        assert np.abs(found[name] - expected).max() <= np.abs(expected).max() / 2048, name
+    facts = gguf.GGUFReader(directory / "f16" / "mmproj.gguf").fields
+    layers = len(model.vision.layers)
+    assert facts["clip.vision.block_count"].contents() == layers
+    assert facts["clip.vision.feature_layer"].contents() == [layers]
+    assert facts["clip.vision.image_size"].contents() == 32 == processor.size[0]
+    assert facts["clip.use_gelu"].contents() == (
+        model.vision.config.hidden_act == "gelu_pytorch_tanh")
+
+
+def test_the_tokenizer_comes_back(exported):
+    _, template, _, directory = exported
+    facts = gguf.GGUFReader(directory / "f16" / "language.gguf").fields
+    tokens = facts["tokenizer.ggml.tokens"].contents()
+    types = facts["tokenizer.ggml.token_type"].contents()
+    vocabulary = template.tokenizer.backend.get_vocab(with_added_tokens=True)
+    assert all(tokens[number] == token for token, number in vocabulary.items())
+    assert (tokens[template.end], types[template.end]) == ("<|im_end|>", 3)
+    assert (tokens[template.image_token_id], types[template.image_token_id]) == (
+        "<|image_pad|>", 3)
+    assert facts["tokenizer.ggml.pre"].contents() == "qwen2"
+    assert facts["tokenizer.ggml.eos_token_id"].contents() == template.end
+    merges = json.loads(template.tokenizer.backend.to_str())["model"]["merges"]
+    assert len(facts["tokenizer.ggml.merges"].contents()) == len(merges)
+    table = tensors_of(directory / "f16" / "language.gguf")["token_embd.weight"]
+    assert len(table) == len(tokens) == len(types)
+
+
+def test_interleaving_undoes_the_split():
+    weight = torch.randn(24, 5)
+    assert torch.equal(half_split(interleaved(weight, 6), 6), weight)
+
+
+def test_eyes_that_llama_cpp_lacks_are_named_and_the_words_go_over(tmp_path, tiny_tokenizer_dir,
+                                                                   capsys):
+    run = trained(tmp_path, tiny_tokenizer_dir, "Qwen3", "Dinov2", 48, ["--lora"])
+    export.main(["--model", run, "--to", "gguf", "--out", str(tmp_path / "out")])
+    assert "will see no pictures: llama.cpp has no form for a dinov2" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["language.gguf"]
+
+
+def test_types_that_a_form_does_not_take_are_refused(capsys):
+    for flags in (["--to", "gguf", "--dtype", "bf16"], ["--dtype", "q8_0"]):
+        with pytest.raises(SystemExit):
+            export.main(flags)
+        assert f"--dtype {flags[-1]}: --to" in capsys.readouterr().err
+
+
+def test_llama_cpp_answers_as_we_do(exported):
+    xllamacpp = pytest.importorskip("xllamacpp")
+    model, template, _, directory = exported
+    from model.generate import generate
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(directory / "f16" / "language.gguf")
+    parameters.n_ctx, parameters.warmup = 256, False
+    parameters.cpuparams.n_threads = 1
+    server = xllamacpp.Server(parameters)
+    ids = template.prompt([Message("user", "What is in the picture?")])
+    answer = server.handle_completions({
+        "prompt": ids, "n_predict": 24, "temperature": 0, "return_tokens": True,
+        "ignore_eos": True})
+    assert answer["tokens"] == list(generate(model, ids, max_new_tokens=24))
