@@ -70,6 +70,15 @@ def pieces_name(pre_tokenizer: dict | None) -> str:
                      "known are those of Qwen, SmolLM2 and GPT-2")
 
 
+# llama.cpp puts a mark of its own, such as <__media_C8KZ__>, in a picture's place and renders then.
+MARKS = """\
+        {%- if '<__media_' in text -%}
+            {%- set text = text | replace('<__media_', BEFORE + '<__media_') -%}
+            {%- set text = text | replace('__>', '__>' + AFTER + '\\n') -%}
+        {%- endif -%}
+"""
+
+
 class PublicTemplate:
     """image_token: the text of the token that holds a picture's place in the exported tokenizer."""
 
@@ -88,7 +97,7 @@ class PublicTemplate:
         if len(template.image_ids) > template.image_tokens:
             before, after = (template.tokenizer.decode([template.image_ids[place]])
                              for place in (0, -1))
-        self.picture = before + self.image_token + after
+        self.before, self.after = before, after
         # Special tokens are found in a text before anything else: all that the template writes
         # must be one. Adding one that is there already keeps its id.
         self.backend.add_special_tokens([
@@ -96,16 +105,19 @@ class PublicTemplate:
             for token in filter(None, (start, end, before, after, self.image_token))
             if not template.tokenizer.is_special(token)])
 
-    def jinja(self) -> str:
+    def jinja(self, llama_cpp: bool = False) -> str:
         template = self.template
         facts = {"START": self.start, "END": self.end, "SYSTEM": template.default_system,
-                 "OPENING": template.answer_opening, "PICTURE": self.picture,
-                 "EVERY": template.opens_every_answer}
+                 "OPENING": template.answer_opening, "EVERY": template.opens_every_answer,
+                 "BEFORE": self.before, "AFTER": self.after,
+                 "PICTURE": self.before + self.image_token + self.after}
         written = {True: "true", False: "false", None: "none"}
         lines = [f"{{%- set {name} = "
                  + (written[value] if value in written else json.dumps(value, ensure_ascii=False))
                  + " -%}\n" for name, value in facts.items()]
-        return "".join(lines) + JINJA.replace("<image>", IMAGE)
+        last = "PICTURE) -%}\n"
+        text = JINJA.replace(last, last + MARKS) if llama_cpp else JINJA
+        return "".join(lines) + text.replace("<image>", IMAGE)
 
     def tokenizer_json(self) -> str:
         public = json.loads(self.backend.to_str())
@@ -142,7 +154,7 @@ class PublicTemplate:
         merges = [merge if isinstance(merge, str) else " ".join(merge)
                   for merge in public["model"]["merges"]]
         return {"tokens": tokens, "types": types, "merges": merges, "end": self.template.end,
-                "pieces": pieces_name(public["pre_tokenizer"]), "template": self.jinja(),
+                "pieces": pieces_name(public["pre_tokenizer"]), "template": self.jinja(True),
                 "padding": self.template.stop_ids[-1]}
 
     def save(self, directory, max_length: int) -> None:

@@ -51,6 +51,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             server.created.append(json.loads(body))
             self.answer({"url": f"{server.address}/me/mine", "name": "me/mine", "id": "1"})
+        elif self.path == "/api/validate-yaml":  # the model card's head
+            server.cards.append(json.loads(body)["content"])
+            self.answer({"errors": [], "warnings": []})
         elif "/preupload/" in self.path:
             self.answer({"files": [
                 {"path": file["path"], "shouldIgnore": False,
@@ -84,6 +87,7 @@ def hub():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.address = f"http://127.0.0.1:{server.server_port}"
     server.created, server.files, server.stored, server.tokens = [], {}, {}, set()
+    server.cards = []
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
@@ -108,6 +112,7 @@ def test_nothing_is_sent_before_yes_and_everything_after(run, hub, tmp_path, mon
 
     export.main([*flags, "--yes"])
     assert hub.files == {name: path.read_bytes() for name, path in files.items()}
+    assert {*hub.cards} == {files["README.md"].read_text()}
     assert [about["name"] for about in hub.created] == ["mine"]
     assert hub.tokens == {"Bearer hf_nobody"}
     assert f"uploaded: {hub.address}/me/mine/commit/1" in capsys.readouterr().out
