@@ -2,7 +2,7 @@
 
     python -m tools.train_language
 
-Fifty minutes on two cores; the result is in the repo, and dataset/emoji/README.md tells its story.
+An hour and a half on two cores; the result is in the repo, dataset/emoji/README.md tells its story.
 
 What it reads: emoji scenes that are *told in words* and then asked about. Three kinds of text:
 
@@ -12,8 +12,13 @@ What it reads: emoji scenes that are *told in words* and then asked about. Three
     small talk    greetings and names of things, without any scene
 
 A map is sixteen words between <|vision_start|> and <|vision_end|>, one for each of the 4 x 4
-places where a picture's patches will later stand, " cat" or " ." (nothing there), and each with
-its place summed in (embed_told).
+places where a picture's patches will later stand, " cat" or " ." (nothing there). In the first
+lessons each has its place summed in; in the last one no longer, and there is noise upon it, up to
+2.5 times as strong as the words themselves (embed_told).
+
+The noise is what stage one needs most. A model that has only met clean words can be talked into
+any answer by vectors that resemble no word, and a projector that is trained through it finds such
+vectors first. One that reads through noise is moved by what resembles a word, and nothing else.
 
 So the model learns to answer from what stands before the question, and the projector of stage one
 only has to turn patches into what can be read already. Large language models bring that skill
@@ -53,6 +58,18 @@ PIECES = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p
 SIDE = 4  # the map has SIDE x SIDE words
 EMPTY = " ."  # nothing there
 LINES = 10  # questions on a sheet; fewer where the scene does not allow so many
+
+
+@dataclass(frozen=True)
+class Haze:
+    """What lies between the words of a map and the model that reads them."""
+
+    place_words: float = 1.0  # share of the maps whose cells also say where they are
+    loudness: float = 0.0  # spread of its logarithm: 0.5 makes most maps 0.6 to 1.6 times as loud
+    blur: float = 0.0  # noise, as a multiple of the words' size; each map draws from 0 to this
+
+
+CLEAR, HAZE = Haze(), Haze(place_words=0.0, loudness=0.5, blur=2.5)
 
 
 @dataclass(frozen=True)
@@ -137,20 +154,25 @@ def place_ids(tokenizer: Tokenizer) -> torch.Tensor:
     return torch.tensor([[tokenizer.encode(word)[0] for word in pair] for pair in words])
 
 
-def embed_told(model, ids, places, tokenizer):
+def embed_told(model, ids, places, tokenizer, haze=CLEAR):
     """ids (B,T) with a map at places (B,16) or at -1 -> embeddings (B,T,D).
 
-    A cell says three words at once, " cat" + " top" + " left": their embeddings are summed. A
-    patch of a picture will do likewise, for a vision tower knows where each patch is; and only so
-    can a token that was found by what it shows tell where it is.
+    While it is learned to find things, a cell says three words at once, " cat" + " top" + " left":
+    their embeddings are summed. In the end a cell says what is there and no more, the model tells
+    from its position where that is, and what it says is hard to make out.
     """
     embeds = model.embed(ids)  # (B,T,D)
-    where = model.embed(place_ids(tokenizer)).sum(1)  # (16,D)
-    rows = (places[:, 0] >= 0).nonzero()[:, 0]
+    rows = (places[:, 0] >= 0).nonzero()[:, 0]  # those with a map, R of them
     if len(rows) == 0:
         return embeds
-    return embeds.index_put((rows[:, None], places[rows]), where.expand(len(rows), -1, -1),
-                            accumulate=True)
+    cells, each = (rows[:, None], places[rows]), (len(rows), 1, 1)
+    words = embeds[cells]  # (R,16,D)
+    with_place = (torch.rand(each) < haze.place_words).float()
+    words = words + model.embed(place_ids(tokenizer)).sum(1) * with_place
+    words = words * torch.exp(torch.randn(each) * haze.loudness)
+    size = words.detach().square().mean((1, 2), keepdim=True).sqrt()  # (R,1,1)
+    words = words + torch.randn_like(words) * size * torch.rand(each) * haze.blur
+    return embeds.index_put(cells, words)
 
 
 def check_single(tokenizer: FastTokenizer, name: str, text: str) -> None:
@@ -313,7 +335,7 @@ def first_weights(config: LanguageConfig) -> LanguageModel:
 
 
 @torch.no_grad()
-def exam(model, template, tokenizer, samples: int = 280) -> dict[str, float]:
+def exam(model, template, tokenizer, haze=HAZE, samples: int = 280) -> dict[str, float]:
     """Test scenes told as a map, one question each -> share of exact answers, by kind and in all.
 
     An answer is exact when every token of the truth is the likeliest one after those before it.
@@ -327,7 +349,7 @@ def exam(model, template, tokenizer, samples: int = 280) -> dict[str, float]:
         for t, word in zip(places, told_as_map(what, rng)):
             ids[t], = tokenizer.encode(word)
         ids = torch.tensor([ids[:-1]])  # up to <|im_end|>, without the newline
-        embeds = embed_told(model, ids, torch.tensor([places]), tokenizer)
+        embeds = embed_told(model, ids, torch.tensor([places]), tokenizer, haze)
         guess = model.logits(model.decode(embeds)[0]).argmax(-1)  # (T,)
         exact = bool((guess[start - 1:-1] == ids[0, start:]).all())
         for key in ("all", sample.tags["language"], sample.tags["kind"]):
@@ -337,24 +359,33 @@ def exam(model, template, tokenizer, samples: int = 280) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--talks", type=int, default=2000, help="steps after the lessons")
+    parser.add_argument("--talks", type=int, default=2000, help="steps of lesson 4")
+    parser.add_argument("--hazy_talks", type=int, default=1800, help="steps of lesson 5")
+    parser.add_argument("--last_lesson_alone", action="store_true",
+                        help="go on with the weights in --out")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, scenes and noise")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--out", type=Path, default=HERE)
     args = parser.parse_args()
-    torch.manual_seed(0)
-    rng = random.Random(0)
-    make_tokenizer(args.out)
+    torch.manual_seed(args.seed)
+    rng = random.Random(args.seed)
+    if args.last_lesson_alone:
+        model = LanguageModel.from_pretrained(str(args.out)).train().requires_grad_(True)
+    else:
+        make_tokenizer(args.out)
     tokenizer = Tokenizer.from_directory(args.out)
     template = ChatTemplate(tokenizer, image_tokens=SIDE * SIDE, default_system=None)
-    model = first_weights(LanguageConfig(
-        model_type="qwen2", vocab_size=tokenizer.vocab_size, hidden_size=192,
-        intermediate_size=512, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=3,
-        head_dim=32, rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=True,
-        qkv_bias=True, qk_norm=False, max_position_embeddings=512))
+    if not args.last_lesson_alone:
+        model = first_weights(LanguageConfig(
+            model_type="qwen2", vocab_size=tokenizer.vocab_size, hidden_size=192,
+            intermediate_size=512, num_hidden_layers=6, num_attention_heads=6,
+            num_key_value_heads=3, head_dim=32, rope_theta=1e6, rms_norm_eps=1e-6,
+            tie_word_embeddings=True, qkv_bias=True, qk_norm=False, max_position_embeddings=512))
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05,
                                   fused=True)
-    log, start, step = (args.out / "training_log.jsonl").open("w"), time.time(), 0
+    log = (args.out / "training_log.jsonl").open("a" if args.last_lesson_alone else "w")
+    start, step = time.time(), 0
 
     def note(**line):
         line["seconds"] = int(time.time() - start)
@@ -362,19 +393,12 @@ def main() -> None:
         log.write(json.dumps(line) + "\n")
         log.flush()
 
-    def learn(batch, rate: float, blur: float = 0.0) -> float:
-        """One optimizer step. blur: noise on the words of the map, for the projector's will never
-        be quite the table's either; 1: as strong as the words."""
+    def learn(batch, rate: float, haze: Haze = CLEAR) -> float:
         for group in optimizer.param_groups:
             group["lr"] = rate
         ids, labels, places = batch
-        embeds = embed_told(model, ids, places, tokenizer)  # (B,T,D)
-        on_map = torch.zeros(*ids.shape, 1)
-        rows = (places[:, 0] >= 0).nonzero()[:, 0]
-        words = embeds.detach()[rows[:, None], places[rows]]  # (rows,16,D)
-        on_map[rows[:, None], places[rows]] = blur * words.pow(2).mean().sqrt()
-        embeds = embeds + torch.randn_like(embeds) * on_map
-        logits = model.logits(model.decode(embeds)[labels != -100])  # (supervised, V)
+        hidden = model.decode(embed_told(model, ids, places, tokenizer, haze))  # (B,T,D)
+        logits = model.logits(hidden[labels != -100])  # (supervised,V)
         loss = F.cross_entropy(logits, labels[labels != -100])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -382,35 +406,49 @@ def main() -> None:
         optimizer.zero_grad()
         return loss.item()
 
-    for number, lesson in enumerate(LESSONS, 1):
-        source = batches(partial(sheet, template, tokenizer, lesson, rng), 32, rng)
+    def practise(lesson: Lesson, number: int) -> None:
+        """Sheets, until they are understood."""
+        nonlocal step
+        sheets = batches(partial(sheet, template, tokenizer, lesson, rng), 32, rng)
         recent = deque(maxlen=50)
         for lesson_step in range(1, lesson.most + 1):
-            recent.append(learn(next(source), args.learning_rate * min(1, (step + 1) / 50)))
+            recent.append(learn(next(sheets), args.learning_rate * min(1, (step + 1) / 50)))
             step += 1
             mean = sum(recent) / len(recent)
             if step % 50 == 0:
                 note(step=step, lesson=number, loss=round(mean, 4))
             if lesson_step >= 50 and mean < lesson.enough:
                 break
-        save_language(model, args.out)
 
-    talks = batches(partial(talk, template, tokenizer, rng), 64, rng)
-    recent = deque(maxlen=50)
-    for talk_step in range(args.talks):
-        share = talk_step / args.talks
-        rate = args.learning_rate * (0.02 + 0.98 * (1 + math.cos(math.pi * share)) / 2)
-        blur = rng.random() * share / 2
-        if talk_step % 2:  # sheets go on in between, so that the practice does
-            learn(next(source), rate, blur)
-        else:
-            recent.append(learn(next(talks), rate, blur))
-        step += 1
-        if step % 50 == 0:
-            note(step=step, lesson="talk", loss=round(sum(recent) / len(recent), 4))
-        if talk_step % 250 == 249:
-            note(step=step, exact=exam(model, template, tokenizer))
-            save_language(model, args.out)
+    def converse(steps: int, number: int, haze) -> None:
+        """Conversations and sheets in turns. haze: a function of the share that is done, 0 to 1."""
+        nonlocal step
+        sheets = batches(partial(sheet, template, tokenizer, LESSONS[-1], rng), 32, rng)
+        talks = batches(partial(talk, template, tokenizer, rng), 64, rng)
+        recent = deque(maxlen=50)
+        for lesson_step in range(1, steps + 1):
+            share = lesson_step / steps
+            rate = (args.learning_rate * min(1, lesson_step / 50)
+                    * (0.02 + 0.98 * (1 + math.cos(math.pi * share)) / 2))
+            loss = learn(next(talks if lesson_step % 2 else sheets), rate, haze(share))
+            if lesson_step % 2:
+                recent.append(loss)
+            step += 1
+            if step % 50 == 0:
+                note(step=step, lesson=number, loss=round(sum(recent) / len(recent), 4))
+            if lesson_step % 300 == 0 or lesson_step == steps:
+                note(step=step, exact=exam(model, template, tokenizer, haze(share)))
+
+    def falling(share: float) -> Haze:
+        """The haze of lesson 5 comes down over its first sixth."""
+        down = min(1.0, 6 * share)
+        return Haze(1 - down, HAZE.loudness * down, HAZE.blur * down)
+
+    if not args.last_lesson_alone:
+        for number, lesson in enumerate(LESSONS, 1):
+            practise(lesson, number)
+        converse(args.talks, 4, lambda share: Haze(blur=share / 2))
+    converse(args.hazy_talks, 5, falling)
     # bf16 halves the file.
     save_language(copy.deepcopy(model).to(torch.bfloat16), args.out)
 

@@ -174,3 +174,18 @@ def conversation(scene, language: str, rng, kinds=KINDS) -> list[tuple[str, str]
     for kind in rng.sample(kinds, rng.randint(1, 3)):
         turns += ask(scene, kind, language, rng) or []
     return turns or caption(scene, rng, language)
+
+
+# A caption is right as soon as each patch can be *said*. To be *found* by its name, as "Where is
+# the cat?" wants it, a patch must be told apart from all other names: so these are asked as well.
+DRILL = ("where", "what", "exists", "where") * 2
+
+
+def caption_and_drill(scene, language: str, rng) -> list[tuple[str, str]]:
+    """A caption, and up to eight short questions; none twice, its answer would stand above."""
+    turns = caption(scene, rng, language)
+    for kind in DRILL:
+        new = ask(scene, kind, language, rng)
+        if new and new[0] not in turns:
+            turns += new
+    return turns

@@ -123,7 +123,7 @@ def picture(what: Scene) -> Image.Image:
 class EmojiData:
     """The three kinds of data as samples 0 .. size-1, each computed when asked for.
 
-    captions  what is in a picture, then where one of the things is: stage one
+    captions  what is in a picture, then short questions about each thing: stage one
     chat      a conversation of one to four questions: stage two
     test      unseen scenes, one question of one kind each (or one that refers back): evaluation
     """
@@ -144,9 +144,7 @@ class EmojiData:
         tags = {"language": language}
         if self.kind == "captions":
             what = scene(index)
-            # A list of names alone would never ask the projector to say where each one stands.
-            turns = texts.ask(what, "caption", language, rng)
-            turns += texts.ask(what, "where", language, rng) or []
+            turns = texts.caption_and_drill(what, language, rng)
         elif self.kind == "chat":
             what = scene(CHAT_START + index)
             turns = texts.conversation(what, language, rng)
