@@ -16,9 +16,9 @@ places where a picture's patches will later stand, " cat" or " ." (nothing there
 lessons each has its place summed in; in the last one no longer, and there is noise upon it, up to
 2.5 times as strong as the words themselves (embed_told).
 
-The noise is what stage one needs most. A model that has only met clean words can be talked into
-any answer by vectors that resemble no word, and a projector that is trained through it finds such
-vectors first. One that reads through noise is moved by what resembles a word, and nothing else.
+The noise is what stage one needs. A model that has only met clean words can be talked into any
+answer by vectors that resemble no word, and a projector that is trained through it finds those.
+One that reads through noise is moved less by them, and more by what resembles a word.
 
 So the model learns to answer from what stands before the question, and the projector of stage one
 only has to turn patches into what can be read already. Large language models bring that skill
