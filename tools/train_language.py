@@ -2,7 +2,8 @@
 
     python -m tools.train_language
 
-An hour and a half on two cores; the result is in the repo, dataset/emoji/README.md tells its story.
+An hour and a half on two cores; the result is in the repo, and its story in
+dataset/emoji/README.md.
 
 What it reads: emoji scenes that are *told in words* and then asked about. Three kinds of text:
 
