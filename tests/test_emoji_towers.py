@@ -61,7 +61,8 @@ def test_language_tower_answers_from_what_it_reads():
     model = LanguageModel.from_pretrained(LANGUAGE)
     right = exam(model, template, tokenizer, CLEAR)
     assert right["en"] >= 0.95 and right["zh"] >= 0.95, right
-    assert exam(first_weights(model.config), template, tokenizer, CLEAR)["all"] < 0.05, "it can fail"
+    untrained = exam(first_weights(model.config), template, tokenizer, CLEAR)
+    assert untrained["all"] < 0.05, "it can fail"
 
 
 def test_language_tower_reads_through_haze():
