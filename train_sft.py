@@ -4,9 +4,9 @@
     torchrun --nproc_per_node 4 train_sft.py --lora --data FILE --images DIR
 
 Starts from the newest checkpoint of stage one (--model), goes on training its projector, and
-opens the language model: by low-rank adapters (--lora), altogether (--train_language all, the
-default without --lora) or its last layers (--train_language last:2). Writes checkpoints and
-metrics.jsonl to --out; eval.py chats with them.
+opens the language model as far as the checkpoint's preset says: altogether, some of its layers,
+or by low-rank adapters. --lora, --train_language all and --train_language last:2 say it
+otherwise. Writes checkpoints and metrics.jsonl to --out; eval.py chats with them.
 
 What happens is told in training/run.py, from top to bottom.
 """

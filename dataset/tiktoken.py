@@ -46,14 +46,18 @@ def byte_alphabet() -> list[str]:
 
 def halves(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     """The two tokens whose merge made this one. ValueError: no merges of earlier ones make it."""
+    last = ranks[token]
     parts = [token[i:i + 1] for i in range(len(token))]
+    pairs = [ranks.get(a + b, last) for a, b in zip(parts, parts[1:])]
     while len(parts) > 2:
-        pairs = [ranks.get(a + b, ranks[token]) for a, b in zip(parts, parts[1:])]
         first = min(pairs)
-        if first >= ranks[token]:
-            raise ValueError(f"no earlier tokens join to {token!r}, rank {ranks[token]}")
-        best = pairs.index(first)
-        parts[best:best + 2] = [parts[best] + parts[best + 1]]
+        if first >= last:
+            raise ValueError(f"no earlier tokens join to {token!r}, rank {last}")
+        i = pairs.index(first)
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        del pairs[i]  # and of the others only its two neighbours are new pairs now
+        for near in range(max(i - 1, 0), min(i + 1, len(pairs))):
+            pairs[near] = ranks.get(parts[near] + parts[near + 1], last)
     return parts
 
 
@@ -84,17 +88,17 @@ def read_tiktoken(path) -> Tokenizer:
     lost = set(range(len(ranks))) - set(ranks.values())
     if lost:
         raise ValueError(f"{path}: rank {min(lost)} is missing; fetch the file again")
-    alphabet = byte_alphabet()
-
-    def written(token: bytes) -> str:
-        return "".join(alphabet[byte] for byte in token)
-
+    alphabet = dict(enumerate(byte_alphabet()))
+    # latin-1 has a character for each byte, its own number: a way to replace bytes quickly.
+    written = {token: token.decode("latin-1").translate(alphabet) for token in ranks}
     try:
-        merges = [tuple(map(written, halves(token, ranks)))
+        merges = [tuple(written[half] for half in halves(token, ranks))
                   for token in sorted(ranks, key=ranks.get) if len(token) > 1]
     except ValueError as error:
         raise ValueError(f"{path}: {error}; fetch the file again") from error
-    tokenizer = Tokenizer(models.BPE({written(token): rank for token, rank in ranks.items()},
+    except KeyError as error:
+        raise ValueError(f"{path}: no token for the byte {error}; fetch the file again") from error
+    tokenizer = Tokenizer(models.BPE({written[token]: rank for token, rank in ranks.items()},
                                      merges))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([

@@ -216,7 +216,7 @@ def make_tokenizer(out: Path) -> None:
         check_single(tokenizer, thing.chinese, f"{thing.chinese}的左边是什么？")
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer.json"))
-    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>",
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
               "pad_token": "<|endoftext|>", "add_prefix_space": False, "model_max_length": 512}
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     stop = [tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
