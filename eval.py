@@ -47,7 +47,8 @@ def read_flags(arguments=None) -> argparse.Namespace:
     add("--system", help='system turn; "": none (default: as in training)')
     add("--template", choices=FAMILIES, help="with --model none: whose chat template (default: by "
         "the model's type); a checkpoint knows its own")
-    add("--data", help="file of conversations to score, or emoji: unseen scenes")
+    add("--data", nargs="+", metavar="FILE", help="files of conversations to score, or emoji: "
+        "unseen scenes; \"part-*.parquet\" is each such file")
     add("--images", help="directory that the file's picture names are relative to")
     add("--limit", type=int, help="score the first so many samples only")
     add("--batch_size", type=int, default=64, help="questions answered at once (%(default)s)")

@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 
 from dataset.formats import BadSample, Sample
 from dataset.images import load_image
+from dataset.order import blocks_in_window, epoch_order
 from dataset.whereabouts import Whereabouts
 
 UNSUPERVISED = -100  # what torch's cross entropy ignores
@@ -89,8 +90,8 @@ class Batches:
     batch_size: rows for one rank; a micro-batch has batch_size * world_size on all of them.
     block: rows of like length that stand together; of the run that is resumed, else a micro-batch.
     window: at most so many blocks are sorted together. Waste falls as 1 / window; the price is
-    that a window's texts are rendered (0.4 ms a row) before its first batch comes, and that this
-    rank's rows of it wait in memory, with their pictures where those are bytes.
+    that a window's texts are rendered (0.4 ms a row) before its first batch comes, and that its
+    rows wait in memory. Where they bring their pictures along as bytes, it has fewer blocks.
     Broken texts are reported by rank 0 alone, with the first batch of their window, and broken
     pictures by the rank that wanted them: the ranks' lists add up to each bad sample once.
     """
@@ -109,7 +110,7 @@ class Batches:
         blocks = -(-len(data) // self.block)  # rounded up: the last ones have empty places
         self.places = blocks * self.block  # of an epoch
         # Windows of equal size: a small one left over would waste more than the others.
-        windows = -(-blocks // window)
+        windows = -(-blocks // blocks_in_window(data, self.block, window))
         self.windows = [self.block * (blocks * w // windows) for w in range(windows + 1)]
 
     @property
@@ -206,7 +207,7 @@ class Order:
         if self.epoch != epoch:
             # Files mixed by weight show other parts of themselves, and other captions, each time.
             self.data = b.data.at_epoch(epoch) if hasattr(b.data, "at_epoch") else b.data
-            self.order = np.random.default_rng([b.seed, epoch]).permutation(len(b.data))
+            self.order = epoch_order(self.data, np.random.default_rng([b.seed, epoch]))
         if (self.epoch, self.window) != (epoch, window):
             self.epoch, self.window = epoch, window
             self.plan, self.refused = self._plan()

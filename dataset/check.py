@@ -296,7 +296,7 @@ def slowness(data) -> str:
     if getattr(data, "largest_group", 0) <= SLOW:
         return ""
     return (f"\n\n  slow: its rows come in groups of up to {data.largest_group >> 20:,} MB, and "
-            "shuffled training passes\n  through a group for a row. Small groups: python -m "
+            "shuffled training passes\n  through one again and again. Small groups: python -m "
             f"dataset.parquet {data.file} {data.file.with_suffix('.small.parquet')}")
 
 

@@ -86,7 +86,7 @@ DINOV2 = {
 # DINOv2 publishes these with axes of length 1 in front, ready to be added to a batch.
 LEADING_ONES = {"embeddings.cls_token": 2, "embeddings.position_embeddings": 1}
 
-# What MiniMind-V writes beside its language model, for load_minimind_projector to read.
+# What MiniMind-V writes beside its language model, for published_projector.py to read.
 MINIMIND_V = ("vision_proj.*", "vision_encoder.*")
 
 

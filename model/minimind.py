@@ -1,7 +1,6 @@
-"""MiniMind: the shape of a model that is published without a config.json, and its projector.
+"""MiniMind: the shape of a model that is published without a config.json.
 
     llm_768.pth -> names and shapes of its tensors -> minimind_config -> LanguageConfig
-    sft_vlm_768.pth -> load_minimind_projector -> state of our Projector
 
 MiniMind (github.com/jingyaogong/minimind, and minimind-v) publishes one .pth file for a model, and
 the numbers that describe it stand in the code of its day. Most can be read off the tensors; the
@@ -9,8 +8,6 @@ rest follows from which generation the tensors belong to, and that they tell as 
 """
 
 import re
-
-import torch
 
 from model.config import LanguageConfig, check_values, refuse
 
@@ -88,28 +85,3 @@ def minimind_config(shapes: dict[str, list[int]], public: dict, where) -> Langua
         qk_norm=normed,
         max_position_embeddings=32768,
     )
-
-
-# Names in the published file -> names in our Projector.
-PROJECTORS = {
-    "norm_mlp": {"vision_proj.mlp.0": "norm", "vision_proj.mlp.1": "fc1",
-                 "vision_proj.mlp.3": "fc2"},  # minimind-3v
-    "linear": {"vision_proj.vision_proj.0": "fc1"},  # MiniMind2-V
-}
-
-
-def projector_state(tensors: dict[str, torch.Tensor], where) -> dict[str, torch.Tensor]:
-    """The vision_proj.* tensors of a MiniMind-V file -> the state of a Projector.
-
-    A "norm" among the names says norm_mlp (minimind-3v), none says linear (MiniMind2-V). Raises
-    for the release between them (mlp.0, mlp.2): it lays four patches that follow each other in a
-    row side by side, and its tower takes pictures of any shape; neither exists here.
-    """
-    for table in PROJECTORS.values():
-        state = {f"{ours}.{last}": tensors.get(f"{public}.{last}")
-                 for public, ours in table.items() for last in ("weight", "bias")}
-        if len(state) == len(tensors) and all(tensor is not None for tensor in state.values()):
-            return state
-    known = " or ".join(", ".join(table) for table in PROJECTORS.values())
-    raise ValueError(f"{where}: a projector of MiniMind-V holds {known}; found: "
-                     f"{', '.join(sorted(tensors)) or 'none (a language model alone?)'}")

@@ -25,7 +25,7 @@ from torch import nn
 from model.config import LanguageConfig, VisionConfig
 from model.language import LanguageModel
 from model.layouts import LAYOUTS, LEADING_ONES, Layout, half_split
-from model.minimind import is_older, minimind_config, projector_state
+from model.minimind import is_older, minimind_config
 from model.torch_file import TorchFile
 from model.vision import VisionTransformer
 
@@ -91,20 +91,6 @@ def load_vision(name, dtype: torch.dtype | None = torch.float32, feature_layer: 
         unread += [f"encoder.layer*.{number}.*"  # "encoder.layers." or "encoder.layer."
                    for number in range(len(model.layers), config.num_hidden_layers)]
     return fill(model, directory, tensor_files(directory), layout, unread, dtype)
-
-
-def load_minimind_projector(name) -> dict[str, torch.Tensor]:
-    """The projector of a MiniMind-V, out of the file that holds its language model as well.
-
-    -> the state of a Projector: "norm_mlp" where "norm.weight" is among the names (minimind-3v),
-    else "linear" (MiniMind2-V). projector.load_state_dict(...) checks the widths.
-    """
-    source, tensors = resolve(name), {}
-    for path in weight_files(source):
-        with open_tensors(path) as file:
-            tensors.update({each: file.get_tensor(each) for each in file.keys()
-                            if each.startswith("vision_proj.")})
-    return projector_state(tensors, source)
 
 
 def fill(model, source: Path, held: dict[str, Path], layout: Layout, unread: list[str],

@@ -248,6 +248,24 @@ def test_a_file_is_scored(world, monkeypatch, capsys):
         script.main(["--model", str(world / "sft"), "--data", "no_such.jsonl"])
 
 
+def test_several_files_are_scored_as_one(world, monkeypatch, capsys):
+    lines = (world / "data.jsonl").read_text().splitlines(keepends=True)
+    (world / "part-1.json").write_text("".join(lines[:7]))
+    (world / "part-2.json").write_text("".join(lines[7:]))
+
+    def table(*files):
+        out, _ = run(monkeypatch, capsys, [], "--model", world / "sft", "--data", *files)
+        return out.partition("questions of ")[2].partition("\n")
+
+    _, _, whole = table(world / "data.jsonl")
+    assert whole.split()[-1] == str(len(lines))
+    for files in ([world / "part-2.json", world / "part-1.json"], [world / "part-*.json"]):
+        name, _, parts = table(*files)
+        assert parts == whole and name == " ".join(map(str, files))
+    with pytest.raises(SystemExit, match="part-1.json:2: a weight .* Leave the weight out"):
+        script.main(["--model", str(world / "sft"), "--data", f"{world / 'part-*.json'}:2"])
+
+
 def test_report_writes_everything(world, monkeypatch, capsys, tmp_path):
     data = world / "tagged.jsonl"
     lines = [json.loads(line) for line in (world / "data.jsonl").read_text().splitlines()]

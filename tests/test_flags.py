@@ -17,6 +17,7 @@ VALUES = {
     "language": [("L", "L")], "vision": [("V", "V")], "vision_layer": [("-3", -3)],
     "features": [("class", "class"), ("pooled", "pooled"), ("patches", "patches")],
     "projector": [("linear", "linear"), ("mlp", "mlp"), ("norm_mlp", "norm_mlp")],
+    "init_projector": [("P", "P")],
     "pixel_shuffle": [("3", 3)], "template": [("qwen3", "qwen3")], "image_token": [("@", "@")],
     "system": [("S", "S"), ("", "")], "data": [("D", "D"), (["D:2", "E"], ["D:2", "E"])],
     "images": [("I", "I")],

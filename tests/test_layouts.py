@@ -26,11 +26,11 @@ from model.layouts import LAYOUTS, half_split
 from model.lora import LoRALinear, add_lora, lora_parameters, merge_lora, trainable_state
 from model.minimind import minimind_config
 from model.projector import Projector
+from model.published_projector import load_projector
 from model.vision import VisionTransformer
 from model.weights import (
     file_hashes,
     load_language,
-    load_minimind_projector,
     public_names,
     public_shape,
     resolve,
@@ -423,11 +423,11 @@ def test_the_projector_of_minimind_3v(tmp_path):
                               for name, tensor in published.state_dict().items()}},
                tmp_path / "vlm.pth")
     projector = Projector("norm_mlp", 36, 64)
-    projector.load_state_dict(load_minimind_projector(tmp_path / "vlm.pth"))
+    load_projector(projector, tmp_path / "vlm.pth")
     features = torch.randn(2, 9, 36) * 5
     assert_close(projector(features), published(features), 1e-6, "minimind-3v's projector")
     with pytest.raises(ValueError, match="a language model alone"):
-        load_minimind_projector(tmp_path / "llm.pth")
+        load_projector(projector, tmp_path / "llm.pth")
 
 
 @torch.no_grad()
@@ -436,7 +436,7 @@ def test_the_projector_of_minimind2_v(tmp_path):
     torch.save({f"vision_proj.vision_proj.0.{name}": tensor
                 for name, tensor in published.state_dict().items()}, tmp_path / "vlm.pth")
     projector = Projector("linear", 36, 64)
-    projector.load_state_dict(load_minimind_projector(tmp_path / "vlm.pth"))
+    load_projector(projector, tmp_path / "vlm.pth")
     features = torch.randn(2, 9, 36)
     assert_close(projector(features), published(features), 1e-6, "MiniMind2-V's projector")
 
@@ -445,7 +445,7 @@ def test_the_release_between_them_is_refused(tmp_path):
     torch.save({f"vision_proj.mlp.{number}.{last}": torch.ones(3)
                 for number in (0, 2) for last in ("weight", "bias")}, tmp_path / "vlm.pth")
     with pytest.raises(ValueError, match=r"vision_proj\.mlp\.2"):
-        load_minimind_projector(tmp_path / "vlm.pth")
+        load_projector(Projector("mlp", 36, 64), tmp_path / "vlm.pth")
 
 
 # ---------------------------------------------------------------- full sizes, on the meta device

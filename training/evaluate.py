@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from dataset.formats import open_data
+from dataset.mixture import open_mixture, split_source
 from model.checkpoint import find_model, read_run
 from model.projector import Projector
 from training.report import contact_sheet, loss_curve, write_scores
@@ -24,6 +24,7 @@ from training.score import (
     with_wrong_picture,
     without_picture,
 )
+from training.setup import matching
 
 WORDS = {"before": "before training: a projector of noise", "pretrain": "after stage one",
          "sft": "this model", "no_picture": "this model, picture withheld",
@@ -34,8 +35,9 @@ def evaluate(flags, load, model, template, processor) -> None:
     """load: eval.py's own function, to load the model of stage one in the same way."""
     data = open_scored_data(flags)
     questions, bad = read_questions(data, flags.limit)
+    name = " ".join(flags.data)
     if not questions:
-        raise ValueError(f"--data {flags.data}: no question to score in {len(data)} samples"
+        raise ValueError(f"--data {name}: no question to score in {len(data)} samples"
                          + (f"; the first problem is {bad[0]}" if bad else ""))
     tell_bad(bad)
     answers = {}
@@ -54,7 +56,7 @@ def evaluate(flags, load, model, template, processor) -> None:
         ask("no_picture", model, without_picture(questions))
         ask("wrong_picture", model, with_wrong_picture(questions))
 
-    print(f"\nexact answers to {len(answers['sft']):,} questions of {flags.data}\n")
+    print(f"\nexact answers to {len(answers['sft']):,} questions of {name}\n")
     print(table(answers["sft"]))
     if flags.report:
         report(flags, answers, runs)
@@ -76,11 +78,16 @@ def runs_of(model: str | None) -> list[Path]:
 
 
 def open_scored_data(flags):
-    if flags.data == "emoji":
+    if flags.data == ["emoji"]:
         from dataset.emoji.world import EmojiData  # here: other data has no use for it
 
         return EmojiData("test")
-    return open_data(flags.data, flags.images)
+    files = [name for file in flags.data for name in matching(file)]
+    for file in files:
+        if split_source(file)[1] != 1:
+            raise ValueError(f"--data {file}: a weight says how often training sees a sample, and "
+                             "a score asks every question once. Leave the weight out.")
+    return open_mixture(files, flags.images)
 
 
 def run(name: str, model, template, processor, questions, flags) -> list:

@@ -58,6 +58,8 @@ def read_flags(description: str, stage: str, arguments=None) -> argparse.Namespa
     add("--features", choices=("patches", "class", "pooled"), help="what of a picture is used: "
         "all patches, the class token alone, or the patches' mean")
     add("--projector", choices=("linear", "mlp", "norm_mlp"), help="what joins the two towers")
+    add("--init_projector", metavar="FILE", help="begin with the projector of this .safetensors, "
+        ".bin or .pth, by LLaVA's, transformers' or MiniMind-V's names")
     add("--pixel_shuffle", type=int, help="n: n x n patches become one token")
     add("--template", choices=FAMILIES, help="whose chat template (default: the language model's)")
     add("--image_token", metavar="TEXT", help="token, or text, that holds an image token's place "
@@ -135,7 +137,7 @@ def resolve(flags: argparse.Namespace, stage: str, earlier: dict) -> argparse.Na
     others = {"seed": 0, "workers": 2, "max_bad": 0.01, "full_checkpoint": False, "model": None,
               "eval_every": 0, "eval_data": None, "eval_samples": None, "overfit": None,
               "log": None, "log_samples": False, "lora_from": None,
-              "checkpointing": False}
+              "checkpointing": False, "init_projector": None}
     settings = {**others, **settings_of_preset(preset, stage), **earlier, **given,
                 "preset": preset}
     if "epochs" in given and "steps" not in given:

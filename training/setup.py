@@ -36,6 +36,7 @@ from model.config import VLMConfig
 from model.language import LanguageModel
 from model.manifest import TornError
 from model.projector import Projector
+from model.published_projector import load_projector
 from model.vision import VisionTransformer
 from model.vlm import VLM
 from training.loop import Progress
@@ -65,7 +66,7 @@ def where_to_start(flags, stage: str) -> tuple[Path | None, dict]:
     except TornError as error:
         raise SystemExit(f"{error}. Without --resume the run starts anew.") from error
     if checkpoint:
-        earlier = {"features": "patches", "lora_from": None,
+        earlier = {"features": "patches", "lora_from": None, "init_projector": None,
                    **template_facts(read_config(checkpoint)),
                    **read_run(checkpoint)["settings"]}
         return checkpoint, check_resumed(flags, earlier, checkpoint)
@@ -78,6 +79,9 @@ def where_to_start(flags, stage: str) -> tuple[Path | None, dict]:
     if Path(flags.out).resolve() in checkpoint.resolve().parents:
         raise SystemExit(f"the new run would write beside its own start, {checkpoint}: "
                          "give another --out, or --resume to go on with that run")
+    if flags.init_projector:
+        raise SystemExit(f"--init_projector {flags.init_projector}: {checkpoint} brings its own "
+                         "projector; --model none starts from the public towers")
     config, run = read_config(checkpoint), read_run(checkpoint)
     facts = {"preset": run["settings"]["preset"], "system": config["system"] or "",
              **template_facts(config)}
@@ -159,6 +163,8 @@ def assemble(settings, checkpoint: Path | None) -> Parts:
         projector = Projector(settings.projector, vision.config.hidden_size,
                               language.config.hidden_size, settings.pixel_shuffle,
                               loudness(language))
+        if settings.init_projector:
+            load_projector(projector, settings.init_projector)
         model = VLM(VLMConfig(language.config, vision.config, settings.projector,
                               settings.pixel_shuffle, template.image_token_id),
                     language, vision, projector)
