@@ -47,7 +47,10 @@ def random_parts(settings, checkpoint=None) -> Parts:
     # nothing, how many it holds does. So each is one token, and so is each image token.
     tokenizer = Tokenizer.from_directory(ROOT / "dataset/emoji/language")
     template = ChatTemplate(tokenizer, image_tokens(preset), family="qwen2")
-    model = empty_model(preset).to_empty(device="cpu")
+    model = empty_model(preset)
+    for tower in (model.language, model.vision):
+        tower.bfloat16()  # as most are published; run.py gives each weight its numbers from there
+    model.to_empty(device="cpu")
     model.config = replace(model.config, image_token_id=template.image_token_id)
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, float("norm" in name and parameter.ndim == 1), 0.02)
@@ -127,7 +130,7 @@ def main(arguments=None) -> None:
                         default=[name for name in PRESETS if name not in TOO_LARGE])
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--batch_size", type=int, default=1, help="rows of the step (%(default)s)")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
     parser.add_argument("--here", action="store_true", help="in this very process: its peak is "
                         "then that of the largest step so far")
     flags, others = parser.parse_known_args(arguments)  # the others are train_sft.py's own

@@ -24,7 +24,7 @@ import numpy as np
 
 from dataset.parquet import ParquetData, wanted_bytes
 
-POOL = 1 << 27  # bytes of row groups that are shuffled together: half a second to pass through
+POOL = 1 << 27  # bytes of row groups that are shuffled together: not a second to pass through
 HELD = 1 << 26  # bytes of rows that a window may hold
 FEWEST = 8  # blocks of a window, however large the rows are: they have to be sorted by length
 

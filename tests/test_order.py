@@ -1,5 +1,5 @@
-"""Claims: a shuffled epoch passes through a large Parquet file a pool of groups at a time, every sample
-comes once, and a window holds no more pictures than memory is meant for."""
+"""Claims: a shuffled epoch passes through a large Parquet file a pool of groups at a time, every
+sample comes once, and a window holds no more pictures than memory is meant for."""
 
 import numpy as np
 import pytest
