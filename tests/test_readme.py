@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 import eval as eval_script
+import export as export_script
 from training.presets import PRESETS, read_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 LANGUAGES = ("README.md", "README_zh.md")
+OTHER_SCRIPTS = {"eval.py": eval_script, "export.py": export_script}
 
 
 def text(name: str) -> str:
@@ -42,13 +44,13 @@ def test_every_command_is_understood(name):
         if script is None:
             continue
         arguments = words[words.index(script) + 1:]
-        if script == "eval.py":
-            eval_script.read_flags(arguments)
+        if script in OTHER_SCRIPTS:
+            OTHER_SCRIPTS[script].read_flags(arguments)
         else:
             stage = {"train_pretrain.py": "pretrain", "train_sft.py": "sft"}[script]
             read_flags("", stage, arguments)
         seen.add(script)
-    assert seen == {"train_pretrain.py", "train_sft.py", "eval.py"}
+    assert seen == {"train_pretrain.py", "train_sft.py", *OTHER_SCRIPTS}
 
 
 def test_the_demo_of_the_makefile_is_the_one_that_readme_spells_out():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from model.checkpoint import read_config, read_run
 
-# As their pages on the hub say. What is not listed there in one word is not listed here.
+# As known when this was written: check the page before you publish. Others are not listed here.
 LICENCES = {
     "Qwen/Qwen2.5-0.5B": "apache-2.0", "Qwen/Qwen2.5-0.5B-Instruct": "apache-2.0",
     "Qwen/Qwen2.5-1.5B-Instruct": "apache-2.0", "Qwen/Qwen3-0.6B": "apache-2.0",
