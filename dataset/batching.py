@@ -210,6 +210,7 @@ class Order:
             self.order = epoch_order(self.data, np.random.default_rng([b.seed, epoch]))
         if (self.epoch, self.window) != (epoch, window):
             self.epoch, self.window = epoch, window
+            self.plan = {}  # let the old window go before the new one comes
             self.plan, self.refused = self._plan()
 
     def _plan(self) -> tuple[dict[int, Row], list[BadSample]]:

@@ -7,7 +7,7 @@ from test_batching import PROCESSOR
 from test_formats import MINIMIND, picture, write_lines, write_parquet
 
 from dataset import order, parquet
-from dataset.batching import Batches
+from dataset.batching import Batches, Order
 from dataset.chat import ChatTemplate
 from dataset.mixture import open_mixture
 from dataset.order import blocks_in_window, epoch_order, row_groups
@@ -98,3 +98,15 @@ def test_a_window_holds_what_memory_is_meant_for(files, tiny_tokenizer_dir, monk
     template = ChatTemplate(Tokenizer.from_directory(tiny_tokenizer_dir), 4)
     batches = Batches(data, template, PROCESSOR, 2, 128, seed=0)
     assert max(np.diff(batches.windows)) <= 50 and batches.windows[-1] == ROWS
+
+
+def test_two_windows_are_never_held_at_once(files, tiny_tokenizer_dir):
+    template = ChatTemplate(Tokenizer.from_directory(tiny_tokenizer_dir), 4)
+    batches = Batches(open_mixture([str(files / "p")]), template, PROCESSOR, 4, 128, seed=0,
+                      window=2)
+    line, held = Order(batches), []
+    read = line._plan
+    line._plan = lambda: held.append(len(line.plan)) or read()
+    for micro_batch in next(batches.steps(0, 0, batches.places, batches.places)):
+        line[micro_batch]
+    assert held == [0] * 30 and len(line.plan) == 8
