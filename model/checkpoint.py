@@ -57,6 +57,8 @@ def save_checkpoint(out, step: int, tensors: dict, config: dict, run: dict, comp
     # safetensors and torch.save raise what they like when a write fails.
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if str(error).startswith("DataLoader worker"):  # it died just now; a signal brings it here
+            raise
         raise OSError(f"cannot save {final}: {error}") from error
     if final.exists():  # the same step again, by a run that was resumed from an older one
         delete(final)

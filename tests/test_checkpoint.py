@@ -18,6 +18,7 @@ from model.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     read_config,
+    save_checkpoint,
 )
 from model.lora import merge_lora
 from model.vlm import VLM
@@ -192,3 +193,15 @@ def test_the_newest_are_kept_and_found(world, tmp_path, monkeypatch):
     assert newest_checkpoint("out/sft").name == "step_000001"
     with pytest.raises(SystemExit, match="another --out"):
         train_sft.main([*world[:-2], "--model", "out/sft", "--out", "out/sft"])
+
+
+def test_a_worker_that_dies_while_a_checkpoint_is_saved_is_not_taken_for_a_full_disk(
+        tmp_path, monkeypatch):
+    """PyTorch raises that error wherever the training happens to be."""
+    def die(*args):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr("model.checkpoint.write_files", die)
+    with pytest.raises(RuntimeError, match="^DataLoader worker"):
+        save_checkpoint(tmp_path, 1, {}, {}, {})
+    assert not list(tmp_path.iterdir())

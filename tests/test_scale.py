@@ -145,8 +145,10 @@ def die(how):
 
 
 @pytest.mark.parametrize("how, told", [
-    (signal.SIGKILL, "is killed by signal: Killed"),
-    (signal.SIGSEGV, "is killed by signal: Segmentation fault"), ("raise", "KeyError")])
+    # PyTorch tells the signal, or, where it finds the worker gone before the signal comes, less.
+    (signal.SIGKILL, "is killed by signal: Killed|exited unexpectedly"),
+    (signal.SIGSEGV, "is killed by signal: Segmentation fault|exited unexpectedly"),
+    ("raise", "KeyError")])
 def test_a_worker_that_dies_is_reported_with_its_sample(world, tmp_path, monkeypatch, how, told):
     """One line shows the blue picture; whoever opens that dies. Saved before: step 1."""
     lines = [line for line in Path(world[5]).read_text().splitlines() if "blue" not in line]
@@ -159,7 +161,7 @@ def test_a_worker_that_dies_is_reported_with_its_sample(world, tmp_path, monkeyp
     with pytest.raises(RuntimeError if how == "raise" else SystemExit) as stopped:
         train_pretrain.main(flags)
     text = str(stopped.value)
-    assert told in text and f"at {tmp_path}/data.jsonl:9" in text
+    assert re.search(told, text) and f"at {tmp_path}/data.jsonl:9" in text
     launch, = json.loads((tmp_path / "out" / "run.json").read_text())["launches"]
     assert "data.jsonl:9" in launch["outcome"], "run.json tells it too"
     if newest_checkpoint(tmp_path / "out"):  # the line may come in the very first step
