@@ -34,7 +34,7 @@ from training.preset_table import PRESETS
 from training.setup import Parts
 
 STAGES = {"pretrain": (16, 24), "sft": (32, 128)}  # words (and tokens) of question and answer
-TOO_LARGE = ("qwen7b-clip",)  # 31 GB of weights alone
+TOO_LARGE = ("qwen7b-clip",)  # 15 GB of weights in bf16, 31 GB in fp32
 HEAD = ("| preset | stage | trained | rows x tokens | numbers | seconds | peak memory |\n"
         "| --- | --- | --- | --- | --- | --- | --- |")
 
