@@ -92,8 +92,9 @@ class Batches:
     window: at most so many blocks are sorted together. Waste falls as 1 / window; the price is
     that a window's texts are rendered (0.4 ms a row) before its first batch comes, and that its
     rows wait in memory. Where they bring their pictures along as bytes, it has fewer blocks.
-    Broken texts are reported by rank 0 alone, with the first batch of their window, and broken
-    pictures by the rank that wanted them: the ranks' lists add up to each bad sample once.
+    Broken texts are reported by rank 0 alone, spread over the batches of their window, so that
+    the share of bad samples among those seen so far is the true one; broken pictures by the rank
+    that wanted them. So the ranks' lists add up to each bad sample once.
     """
 
     def __init__(self, data, template, image_processor, batch_size: int, max_length: int,
@@ -187,9 +188,9 @@ class Order:
         b, planned, bad = self.batches, [], []
         while place < end:  # once, but for a micro-batch that reaches over the end of a window
             self._turn_to(epoch, bisect.bisect_right(b.windows, place) - 1)
-            first, last = b.windows[self.window], min(end, b.windows[self.window + 1])
-            if place == first and b.rank == 0:
-                bad += self.refused
+            last = min(end, b.windows[self.window + 1])
+            if b.rank == 0:
+                bad += [sample for p, sample in self.refused if place <= p < last]
             planned += [self.plan[p] for p in range(place, last) if p in self.plan]
             place = last
         rows = []
@@ -213,8 +214,9 @@ class Order:
             self.plan = {}  # let the old window go before the new one comes
             self.plan, self.refused = self._plan()
 
-    def _plan(self) -> tuple[dict[int, Row], list[BadSample]]:
-        """Read and render a window -> {place: row} of this rank, and what could not be used."""
+    def _plan(self) -> tuple[dict[int, Row], list[tuple[int, BadSample]]]:
+        """Read and render a window -> {place: row} of this rank, and what could not be used, each
+        with the place at which it is told."""
         b = self.batches
         first, end = b.windows[self.window:self.window + 2]
         # Files are read front to back; the sort by index also settles ties between equal lengths.
@@ -242,7 +244,8 @@ class Order:
         np.random.default_rng([b.seed, self.epoch, self.window]).shuffle(blocks)
         plan = {first + number * b.block + at: row
                 for number, block in enumerate(blocks) for at, row in enumerate(block)}
-        return {p: row for p, row in plan.items() if p % b.world_size == b.rank}, refused
+        told = [(first + (end - first) * n // len(refused), bad) for n, bad in enumerate(refused)]
+        return {p: row for p, row in plan.items() if p % b.world_size == b.rank}, told
 
 
 def place_of(data, i: int) -> str:

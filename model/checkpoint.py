@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from model.config import LanguageConfig, VisionConfig, VLMConfig
 from model.language import LanguageModel
@@ -29,10 +29,23 @@ from model.manifest import TornError, check_whole, write_manifest
 from model.projector import Projector
 from model.vision import VisionTransformer
 from model.vlm import VLM
-from model.weights import file_hashes, resolve, weight_files
+from model.weights import (
+    all_tensors,
+    file_hashes,
+    open_tensors,
+    read_json,
+    resolve,
+    unusable,
+    weight_files,
+)
 
 ROOT = Path(__file__).resolve().parent.parent  # presets name the embedded towers relative to it
 STEP = re.compile(r"step_(\d+)")
+# What config.json has to say, and as what.
+FACTS = {"language": dict, "vision": dict, "vision_layer": int, "projector": str,
+         "pixel_shuffle": int, "image_token_id": int, "lora": (dict, type(None)), "bases": dict}
+LORA = {"targets": list, "rank": int, "alpha": (int, float), "dropout": (int, float)}
+BASES, BASE = ("language", "vision"), {"name": str, "sha256": dict}
 
 
 # ---------------------------------------------------------------- saving
@@ -143,7 +156,7 @@ def load_checkpoint(directory, dtype: torch.dtype | None = torch.float32,
     """
     directory = Path(directory)
     config = read_config(directory)
-    tensors = load_file(directory / "model.safetensors")
+    tensors = all_tensors(directory / "model.safetensors")
     language_config = LanguageConfig.from_public(config["language"])
     features = config.get("features", "patches")  # the first checkpoints had no choice
     vision_config = VisionConfig.from_public(config["vision"], config["vision_layer"], features)
@@ -184,6 +197,8 @@ def put_tensors(model, tensors: dict, directory: Path) -> None:
             found = tuple(parameters[name].shape) if name in parameters else "no such parameter"
             raise ValueError(f"{directory / 'model.safetensors'}: {name} has shape "
                              f"{tuple(tensor.shape)}, the model has {found}")
+        if unusable(tensor):
+            raise ValueError(f"{directory / 'model.safetensors'}: {name} holds {unusable(tensor)}")
         # Not copied into what is there: a base in bf16 would round what was trained in float32.
         parameters[name].data = tensor.clone()  # and not the mapped file, which --keep may delete
     missing = [name for name in own_names(model) if name not in tensors]
@@ -201,22 +216,35 @@ def own_names(model) -> list[str]:
 def read_config(directory) -> dict:
     """config.json of a checkpoint, or an error that says what the directory is instead."""
     path = Path(directory) / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = read_json(path) if path.is_file() else {}
     if "bases" not in config:
         raise FileNotFoundError(
             f"{directory} is not a checkpoint of this project (no config.json with 'bases' in "
             "it). Give a directory like out/sft/step_000800, or the run above it.")
+    check_facts(config, FACTS, path)
+    check_facts(config["bases"], dict.fromkeys(BASES, dict), path)
+    for part in BASES:
+        check_facts(config["bases"][part], BASE, path)
+    if config["lora"]:
+        check_facts(config["lora"], LORA, path)
     return config
+
+
+def check_facts(found: dict, kinds: dict, path: Path) -> None:
+    for name, kind in kinds.items():
+        if name not in found or not isinstance(found[name], kind):
+            raise ValueError(f"{path} has {name} = {str(found.get(name))[:60]!r}, which no "
+                             "checkpoint is saved with; the file is damaged")
 
 
 def tensor_names(directory) -> set[str]:
     """The parameters that a checkpoint holds: all that differ from the public weights."""
-    with safe_open(Path(directory) / "model.safetensors", framework="pt") as file:
+    with open_tensors(Path(directory) / "model.safetensors") as file:
         return set(file.keys())
 
 
 def read_run(directory) -> dict:
-    return json.loads((Path(directory) / "run.json").read_text(encoding="utf-8"))
+    return read_json(Path(directory) / "run.json")
 
 
 # ---------------------------------------------------------------- public weights

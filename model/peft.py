@@ -10,16 +10,15 @@ family publishes them, each with the path through its own wrapper in front:
     base_model.model.model.layers.0.self_attn.q_proj  .lora_A.weight          peft's
 """
 
-import json
 import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from model.layouts import LAYOUTS
 from model.lora import LoRALinear, add_lora, linear_names, published_names
+from model.weights import all_tensors, read_json
 
 TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 # What changes the arithmetic, and the only value with which it is ours.
@@ -79,7 +78,7 @@ def add_peft(language: nn.Module, directory, dropout: float = 0.0) -> dict:
         if not (directory / file).is_file():
             raise ValueError(f"{directory} lacks {file}: expected a directory that peft's "
                              "save_pretrained wrote")
-    config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json(directory / "adapter_config.json")
     for name, plain in PLAIN.items():
         if (config.get(name) or plain) != plain:
             raise ValueError(f"{directory}: adapter_config.json has {name} = {config[name]!r}; "
@@ -93,7 +92,7 @@ def add_peft(language: nn.Module, directory, dropout: float = 0.0) -> dict:
     if config.get("use_rslora"):  # rank-stabilised: alpha / sqrt(rank) in place of alpha / rank
         alpha *= rank**0.5
     every = published_layers(language)
-    pairs = read_pairs(load_file(directory / "adapter_model.safetensors"), every, language,
+    pairs = read_pairs(all_tensors(directory / "adapter_model.safetensors"), every, language,
                        directory)
     targets = short(set(pairs), every)
     add_lora(language, targets, rank, alpha, dropout)

@@ -67,11 +67,18 @@ def load_plain(path: Path):
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than tensors, and opening it all would run code that came with "
-            f"it: refused ({first_line(error)}). Get the weights as safetensors, or as the plain "
+            f"it: refused ({refusal(error)}). Get the weights as safetensors, or as the plain "
             "state_dict() of the model") from error
     except Exception as error:  # a damaged pickle fails in a dozen ways
         raise ValueError(f"{path} cannot be read as a file of torch.save: {first_line(error)}. "
                          "It may be cut short: compare its size, download it again") from error
+
+
+def refusal(error: Exception) -> str:
+    """What was found, without torch's advice to open the file all the same."""
+    lines = [line.strip() for line in str(error).splitlines()
+             if line.strip() and "load failed" not in line and "weights_only" not in line]
+    return lines[0].split(". Please")[0] if lines else "no list of tensors"
 
 
 def first_line(error: Exception) -> str:

@@ -69,8 +69,8 @@ def language_config(source: Path) -> LanguageConfig:
     alone = not (directory / "config.json").is_file() and bool(pth_files(source))
     public = {} if alone else read_config(directory)
     if alone or public.get("model_type") in ("minimind", "minimind-v"):
-        return minimind_config(tensor_shapes(source), public, source)
-    return in_words_of(directory, LanguageConfig.from_public, public)
+        return blaming(source, minimind_config, tensor_shapes(source), public, source)
+    return blaming(directory / "config.json", LanguageConfig.from_public, public)
 
 
 def load_vision(name, dtype: torch.dtype | None = torch.float32, feature_layer: int = -1,
@@ -80,8 +80,8 @@ def load_vision(name, dtype: torch.dtype | None = torch.float32, feature_layer: 
     Blocks after feature_layer are not needed for it and not read. dtype None: as in the file.
     """
     directory = resolve(name)
-    config = in_words_of(directory, VisionConfig.from_public, read_config(directory),
-                         feature_layer, features)
+    config = blaming(directory / "config.json", VisionConfig.from_public, read_config(directory),
+                     feature_layer, features)
     with torch.device("meta"):
         model = VisionTransformer(config)
     layout = LAYOUTS[config.model_type]
@@ -240,18 +240,21 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def in_words_of(directory: Path, read, *arguments):
-    """read(...) of config.json's content, with the file's name before whatever is wrong in it."""
+def blaming(path: Path, read, *arguments):
+    """read(*arguments), with the file's name before whatever is wrong in what was read from it."""
     try:
         return read(*arguments)
     except ValueError as error:
-        raise ValueError(f"{directory / 'config.json'}: {error}") from error
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
 
 
 def shards(index: Path) -> list[str]:
     """The files that an index names. They lie beside it: no name may lead elsewhere."""
     places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(p, str) for p in places.values()):
+    if (not places or not isinstance(places, dict)
+            or not all(isinstance(place, str) for place in places.values())):
         raise ValueError(f"{index} has no 'weight_map' of {{tensor: file}}; fetch it again")
     for name, file in places.items():
         if Path(file).name != file or "\\" in file:
@@ -306,6 +309,11 @@ def open_tensors(path: Path):
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read as safetensors: {error}. It may be cut short: "
                          "compare its size, download it again") from error
+
+
+def all_tensors(path: Path) -> dict[str, torch.Tensor]:
+    with open_tensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def tensor_files(source: Path) -> dict[str, Path]:

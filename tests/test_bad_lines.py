@@ -10,8 +10,8 @@ import os
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from bad import show, talk, watched
 from PIL import Image
-from watch import watched
 
 from dataset.batching import Batches
 from dataset.chat import ChatTemplate
@@ -21,16 +21,6 @@ from dataset.records import TURNS
 from dataset.tokenizer import Tokenizer
 
 BOM = b"\xef\xbb\xbf"
-
-
-def talk(*turns, **more):
-    """(role, content), ... -> a record."""
-    return {"conversations": [{"role": role, "content": text} for role, text in turns], **more}
-
-
-def show(image):
-    """A sound conversation about a picture -> a record."""
-    return talk(("user", "<image>\nWho is it?"), ("assistant", "A cat."), image=image)
 
 
 def nested(depth, inside=7):

@@ -9,8 +9,8 @@ import zlib
 
 import numpy as np
 import pytest
+from bad import watched
 from PIL import Image
-from watch import watched
 
 from dataset.batching import Batches
 from dataset.chat import ChatTemplate

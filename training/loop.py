@@ -28,6 +28,7 @@ from training.signals import Stop
 
 KINDS = 50  # of reasons that are counted one by one; more would be names taken for reasons
 ENOUGH = 100  # samples that must have been seen before their share of bad ones is judged
+FEW = 10  # bad ones that may be chance: of 100 samples two are bad in 9 % of runs where 0.5 % are
 
 
 @dataclass
@@ -211,7 +212,8 @@ def backward(model, batch, supervised: float, settings, ranks, scale: float = 1.
 def check_bad(progress: Progress, settings, at_end: bool = False) -> None:
     """Stop when too many samples are unusable: most likely --images or the format is wrong."""
     seen = progress.rows + progress.bad
-    if (at_end or seen >= ENOUGH) and progress.bad > settings.max_bad * seen:
+    enough = at_end or (seen >= ENOUGH and progress.bad >= FEW)
+    if enough and progress.bad > settings.max_bad * seen:
         raise StopTraining(
             f"{progress.bad:,} of {seen:,} samples were unusable ({progress.bad / seen:.1%}), "
             f"more than --max_bad {settings.max_bad:g} allows; the first ones are listed above. "

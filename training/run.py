@@ -38,7 +38,10 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
     docstring, for --help. emoji_kind: what --data emoji means. arguments: as on the command line.
     """
     flags = read_flags(description, stage, arguments)
-    checkpoint, earlier = where_to_start(flags, stage)
+    try:
+        checkpoint, earlier = where_to_start(flags, stage)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"cannot start: {error}") from error
     settings = resolve(flags, stage, earlier)
     check_installed(settings.log)
     data, about_data = open_training_data(settings, emoji_kind)
@@ -55,7 +58,10 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
         parts.model.set_checkpointing(settings.checkpointing)
         parts.model.to(ranks.device)
         optimizer = make_optimizer(parts.model, settings)
-        progress = prepare_out(settings, ranks, checkpoint, optimizer, about_data)
+        try:
+            progress = prepare_out(settings, ranks, checkpoint, optimizer, about_data)
+        except ValueError as error:
+            raise SystemExit(f"cannot go on: {error}") from error
         ranks.copy_from_main(parts.model.parameters())
 
         def make_batches(samples, block=None):

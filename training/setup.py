@@ -37,6 +37,7 @@ from model.language import LanguageModel
 from model.manifest import TornError
 from model.projector import Projector
 from model.published_projector import load_projector
+from model.torch_file import load_plain
 from model.vision import VisionTransformer
 from model.vlm import VLM
 from training.loop import Progress
@@ -249,8 +250,7 @@ def prepare_out(settings, ranks, checkpoint: Path | None, optimizer, about_data:
         if ranks.main:  # torn ones are kept to be looked at, where nobody resumes from them
             for torn in [path for path in checkpoints(out) if step_of(path) > step_of(checkpoint)]:
                 torn.rename(free_name(out, f"torn_{torn.name}"))
-        state = torch.load(checkpoint / "training_state.pt", map_location="cpu",
-                           weights_only=True)
+        state = load_plain(checkpoint / "training_state.pt")  # as data alone: nothing of it runs
         optimizer.load_state_dict(state["optimizer"])
         return progress_of(state["progress"], run)
     written = [out / name for name in FILES]
