@@ -39,7 +39,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as FastTokenizer
 
 from dataset.chat import ChatTemplate, Message
@@ -204,6 +204,7 @@ def make_tokenizer(out: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.normalizer = normalizers.NFC()  # as the published Qwen2 tokenizers
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
         vocab_size=2048, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -216,7 +217,7 @@ def make_tokenizer(out: Path) -> None:
         check_single(tokenizer, thing.chinese, f"{thing.chinese}的左边是什么？")
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
+    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>",
               "pad_token": "<|endoftext|>", "add_prefix_space": False, "model_max_length": 512}
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     stop = [tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
