@@ -3,9 +3,8 @@
     config facts -> models on the "meta" device, which have shapes and no numbers -> parameters
     parameters, and which of them each stage trains -> memory; published sizes -> download
 
-Nothing is fetched and nothing is measured: counts are exact, memory is arithmetic (4 bytes a
-weight; 4 for the gradient and 8 for AdamW's two averages of each that is trained). What the
-layers keep for the backward pass comes on top, and grows with batch and length.
+Nothing is fetched and nothing is measured: counts are exact, memory is memory.py's arithmetic, in
+float32. What the layers keep for the backward pass comes on top, and grows with batch and length.
 """
 
 import argparse
@@ -20,6 +19,7 @@ from model.language import LanguageModel
 from model.projector import Projector
 from model.vision import VisionTransformer
 from model.vlm import VLM
+from training.memory import standing
 from training.optim import choose_trained
 from training.preset_table import PRESETS, Preset
 
@@ -85,12 +85,11 @@ VISION = {
         gigabytes=0.189),
 }
 
-WEIGHT, TRAINED = 4, 4 + 8  # bytes in memory: float32; gradient and AdamW's two averages
 COLUMNS = "{:<18}{:>14}{:>13}   {:<16}{:>14}{:>19}"
 NOTES = """\
 language, vision: parameters that are loaded, exact. Projector: kind and image tokens.
-memory, GB: weights, gradients and optimizer state of stage one and stage two on each device;
-  what the layers keep for the backward pass comes on top.
+memory, GB: weights, gradients and optimizer state of stage one and stage two on each device, in
+  float32; python -m training.memory PRESET tells all that a step needs.
 download, GB: models + data, as published. "~": a model's is computed, from its parameters.
   "?": more data than that, of a size that its authors do not say.
   python -m dataset.download PRESET tells the size, file by file, before it fetches anything."""
@@ -147,7 +146,7 @@ def costs(name: str) -> dict:
         recipe = getattr(preset, stage)
         model = empty_model(preset)
         choose_trained(model, argparse.Namespace(**{**vars(preset), **vars(recipe)}), None)
-        told[stage] = WEIGHT * count(model) + TRAINED * count(model, trained=True)
+        told[stage] = sum(standing(model))
     told["models"] = download_size(preset.language) + download_size(preset.vision)
     told["data"] = sum(1e9 * part.gigabytes for part in preset.downloads if part.gigabytes)
     return told

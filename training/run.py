@@ -17,6 +17,7 @@ from training.distributed import start_ranks
 from training.held_out import HeldOut, open_held_out
 from training.log import Log, closing, introduction, stopped
 from training.loop import StopTraining, steps_of_run, train
+from training.memory import in_a_line, predict
 from training.optim import choose_trained, make_optimizer
 from training.precision import choose_dtype, store_weights
 from training.presets import read_flags, resolve
@@ -79,6 +80,11 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
             log = Log(settings, steps, progress, ranks.main)
             log.say(introduction(parts.model, optimizer, settings, data, batches, steps, ranks))
             log.say(f"numbers   {settings.dtype}: {why}")
+            if ranks.main:
+                memory = predict(parts.model.config, settings, parts.processor.size,
+                                 parts.config["image_tokens"], ranks.device, ranks.world_size,
+                                 parts.held)
+                log.say(in_a_line(memory, settings))
             with (launch(settings.out, facts, progress, steps, ranks.main),
                   told_plainly(settings.out, loaders), listen() as stop):
                 train(parts.model, batches, optimizer, settings, ranks, log, save, progress,
