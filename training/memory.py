@@ -138,8 +138,9 @@ def step_of(model, settings, size, K: int) -> tuple[int, int, int]:
     The shapes are those of the CPU's kernels, whatever the run will use: so it needs no GPU.
     """
     device = torch.device("cpu")
+    language = model.config.language
     B, T = settings.batch_size, max(settings.max_length, K + 1)
-    V = model.config.language.vocab_size
+    T = min(T, language.context_limit or T)  # longer rows are refused
     with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
         model.to_empty(device=device)
         with Alive(model) as alive:
@@ -156,7 +157,7 @@ def step_of(model, settings, size, K: int) -> tuple[int, int, int]:
                     del images, text, embeds
                     hidden = hidden[:, K:].flatten(0, 1)  # (S,D): no more can be supervised
                     kept, earlier, alive.most = alive.now - before, alive.most, alive.now
-                    loss = model.head_loss(hidden, ids.flatten() % V)
+                    loss = model.head_loss(hidden, ids.flatten() % language.vocab_size)
                     del hidden
                 first, alive.most = alive.most - alive.now, max(earlier, alive.most)
                 loss.backward()

@@ -82,7 +82,7 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
             log.say(f"numbers   {settings.dtype}: {why}")
             if ranks.main:
                 memory = predict(parts.model.config, settings, parts.processor.size,
-                                 parts.config["image_tokens"], ranks.device, ranks.world_size,
+                                 parts.template.image_tokens, ranks.device, ranks.world_size,
                                  parts.held)
                 log.say(in_a_line(memory, settings))
             with (launch(settings.out, facts, progress, steps, ranks.main),
