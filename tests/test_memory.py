@@ -63,15 +63,27 @@ def test_activations_grow_with_rows_and_fall_with_checkpointing():
     assert less.standing == two.standing
 
 
+def one_block(preset, rows, length):
+    """The prediction for the first block of each tower."""
+    flags = ["--batch_size", rows, "--max_length", length, "--dtype", "fp32", "--lora",
+             "--lora_targets", "q_proj", "--checkpointing"]
+    config, settings, size, K = planned(preset, "sft", flags, CPU)[0]
+    for part in (config.language, config.vision):
+        object.__setattr__(part, "num_hidden_layers", 1)  # the config is frozen
+    return predict(config, settings, size, K, CPU)
+
+
+def test_rows_longer_than_a_model_takes_are_not_counted():
+    """Qwen-7B stops at 8,192 tokens."""
+    longest, longer = one_block("qwen7b-clip", "1", "8192"), one_block("qwen7b-clip", "1", "9999")
+    assert longest == longer and longest.activations > one_block(
+        "qwen7b-clip", "1", "4096").activations
+
+
 def test_logits_stop_at_a_chunk():
     """151,936 words: four times the rows make no more of them."""
     def logits(rows):
-        flags = ["--batch_size", rows, "--max_length", "512", "--dtype", "fp32", "--lora",
-                 "--lora_targets", "q_proj", "--checkpointing"]
-        config, settings, size, K = planned("qwen2.5-siglip", "sft", flags, CPU)[0]
-        for part in (config.language, config.vision):
-            object.__setattr__(part, "num_hidden_layers", 1)  # frozen; the head is what counts
-        return predict(config, settings, size, K, CPU).logits
+        return one_block("qwen2.5-siglip", rows, "512").logits
 
     few, many = logits("1"), logits("4")
     hidden = 4 * 4 * (512 - 196) * 896  # the supervised positions' hidden states
