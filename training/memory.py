@@ -40,7 +40,7 @@ from training.preset_table import PRESETS
 ADAM = 8  # bytes: two float32 averages
 # Of what comes and goes in a step. Linux's malloc keeps freed tensors of up to 32 MB for itself,
 # and the next ones seldom fit: 15 to 35 % more than the tensors, measured with benchmarks/memory.py
-# (2 % when malloc was told to keep none, MALLOC_MMAP_THRESHOLD_=65536). A GPU's figure is that of
+# (6 % when malloc was told to keep none, MALLOC_MMAP_THRESHOLD_=65536). A GPU's figure is that of
 # torch.cuda.max_memory_allocated, which counts tensors alone.
 GAPS = {"cpu": 0.25}
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "gaps")
