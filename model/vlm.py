@@ -32,6 +32,7 @@ class VLM(nn.Module):
         self.language = language
         self.vision = vision
         self.projector = projector
+        self.always_look = False  # see nothing(); set where the weights are spread over processes
 
     @classmethod
     def from_pretrained(cls, directory, dtype: torch.dtype = torch.float32) -> "VLM":
@@ -79,14 +80,20 @@ class VLM(nn.Module):
             )
 
     def nothing(self):
-        """A zero that depends on every trained parameter of the picture's path.
+        """A zero that has come the whole way of a picture, of the smallest picture there is.
 
-        With several processes, each waits for the others' gradient of every parameter. One whose
-        batch has no picture must bring zeros, or all would wait for ever.
+        With several processes, each waits for the others' gradient of every parameter; and where
+        each holds only a share of the weights, even of the frozen ones, for the others' shares
+        too (always_look). One whose batch has no picture must go the same way, or all would wait
+        for ever.
         """
-        trained = [p for part in (self.vision, self.projector) for p in part.parameters()
-                   if p.requires_grad]
-        return sum((0 * p.sum() for p in trained), start=0)
+        learns = any(p.requires_grad for part in (self.vision, self.projector)
+                     for p in part.parameters())
+        if not self.always_look and not (learns and torch.is_grad_enabled()):
+            return 0
+        side = self.vision.config.patch_size * self.projector.pixel_shuffle  # makes one token
+        pixels = torch.zeros(1, 3, side, side, device=self.projector.fc1.weight.device)
+        return 0 * self.encode_images(pixels).sum()
 
     def forward(self, ids, labels, pixels=None):
         """ids (B,T), labels (B,T), pixels (N,3,H,W) or None -> (summed loss, supervised tokens).

@@ -40,6 +40,7 @@ VALUES = {
     "eval_every": [("12", 12)], "eval_data": [("E", "E")], "eval_samples": [("13", 13)],
     "overfit": [("14", 14)],
     "log": [(name, name) for name in ("tensorboard", "wandb", "swanlab")],
+    "parallel": [("fsdp", "fsdp"), ("ddp", "ddp")],
 }
 
 
@@ -59,7 +60,8 @@ def test_every_flag_reaches_the_settings(stage):
 
 def test_every_setting_is_read_by_the_code():
     sources = [ROOT / "training" / f"{name}.py"
-               for name in ("run", "setup", "loop", "optim", "log", "held_out", "boards")]
+               for name in ("run", "setup", "loop", "optim", "log", "held_out", "boards",
+                            "parallel")]
     code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     unread = [name for name in settings() if not re.search(rf"(settings|flags)\.{name}\b", code)]
     # These are read by name, in a loop over names or by resolve() itself.

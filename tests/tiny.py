@@ -89,10 +89,10 @@ def environment() -> dict:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def torchrun(options: list, *command) -> subprocess.CompletedProcess:
+def torchrun(options: list, *command, timeout: int = 1200) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *options, *map(str, command)],
-        env=environment(), capture_output=True, text=True, timeout=300)
+        env=environment(), capture_output=True, text=True, timeout=timeout)
 
 
 def metrics(out) -> list[dict]:

@@ -2,18 +2,33 @@
 
     torchrun's environment variables -> Ranks(rank, world_size, device) -> sums over all ranks
 
-There is no DistributedDataParallel wrapper here. DDP averages gradients behind the scenes, in the
-backward pass of every micro-batch, and hangs when one rank's batch has no image and so no gradient
-for the projector. We need less: one sum of all gradients for each optimizer step, after its last
-micro-batch. A rank that has nothing to say about a parameter brings zeros to that sum.
+With `--parallel ddp` every rank holds the whole model, as under PyTorch's DistributedDataParallel,
+but its wrapper is not used. That one averages gradients behind the scenes, in the backward pass of
+every micro-batch, and hangs when one rank's batch has no image and so no gradient for the
+projector. We need less: one sum of all gradients for each optimizer step, after its last
+micro-batch. A rank that has nothing to say about a parameter brings zeros to that sum. What the
+wrapper would gain is that it sends while it still computes; with LoRA or a projector there is
+little to send. `--parallel fsdp`, where every rank holds a share, is in parallel.py.
+
+A rank that fails tells why, and leaves at once without a word to the others: they may be waiting
+for it in the middle of a sum, and would keep it waiting too. torchrun sees it leave, ends them (30
+seconds for those that do not react) and, with --max_restarts, starts all anew.
 """
 
 import os
+import sys
+import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+# Others wait so long for a rank that lives but does not come: it may be rank 0, which is writing
+# a large checkpoint. A rank that has died is noticed within seconds all the same, by torchrun.
+PATIENCE = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -92,11 +107,30 @@ def start_ranks():
         # torchrun sets this so that many processes do not fight for the cores. One process alone
         # would train on one core at half speed or less: give each its fair share instead.
         torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield Ranks(rank, world_size, device)
-    finally:
+    except BaseException as error:
+        if world_size > 1 and not (isinstance(error, SystemExit) and error.code in (None, 0)):
+            leave(error, rank)
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def leave(error: BaseException, rank: int) -> None:
+    """Say why this rank fails, and end its process on the spot.
+
+    Said while the others are still waiting, so it is the first error on the screen; those that
+    then lose the connection come after it. The same goes into torchrun's own summary.
+    """
+    plain = isinstance(error, SystemExit)  # its text is written for people
+    told = str(error.code) if plain else "".join(traceback.format_exception(error))
+    print(f"rank {rank} failed: {told}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    get_error_handler().record_exception(error)
+    # A usual exit would take leave of the process group, which under nccl can wait for the others.
+    os._exit(1)
 
 
 def cores() -> int:

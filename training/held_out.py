@@ -24,6 +24,7 @@ from torch.utils.data import Subset
 
 from dataset.batching import Batches
 from dataset.formats import BadSample
+from training.parallel import to_compute
 from training.precision import autocast
 from training.setup import open_files
 
@@ -84,7 +85,8 @@ def mean_loss(model, batches: Batches, settings, ranks) -> tuple[float | None, i
     try:
         for batch, bad in batches.epoch(0):  # always the same order, so always the same batches
             skipped += len(bad)
-            if not batch.where:  # every row of a batch may have been a bad one
+            batch = to_compute(batch, settings)
+            if not batch:
                 continue
             batch = batch.to(ranks.device, non_blocking=True)
             with autocast(settings.dtype, ranks.device):

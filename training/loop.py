@@ -23,6 +23,7 @@ import torch
 
 from training.log import kind_of
 from training.optim import schedule, set_learning_rate
+from training.parallel import clip_gradients, sum_gradients, to_compute
 from training.precision import autocast, next_scale
 from training.signals import Stop
 
@@ -89,7 +90,8 @@ def train(model, batches, optimizer, settings, ranks, log, save, progress: Progr
           held_out=None, stop: Stop | None = None) -> Progress:
     """Train from progress.step to the last step, or to the end of the one where stop is asked.
 
-    save(step, state) writes a checkpoint, on every save_every-th step and after the last.
+    save(step, state) writes a checkpoint, on every save_every-th step and after the last; all
+    ranks call it, since under fsdp each of them holds a share of what is written.
     held_out: what is measured on every eval_every-th step and after the last, see held_out.py.
     """
     steps = steps_of_run(settings, batches, progress)
@@ -112,7 +114,7 @@ def train(model, batches, optimizer, settings, ranks, log, save, progress: Progr
             if settings.log_samples:
                 log.samples(step, ranks.gather([(epoch, batch.where) for (epoch, _, _), batch
                                                 in zip(places, micro) if batch.where]))
-            micro = [batch for batch in micro if batch.where]  # each row may have been a bad one
+            micro = [batch for batch in (to_compute(batch, settings) for batch in micro) if batch]
             positions = sum(batch.ids.numel() for batch in micro)
             useful = sum(sum(batch.lengths) for batch in micro)
             supervised, rows, positions, useful = ranks.sum(
@@ -130,10 +132,10 @@ def train(model, batches, optimizer, settings, ranks, log, save, progress: Progr
             # One rank alone may have got the signal; by this sum all stop after the same step.
             loss, stopping = ranks.sum(sum(float(loss) for loss in losses),
                                        bool(stop and stop.asked))
-            ranks.sum_gradients(trained)
+            sum_gradients(trained, ranks)
             if half:
                 torch._foreach_div_([parameter.grad for parameter in trained], scale)
-            norm = float(torch.nn.utils.clip_grad_norm_(trained, settings.clip))
+            norm = clip_gradients(trained, settings.clip, ranks)
             # Both numbers are sums over all ranks: all of them skip the same steps.
             overflow = half and math.isfinite(loss) and not math.isfinite(norm) and scale > 1
             if not (math.isfinite(loss) and (math.isfinite(norm) or overflow)):
@@ -160,7 +162,7 @@ def train(model, batches, optimizer, settings, ranks, log, save, progress: Progr
                 log.evaluation(step, held_out.losses(model, settings, ranks))
             if step % settings.save_every == 0 or step == steps or stopping:
                 check_bad(progress, settings, at_end=step == steps)
-                save_on_main(save, step, progress, optimizer, ranks)
+                save_checked(save, step, progress, optimizer, ranks)
             if stopping:
                 break
     return progress
@@ -184,14 +186,13 @@ def take(stream, number: int, settings, ranks, log, progress) -> list:
     return micro
 
 
-def save_on_main(save, step: int, progress: Progress, optimizer, ranks) -> None:
+def save_checked(save, step: int, progress: Progress, optimizer, ranks) -> None:
     """Rank 0 writes the checkpoint; all ranks learn whether it is there, and go on or stop."""
     problem = None
-    if ranks.main:
-        try:
-            save(step, {"progress": asdict(progress), "optimizer": optimizer.state_dict()})
-        except OSError as error:
-            problem = error
+    try:
+        save(step, {"progress": asdict(progress), "optimizer": optimizer.state_dict()})
+    except OSError as error:
+        problem = error
     # Also a barrier: else a rank could be gone, or far ahead, before the files are there.
     if ranks.sum(problem is not None) != [0.0]:
         raise StopTraining(f"{problem or 'rank 0 could not save'}. The older checkpoints are as "

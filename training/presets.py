@@ -87,6 +87,8 @@ def read_flags(description: str, stage: str, arguments=None) -> argparse.Namespa
         "fp32 on a processor")
     add("--checkpointing", action=yes_no, help="keep each block's input alone for the backward "
         "pass and compute the block again there: less memory, a third more time")
+    add("--parallel", choices=("ddp", "fsdp"), default=None, help="with several processes: each "
+        "holds the whole model, or a share of it (default: ddp)")
     add("--seed", type=int, default=None, help="of new weights, data order, dropout (default: 0)")
     add("--save_every", type=int, help="steps between checkpoints")
     add("--keep", type=int, help="newest checkpoints that are kept")
@@ -137,7 +139,7 @@ def resolve(flags: argparse.Namespace, stage: str, earlier: dict) -> argparse.Na
     others = {"seed": 0, "workers": 2, "max_bad": 0.01, "full_checkpoint": False, "model": None,
               "eval_every": 0, "eval_data": None, "eval_samples": None, "overfit": None,
               "log": None, "log_samples": False, "lora_from": None,
-              "checkpointing": False, "init_projector": None}
+              "checkpointing": False, "init_projector": None, "parallel": "ddp"}
     settings = {**others, **settings_of_preset(preset, stage), **earlier, **given,
                 "preset": preset}
     if "epochs" in given and "steps" not in given:

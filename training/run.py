@@ -19,6 +19,7 @@ from training.log import Log, closing, introduction, stopped
 from training.loop import StopTraining, steps_of_run, train
 from training.memory import in_a_line, predict
 from training.optim import choose_trained, make_optimizer
+from training.parallel import check_same_start, in_turn, make_mesh, spread
 from training.precision import choose_dtype, store_weights
 from training.presets import read_flags, resolve
 from training.record import describe, launch, summarise
@@ -50,20 +51,22 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
 
     with start_ranks() as ranks:
         settings.dtype, why = choose_dtype(settings.dtype, ranks.device)
-        try:
-            parts = assemble(settings, checkpoint)
-        except (OSError, ValueError, KeyError) as error:  # each says what is wrong and what to do
-            raise SystemExit(f"cannot build the model: {error}") from error
-        parts.config["lora"] = choose_trained(parts.model, settings, parts.config["lora"])
-        store_weights(parts.model, settings.dtype, parts.held | set(own_names(parts.model)))
-        parts.model.set_checkpointing(settings.checkpointing)
-        parts.model.to(ranks.device)
+        mesh = make_mesh(settings, ranks)
+        with in_turn(ranks, wanted=mesh is not None):
+            try:
+                parts = assemble(settings, checkpoint)
+            except (OSError, ValueError, KeyError) as error:  # each says what to do
+                raise SystemExit(f"cannot build the model: {error}") from error
+            parts.config["lora"] = choose_trained(parts.model, settings, parts.config["lora"])
+            store_weights(parts.model, settings.dtype, parts.held | set(own_names(parts.model)))
+            parts.model.set_checkpointing(settings.checkpointing)
+            weights_sum = spread(parts.model, mesh, settings, ranks)
         optimizer = make_optimizer(parts.model, settings)
         try:
             progress = prepare_out(settings, ranks, checkpoint, optimizer, about_data)
         except ValueError as error:
             raise SystemExit(f"cannot go on: {error}") from error
-        ranks.copy_from_main(parts.model.parameters())
+        check_same_start(progress.step, weights_sum, ranks)
 
         def make_batches(samples, block=None):
             return Batches(samples, parts.template, parts.processor, settings.batch_size,
@@ -74,7 +77,7 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
         held_out = HeldOut(unseen, make_batches) if unseen else None
         steps = steps_of_run(settings, batches, progress)
         facts = describe(settings, stage, ranks, about_data)
-        save = saver(parts, settings, facts)
+        save = saver(parts, settings, ranks, facts)
         loaders = [batches, *((held_out.right, held_out.wrong) if held_out else ())]
         with told_plainly(settings.out, loaders):
             log = Log(settings, steps, progress, ranks.main)

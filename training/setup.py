@@ -41,13 +41,14 @@ from model.torch_file import load_plain
 from model.vision import VisionTransformer
 from model.vlm import VLM
 from training.loop import Progress
+from training.parallel import in_turn, load_optimizer, whole
 from training.record import FILES
 
 # What a run may change when it is resumed; all else would make it another run.
 CHANGEABLE = ("out", "resume", "model", "preset", "language", "vision", "steps", "epochs",
               "batch_size", "accumulate", "save_every", "keep", "workers", "max_bad",
               "log_samples", "full_checkpoint", "eval_every", "eval_data", "log",
-              "checkpointing")
+              "checkpointing", "parallel")
 
 
 @dataclass
@@ -250,8 +251,10 @@ def prepare_out(settings, ranks, checkpoint: Path | None, optimizer, about_data:
         if ranks.main:  # torn ones are kept to be looked at, where nobody resumes from them
             for torn in [path for path in checkpoints(out) if step_of(path) > step_of(checkpoint)]:
                 torn.rename(free_name(out, f"torn_{torn.name}"))
-        state = load_plain(checkpoint / "training_state.pt")  # as data alone: nothing of it runs
-        optimizer.load_state_dict(state["optimizer"])
+        with in_turn(ranks, wanted=settings.parallel == "fsdp"):
+            # As data alone: nothing of it runs.
+            state = load_plain(checkpoint / "training_state.pt")
+            load_optimizer(optimizer, state["optimizer"])
         return progress_of(state["progress"], run)
     written = [out / name for name in FILES]
     if ranks.main and (checkpoints(out) or any(path.exists() for path in written)):
@@ -279,13 +282,20 @@ def progress_of(saved: dict, run: dict) -> Progress:
     return Progress(**saved)
 
 
-def saver(parts: Parts, settings, facts: dict):
-    """-> save(step, state), as the loop wants it. facts: record.describe's."""
+def saver(parts: Parts, settings, ranks, facts: dict):
+    """-> save(step, state), as the loop wants it: every rank calls it, and rank 0 writes.
+
+    facts: record.describe's.
+    """
     trained = {name for name, p in parts.model.named_parameters() if p.requires_grad}
     changed = parts.held | trained | set(own_names(parts.model))
 
     def save(step: int, state: dict) -> None:
-        tensors = {name: p for name, p in parts.model.named_parameters() if name in changed}
+        tensors = whole({name: p for name, p in parts.model.named_parameters()
+                         if name in changed}, ranks)
+        state = whole(state, ranks)
+        if not ranks.main:
+            return
         metrics = Path(settings.out) / "metrics.jsonl"
         if metrics.exists():  # no checkpoint of a step whose line the machine has not yet written
             flush_to_disk(metrics)
