@@ -15,7 +15,7 @@ from model.checkpoint import newest_checkpoint
 from tests.parallel_worker import BATCH, CASES, LONGEST, PROCESSES, two_steps
 from tests.test_resume import Killed, die_in_step
 from tests.tiny import ROOT, environment, make_world, metrics, torchrun
-from training.distributed import start_ranks
+from training.distributed import start_ranks, store_of_this_try
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"),
                                 reason="torch 2.6 shares models out on GPUs only")
@@ -169,7 +169,7 @@ def test_one_process_then_two_with_shares_one_of_them_killed_then_one_again(
 
 
 FAILS = """
-from training.distributed import start_ranks
+from training.distributed import start_ranks, store_of_this_try
 with start_ranks() as ranks:
     ranks.wait()
     if ranks.rank == 1:
@@ -189,3 +189,13 @@ def test_a_rank_that_fails_ends_all_and_speaks_first(tmp_path):
     assert "ValueError: rank 1 has lost its disk" in first, done.stderr
     summary = done.stderr[done.stderr.index("Root Cause"):]
     assert "rank      : 1" in summary and "rank 1 has lost its disk" in summary, done.stderr
+
+
+def test_restarts_on_several_machines_need_a_new_store(monkeypatch):
+    for name, value in {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "3",
+                        "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        store_of_this_try()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")  # what that variable brings about
+    assert store_of_this_try() is None

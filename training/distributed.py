@@ -107,7 +107,8 @@ def start_ranks():
         # torchrun sets this so that many processes do not fight for the cores. One process alone
         # would train on one core at half speed or less: give each its fair share instead.
         torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE,
+                            store=store_of_this_try(), rank=rank, world_size=world_size)
     try:
         yield Ranks(rank, world_size, device)
     except BaseException as error:
@@ -116,6 +117,27 @@ def start_ranks():
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def store_of_this_try() -> dist.Store | None:
+    """Where the ranks find each other's addresses; None: where torch looks for it by itself.
+
+    With --max_restarts, torchrun keeps one store for all its tries. A rank that is early would
+    read the address that a dead one has left there, and wait for it (pytorch issue 135712). So
+    every try gets names of its own. Over several machines their numbers of tries are not the same;
+    there torchrun must be told to make a new store each time.
+    """
+    environment = os.environ
+    if (environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+            or environment.get("TORCHELASTIC_MAX_RESTARTS") == "0"):
+        return None
+    if environment["WORLD_SIZE"] != environment["LOCAL_WORLD_SIZE"]:
+        raise SystemExit("--max_restarts on several machines needs TORCH_DISABLE_SHARE_RDZV_TCP_"
+                         "STORE=1 in the environment of torchrun, on each of them: else a restart "
+                         "may wait for ranks of the try before")
+    store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]),
+                          is_master=False, timeout=PATIENCE)
+    return dist.PrefixStore(f"try_{environment['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def leave(error: BaseException, rank: int) -> None:
