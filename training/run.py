@@ -83,7 +83,7 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
             log = Log(settings, steps, progress, ranks.main)
             log.say(introduction(parts.model, optimizer, settings, data, batches, steps, ranks))
             log.say(f"numbers   {settings.dtype}: {why}")
-            if ranks.main:
+            if ranks.main and mesh is None:  # a prediction for shares of a model is not built
                 memory = predict(parts.model.config, settings, parts.processor.size,
                                  parts.template.image_tokens, ranks.device, ranks.world_size,
                                  parts.held)
