@@ -17,10 +17,12 @@ seconds for those that do not react) and, with --max_restarts, starts all anew.
 
 import os
 import sys
+import time
 import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -144,13 +146,17 @@ def leave(error: BaseException, rank: int) -> None:
     """Say why this rank fails, and end its process on the spot.
 
     Said while the others are still waiting, so it is the first error on the screen; those that
-    then lose the connection come after it. The same goes into torchrun's own summary.
+    then lose the connection come after it. They stay a little longer, so that torchrun too sees
+    who was first, and names that rank as the cause in its summary.
     """
     plain = isinstance(error, SystemExit)  # its text is written for people
     told = str(error.code) if plain else "".join(traceback.format_exception(error))
     print(f"rank {rank} failed: {told}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     get_error_handler().record_exception(error)
+    lost = "distributed" in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts
+    if lost and not plain:  # raised by a collective: most likely the echo of another rank's error
+        time.sleep(3)
     # A usual exit would take leave of the process group, which under nccl can wait for the others.
     os._exit(1)
 
