@@ -3,9 +3,9 @@
     parallel_worker.py DIRECTORY FLAGS...
 
 Forks 2 and 4 ranks, as torchrun would start them, which share the rows of batches of 4. For each
-way of sharing work and each choice of what is trained, DIRECTORY gets NUMBER_WAY_CASE.pt, what
-`two_steps` returns. The test calls the same function in one process to compare. A process joins
-its group once and no more: joining anew through the same store can wait for ever.
+of RUNS, DIRECTORY gets NUMBER_WAY_CASE.pt, what `two_steps` returns. The test calls the same
+function in one process to compare. A process joins its group once and no more: through the same
+store it could find an address of the time before, and wait there for ever.
 """
 
 import itertools
@@ -42,7 +42,10 @@ CASES = {
     "half": ["--lora", "--train_language", "none", "--train_vision", "--dtype", "bf16",
              "--checkpointing"],
 }
-PROCESSES, BATCH = (2, 4), 4
+BATCH = 4
+# How many ranks, which way, what is trained.
+RUNS = [(2, way, case) for way in ("ddp", "fsdp") for case in CASES]
+RUNS += [(4, way, case) for way in ("ddp", "fsdp") for case in ("everything", "lora")]
 LONGEST = 0.05  # gradients of the first step are cut down to this
 
 
@@ -99,12 +102,11 @@ def one_rank(rank: int, number: int, port: int, directory: str, flags: list) -> 
                       MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
     torch.set_num_threads(1)
     with start_ranks() as ranks:
-        for case, trained in CASES.items():
-            for way in ("ddp", "fsdp"):
-                told = two_steps(ranks, [*flags, "--batch_size", str(BATCH // number), *trained,
-                                         "--parallel", way])
-                if ranks.main:
-                    torch.save(told, f"{directory}/{number}_{way}_{case}.pt")
+        for _, way, case in [run for run in RUNS if run[0] == number]:
+            told = two_steps(ranks, [*flags, "--batch_size", str(BATCH // number), *CASES[case],
+                                     "--parallel", way])
+            if ranks.main:
+                torch.save(told, f"{directory}/{number}_{way}_{case}.pt")
 
 
 def free_port() -> int:
@@ -115,7 +117,7 @@ def free_port() -> int:
 
 def main():
     directory, *flags = sys.argv[1:]
-    for number in PROCESSES:
+    for number in sorted({number for number, _, _ in RUNS}):
         port, context = free_port(), multiprocessing.get_context("fork")
         processes = [context.Process(target=one_rank, args=(rank, number, port, directory, flags))
                      for rank in range(number)]

@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 
 import train_pretrain
 from model.checkpoint import newest_checkpoint
-from tests.parallel_worker import BATCH, CASES, LONGEST, PROCESSES, two_steps
+from tests.parallel_worker import BATCH, CASES, LONGEST, RUNS, two_steps
 from tests.test_resume import Killed, die_in_step
 from tests.tiny import ROOT, environment, make_world, metrics, torchrun
 from training.distributed import start_ranks, store_of_this_try
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"),
                                 reason="torch 2.6 shares models out on GPUs only")
+SHARED_OUT = [(number, case) for number, way, case in RUNS if way == "fsdp"]
 TWO = ["--standalone", "--nproc_per_node", "2"]
 
 
@@ -60,9 +61,7 @@ def difference(ours: dict, theirs: dict) -> float:
     return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("number", PROCESSES)
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("number, way, case", RUNS)
 def test_gradients_and_weights_are_those_of_one_process(shared, alone, way, number, case):
     told = shared(number, way, case)
     one = alone[case]
@@ -85,8 +84,7 @@ def test_gradients_and_weights_are_those_of_one_process(shared, alone, way, numb
         assert weights < 1e-4  # Adam divides by the gradient's size: rounding is magnified
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("number", PROCESSES)
+@pytest.mark.parametrize("number, case", SHARED_OUT)
 def test_the_gradient_is_clipped_by_the_length_of_the_whole(shared, alone, number, case):
     told = shared(number, "fsdp", case)
     assert told["norm"] == pytest.approx(alone[case]["norm"], rel=0.02 if case == "half" else 1e-5)
@@ -95,14 +93,13 @@ def test_the_gradient_is_clipped_by_the_length_of_the_whole(shared, alone, numbe
     assert length == pytest.approx(LONGEST, rel=1e-3)
 
 
-@pytest.mark.parametrize("number", PROCESSES)
-def test_each_rank_holds_its_share_and_no_more(shared, number):
+@pytest.mark.parametrize("number, case", SHARED_OUT)
+def test_each_rank_holds_its_share_and_no_more(shared, number, case):
     """Of all weights, frozen ones too; a tensor whose rows do not divide evenly costs a little."""
-    for case in CASES:
-        copies = shared(number, "ddp", case)["numbers"]
-        shares = shared(number, "fsdp", case)["numbers"]
-        assert sum(shares) == copies[0], "together they hold the model once"
-        assert max(shares) < 1.1 * copies[0] / number, (shares, copies)
+    copies = shared(number, "ddp", case)["numbers"]
+    shares = shared(number, "fsdp", case)["numbers"]
+    assert sum(shares) == copies[0], "together they hold the model once"
+    assert max(shares) < 1.1 * copies[0] / number, (shares, copies)
 
 
 @pytest.mark.parametrize("case", CASES)
