@@ -21,10 +21,10 @@ import torch
 from dataset.chat import DEFAULT_SYSTEM, FAMILIES, ChatTemplate
 from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
+from evaluation.conversation import Conversation
 from model.checkpoint import base_directory, find_base, find_model, load_checkpoint, read_config
 from model.language import LanguageModel
 from model.lora import merge_lora
-from training.conversation import Conversation
 
 HELP = """\
 /image PATH [PATH ...]   show pictures with the next thing you say
@@ -181,7 +181,7 @@ def main(arguments=None) -> None:
     try:
         model, template, processor = load(flags, flags.model)
         if flags.data:
-            from training.evaluate import evaluate  # here: a chat needs no plotting library
+            from evaluation.run import evaluate  # here: a chat needs no plotting library
 
             evaluate(flags, load, model, template, processor)
             return

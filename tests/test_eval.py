@@ -14,8 +14,8 @@ import eval as script
 import train_pretrain
 import train_sft
 from dataset.chat import Message
+from evaluation.conversation import Conversation, speed
 from model.checkpoint import find_model
-from training.conversation import Conversation, speed
 
 SAMPLING = {"max_new_tokens": 12}
 

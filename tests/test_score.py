@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from tiny import make_pair
 
-import training.report as report
-import training.score as score
+import evaluation.report as report
+import evaluation.score as score
 from dataset.chat import ChatTemplate, Message
 from dataset.formats import BadSample, Sample
 from dataset.images import ImageProcessor

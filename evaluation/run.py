@@ -13,10 +13,8 @@ from pathlib import Path
 import torch
 
 from dataset.mixture import open_mixture, split_source
-from model.checkpoint import find_model, read_run
-from model.projector import Projector
-from training.report import contact_sheet, loss_curve, write_scores
-from training.score import (
+from evaluation.report import contact_sheet, loss_curve, write_scores
+from evaluation.score import (
     answer_all,
     read_questions,
     share,
@@ -24,6 +22,8 @@ from training.score import (
     with_wrong_picture,
     without_picture,
 )
+from model.checkpoint import find_model, read_run
+from model.projector import Projector
 from training.setup import matching
 
 WORDS = {"before": "before training: a projector of noise", "pretrain": "after stage one",

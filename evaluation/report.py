@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dataset.chat import IMAGE
 from dataset.images import load_image
-from training.score import Answered, by_tag
+from evaluation.score import Answered, by_tag
 
 PICTURE, MARGIN = 288, 12  # pixels a side; pixels between cards
 COLUMNS, MOST_CARDS = 5, 40
