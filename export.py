@@ -34,7 +34,7 @@ from model.lora import merge_lora
 from model.peft import peft_adapter
 from model.weights import save
 from training.hub import files_to_push, listing, push
-from training.model_card import model_card
+from training.model_card import CURVE, metrics_of, model_card
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -141,6 +141,11 @@ FORMS = {"transformers": to_transformers, "merged": to_merged, "peft": to_peft, 
 
 def to_hub(flags, checkpoint: Path, directory: Path) -> None:
     card = model_card(checkpoint, flags.to, flags.push)
+    metrics = metrics_of(checkpoint)
+    if metrics:
+        from evaluation.report import loss_curve  # here: the other forms need no plotting library
+
+        loss_curve({read_run(checkpoint)["stage"]: metrics}, directory / CURVE)
     (directory / "README.md").write_text(card, encoding="utf-8")
     files = files_to_push(directory)
     print(listing(files, directory))

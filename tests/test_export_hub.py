@@ -104,7 +104,7 @@ def test_nothing_is_sent_before_yes_and_everything_after(run, hub, tmp_path, mon
     export.main(flags)
     shown = capsys.readouterr().out
     files = {path.name: path for path in (tmp_path / "out").iterdir()}
-    assert {"README.md", "model.safetensors", "config.json", "tokenizer.json",
+    assert {"README.md", "loss.png", "model.safetensors", "config.json", "tokenizer.json",
             "chat_template.jinja", "preprocessor_config.json"} <= files.keys()
     for name, path in files.items():
         assert f"{path.stat().st_size:,}  {name}\n" in shown
@@ -123,6 +123,7 @@ def test_the_card_tells_what_is_known(run, tmp_path):
     for text in ("pipeline_tag: image-text-to-text", "preset `qwen2.5-siglip`", "# mine",
                  "| language | language | not known here", "2 optimizer steps of 2 samples",
                  "LoRA of rank 16", "`data.jsonl` (6 samples)", "| After stage two | 85.5% |",
+                 "](loss.png)",
                  'from_pretrained("me/mine"'):
         assert text in card, text
     assert "secret_place" not in card and "base_model" not in card, "both towers are local"
@@ -139,6 +140,7 @@ def test_the_card_names_public_bases_and_their_licences(run, tmp_path):
     card = model_card(copy, "peft", "me/mine")
     assert "base_model:\n- Qwen/Qwen2.5-0.5B\n" in card and "library_name: peft" in card
     assert "| language | Qwen/Qwen2.5-0.5B | apache-2.0 |" in card and "## Scores" not in card
+    assert "loss.png" not in card, "this one has left its run"
     assert 'AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-0.5B")' in card
 
 

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 # Weights as safetensors alone: a pickle (.bin, .pt, .pth) can run code on whoever loads it.
-ALLOWED = (".safetensors", ".json", ".jinja", ".md")
+ALLOWED = (".safetensors", ".json", ".jinja", ".md", ".png")
 
 
 def files_to_push(directory: Path) -> list[Path]:

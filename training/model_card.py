@@ -1,6 +1,7 @@
 """The page of a model on the hub: run.json -> README.md.
 
     checkpoint (config.json, run.json) + scores.json beside it -> model_card -> text
+                metrics.jsonl beside it -> export.py draws loss.png, the text shows it
 
 It says what is known and nothing else: a licence that is not in the table below is "not known
 here". Of files and directories only the last name is told: where they lie concerns nobody.
@@ -21,6 +22,8 @@ LICENCES = {
     "google/siglip-so400m-patch14-384": "apache-2.0",
     "facebook/dinov2-small": "apache-2.0", "facebook/dinov2-base": "apache-2.0",
     "dataset/emoji/language": "apache-2.0", "dataset/emoji/vision": "apache-2.0"}
+
+CURVE = "loss.png"
 
 USES = {
     "transformers": """\
@@ -83,6 +86,8 @@ def model_card(checkpoint: Path, form: str, name: str) -> str:
               f"{settings['batch_size'] * settings['accumulate'] * run['processes']} samples, "
               f"peak learning rate {settings['learning_rate']:g}, "
               f"{how_language(settings)}. Data: {told_data(run['data'])}.", ""]
+    if metrics_of(checkpoint):
+        lines += [f"![The loss of each step]({CURVE})", ""]
     lines += score_lines(checkpoint)
     base = bases.get("language", "the language model")
     lines += ["## Use", "", USES[form].format(name=name, base=base)]
@@ -107,6 +112,12 @@ def told_data(data: dict) -> str:
     files = data.get("files") or [data]
     return ", ".join(f"`{Path(about['file']).name}`" for about in files) + (
         f" ({data['samples']:,} samples)")
+
+
+def metrics_of(checkpoint: Path) -> Path | None:
+    """What the run wrote at each step, if the checkpoint still lies in its run."""
+    file = checkpoint.parent / "metrics.jsonl"
+    return file if file.is_file() else None
 
 
 def score_lines(checkpoint: Path) -> list[str]:
