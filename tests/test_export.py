@@ -166,6 +166,34 @@ def test_64_greedy_tokens_are_the_same(pair):
         assert answer[0, len(ids):].tolist() == ours and len(ours) == 64, name
 
 
+def test_the_directory_says_what_vllm_reads(pair):
+    """vLLM cannot be installed everywhere. These are the fields that its LLaVA reads of config.json
+    (vllm/model_executor/models/llava.py), and the modules that its loader finds weights by."""
+    model, _, processor, _, public, directory = pair
+    config = json.loads((directory / "exported" / "config.json").read_text())
+    vision, text = config["vision_config"], config["text_config"]
+    assert config["architectures"] == ["LlavaForConditionalGeneration"]
+    assert text["architectures"][0] in ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
+    assert vision["model_type"] in ("siglip_vision_model", "clip_vision_model", "dinov2"), (
+        "docs/serving.md says that vLLM has no DINOv2")
+    assert config["projector_hidden_act"] in ("gelu", "linear"), "likewise of linear"
+    assert config["multimodal_projector_bias"] is True
+    # It builds the tower up to this layer, without the last norm; "default" drops a first token.
+    assert config["vision_feature_layer"] == -1
+    assert config["vision_feature_select_strategy"] == (
+        "default" if model.config.vision.class_token else "full")
+    assert (vision["image_size"], vision["image_size"]) == processor.size  # it checks the pixels
+    assert config["image_token_index"] == public.tokenizer.convert_tokens_to_ids(
+        public.image_token) < text["vocab_size"]
+    with safe_open(directory / "exported" / "model.safetensors", framework="pt") as file:
+        modules = {".".join(name.split(".")[:2]) for name in file.keys()}
+    eyes = {"vision_tower.embeddings", "vision_tower.encoder", "vision_tower.layernorm"} if (
+        vision["model_type"] == "dinov2") else {"vision_tower.vision_model"}
+    head = set() if text["tie_word_embeddings"] else {"language_model.lm_head"}
+    assert modules == {"language_model.model", *head, *eyes, "multi_modal_projector.linear_1",
+                       "multi_modal_projector.linear_2"}
+
+
 def test_the_answer_ends_where_ours_ends(pair):
     assert pair[3].generation_config.eos_token_id == pair[1].stop_ids
 
