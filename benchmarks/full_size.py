@@ -2,6 +2,7 @@
 
     python -m benchmarks.full_size                          every preset but qwen7b-clip
     python -m benchmarks.full_size --presets qwen3-clip --batch_size 4 --dtype fp32
+    python -m benchmarks.full_size --presets qwen2.5-1.5b-clip --stages sft --lora
 
     preset -> models in their published shapes, random numbers -> training/run.py -> a Markdown row
 
@@ -29,7 +30,8 @@ from dataset.chat import ChatTemplate
 from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
 from training import run
-from training.preset_list import ROOT, VISION, costs, empty_model, facts, image_tokens
+from training.memory import as_trained, planned, standing
+from training.preset_list import ROOT, VISION, empty_model, facts, image_tokens
 from training.preset_table import PRESETS
 from training.setup import Parts
 
@@ -42,19 +44,18 @@ HEAD = ("| preset | stage | trained | rows x tokens | numbers | seconds | peak m
 def random_parts(settings, checkpoint=None) -> Parts:
     """What setup.assemble makes of public weights, of random numbers in the same shapes."""
     torch.manual_seed(settings.seed)
-    preset = PRESETS[settings.preset]
     # The emoji tokenizer stands in for the model's own: which of its words a row holds costs
     # nothing, how many it holds does. So each is one token, and so is each image token.
     tokenizer = Tokenizer.from_directory(ROOT / "dataset/emoji/language")
-    template = ChatTemplate(tokenizer, image_tokens(preset), family="qwen2")
-    model = empty_model(preset)
+    template = ChatTemplate(tokenizer, image_tokens(settings), family="qwen2")
+    model = empty_model(settings)
     for tower in (model.language, model.vision):
         tower.bfloat16()  # as most are published; run.py gives each weight its numbers from there
     model.to_empty(device="cpu")
     model.config = replace(model.config, image_token_id=template.image_token_id)
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, float("norm" in name and parameter.ndim == 1), 0.02)
-    vision = facts(preset.vision, VISION)
+    vision = facts(settings.vision, VISION)
     side = vision.get("pixels", vision["image_size"])
     processor = ImageProcessor("SiglipImageProcessor", (side, side), None, 3, 1 / 255, (0.5,) * 3,
                                (0.5,) * 3)
@@ -113,6 +114,12 @@ def one_step(preset: str, stage: str, flags: list[str], batch_size: int) -> str:
             f"{peak_bytes() / 1e9:.1f} GB |")
 
 
+def needed_bytes(preset: str, stage: str, flags: list[str]) -> int:
+    """What stands in memory whatever the rows are: weights, gradients, AdamW's averages."""
+    (config, settings, *_), _ = planned(preset, stage, flags, torch.device("cpu"))
+    return sum(standing(as_trained(config, settings)))
+
+
 def free_bytes() -> int:
     """What is left of the device's memory; where the system does not tell, all of it counts."""
     if torch.cuda.is_available():
@@ -142,10 +149,10 @@ def main(arguments=None) -> None:
             if flags.here:
                 print(one_step(preset, stage, numbers, flags.batch_size), flush=True)
                 continue
-            if costs(preset)[stage] > free_bytes():
-                print(f"| `{preset}` | {stage} | needs {costs(preset)[stage] / 1e9:.1f} GB before "
-                      f"the first layer runs, {free_bytes() / 1e9:.1f} GB are free | | | | |",
-                      flush=True)
+            needed = needed_bytes(preset, stage, numbers)
+            if needed > free_bytes():
+                print(f"| `{preset}` | {stage} | needs {needed / 1e9:.1f} GB before the first "
+                      f"layer runs, {free_bytes() / 1e9:.1f} GB are free | | | | |", flush=True)
                 continue
             began = time.monotonic()
             done = subprocess.run(

@@ -19,9 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataset.batching import Batch  # noqa: E402, found through the line above
 from training.distributed import start_ranks  # noqa: E402
 from training.loop import backward  # noqa: E402
-from training.memory import hollow, planned, predict, table  # noqa: E402
-from training.optim import choose_trained, make_optimizer  # noqa: E402
-from training.precision import store_weights  # noqa: E402
+from training.memory import as_trained, planned, predict, table  # noqa: E402
+from training.optim import make_optimizer  # noqa: E402
 
 
 def peak() -> int:
@@ -31,12 +30,7 @@ def peak() -> int:
 
 
 def random_model(config, settings):
-    """As a run has it: adapters, frozen parts, dtypes."""
-    model = hollow(config)
-    choose_trained(model, settings, None)
-    own = {f"projector.{name}" for name, _ in model.projector.named_parameters()}
-    store_weights(model, settings.dtype, own)
-    model.set_checkpointing(settings.checkpointing)
+    model = as_trained(config, settings)
     model.to_empty(device="cpu")
     with torch.no_grad():
         for parameter in model.parameters():

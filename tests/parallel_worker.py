@@ -41,11 +41,13 @@ CASES = {
     "lora": ["--lora", "--lora_rank", "2", "--train_language", "none"],  # 2 rows, on 4 ranks
     "half": ["--lora", "--train_language", "none", "--train_vision", "--dtype", "bf16",
              "--checkpointing"],
+    "scaled": ["--lora", "--train_language", "none", "--dtype", "fp16"],  # as on a V100
 }
 BATCH = 4
 # How many ranks, which way, what is trained.
 RUNS = [(2, way, case) for way in ("ddp", "fsdp") for case in CASES]
 RUNS += [(4, way, case) for way in ("ddp", "fsdp") for case in ("everything", "lora")]
+SCALE = 1024.0  # of fp16's loss: far from what overflows here
 LONGEST = 0.05  # gradients of the first step are cut down to this
 
 
@@ -68,10 +70,12 @@ def first_gradients(ranks, flags) -> dict:
     micro = [batch for batch, _ in itertools.islice(batches.epoch(0), settings.accumulate)]
     micro = [batch for batch in (to_compute(batch, settings) for batch in micro) if batch]
     supervised, = ranks.sum(sum(batch.supervised for batch in micro))
+    scale = SCALE if settings.dtype == "fp16" else 1.0
     for batch in micro:
-        backward(model, batch, supervised, settings, ranks)
+        backward(model, batch, supervised, settings, ranks, scale)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     sum_gradients([*named.values()], ranks)
+    torch._foreach_div_([p.grad for p in named.values()], scale)
     summed = whole({name: p.grad.clone() for name, p in named.items()}, ranks)
     norm = clip_gradients([*named.values()], LONGEST, ranks)
     return {"gradients": summed, "norm": norm,
@@ -89,7 +93,7 @@ def two_steps(ranks, flags) -> dict:
     settings, model, batches = prepare(ranks, [*flags, "--steps", "2"])
     optimizer = make_optimizer(model, settings)
     training.loop.train(model, batches, optimizer, settings, ranks, Quiet(), lambda *_: None,
-                        Progress())
+                        Progress(scale=SCALE))
     own = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel()
               for p in model.parameters())
     return {**told, "weights": whole(dict(model.named_parameters()), ranks),

@@ -55,3 +55,11 @@ def test_the_command_as_it_is_typed(monkeypatch, capsys):
     monkeypatch.setattr(full_size, "free_bytes", lambda: 10**6)
     full_size.main(["--presets", "qwen3-clip"])
     assert capsys.readouterr().out.count("GB before the first layer runs, 0.0 GB are free") == 2
+
+
+def test_what_is_needed_follows_the_flags():
+    """1.5 billion trained numbers of 16 bytes; or frozen ones of 2, and a few adapters."""
+    whole, adapters = (full_size.needed_bytes("qwen2.5-1.5b-clip", "sft",
+                                              ["--dtype", "bf16", *more])
+                       for more in ([], ["--lora"]))
+    assert whole > 16 * 1_543_714_304 > 6 * adapters > 6 * 2 * 1_543_714_304

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import eval as chat
 import train_pretrain
 import train_sft
 from dataset.batching import Batches
@@ -213,7 +214,8 @@ def test_which_samples_must_be_said(world, tmp_path):
 
 
 def test_overfit_learns_a_few_samples_by_heart(world, tmp_path, capsys):
-    """Four samples, all of the little model: its loss falls to nearly 0."""
+    """Four samples, all of the little model: its loss falls to nearly 0, and it says what it has
+    learned and no more: a model that was not taught to end would go on to the 64th token."""
     flags = [*world, "--model", "none", "--train_language", "all", "--overfit", "4",
              "--eval_every", "50", "--batch_size", "4", "--save_every", "500"]
     position = flags.index("--steps")
@@ -225,6 +227,9 @@ def test_overfit_learns_a_few_samples_by_heart(world, tmp_path, capsys):
     assert "overfit   these 4 samples only" in told and "held-out samples are not looked" in told
     assert not (tmp_path / "evaluations.jsonl").exists()
     assert newest_checkpoint(tmp_path).name == "step_000200"
+    chat.main(["--model", str(tmp_path), "--image", str(Path(world[5]).parent / "green.png"),
+               "--prompt", "Which colour?", "--max_new_tokens", "64"])
+    assert capsys.readouterr().out == "It is green!\n"
 
 
 def test_overfit_takes_the_first_samples_in_every_epoch(world):

@@ -1,6 +1,7 @@
 """Claims: sharing a model out changes nothing but who holds what; nobody waits for ever; a rank
 that dies ends the others, or all start anew and go on."""
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -16,10 +17,13 @@ from tests.parallel_worker import BATCH, CASES, LONGEST, RUNS, two_steps
 from tests.test_resume import Killed, die_in_step
 from tests.tiny import ROOT, environment, make_world, metrics, torchrun
 from training.distributed import start_ranks, store_of_this_try
+from training.log import stopped
+from training.loop import Progress
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"),
                                 reason="torch 2.6 shares models out on GPUs only")
 SHARED_OUT = [(number, case) for number, way, case in RUNS if way == "fsdp"]
+HALF = ("half", "scaled")  # 8 and 11 bits
 TWO = ["--standalone", "--nproc_per_node", "2"]
 
 
@@ -73,7 +77,7 @@ def test_gradients_and_weights_are_those_of_one_process(shared, alone, way, numb
     gradients = difference(told["gradients"], one["gradients"])
     weights = difference(told["weights"], one["weights"])
     print(f"{way} on {number}, {case}: gradients {gradients:.1e}, weights {weights:.1e}")
-    if case == "half":  # in 8 bits; fsdp rounds the language model's norms to them, too
+    if case in HALF:  # fsdp rounds the language model's norms, too
         ours, theirs = (torch.cat([g.flatten() for g in told["gradients"].values()])
                         for told in (told, one))
         relative = ((ours - theirs).norm() / theirs.norm()).item()
@@ -87,7 +91,7 @@ def test_gradients_and_weights_are_those_of_one_process(shared, alone, way, numb
 @pytest.mark.parametrize("number, case", SHARED_OUT)
 def test_the_gradient_is_clipped_by_the_length_of_the_whole(shared, alone, number, case):
     told = shared(number, "fsdp", case)
-    assert told["norm"] == pytest.approx(alone[case]["norm"], rel=0.02 if case == "half" else 1e-5)
+    assert told["norm"] == pytest.approx(alone[case]["norm"], rel=0.02 if case in HALF else 1e-5)
     assert told["norm"] > LONGEST, "or nothing would be clipped"
     length = torch.cat([g.flatten() for g in told["clipped"].values()]).norm().item()
     assert length == pytest.approx(LONGEST, rel=1e-3)
@@ -110,7 +114,8 @@ def test_the_optimizers_state_is_the_same_whoever_held_it(shared, case):
     for number, state in ddp["state"].items():
         assert {n: t.shape for n, t in state.items()} == {
             n: t.shape for n, t in fsdp["state"][number].items()}
-        if case != "half":
+        assert state["step"] == 2, "fp16 skipped no step"
+        if case not in HALF:
             assert difference(state, fsdp["state"][number]) < 1e-6
 
 
@@ -160,7 +165,10 @@ def test_one_process_then_two_with_shares_one_of_them_killed_then_one_again(
     # One held-out sample: rank 1 had no row, and kept in step.
     ours, theirs = (json.loads((run / "evaluations.jsonl").read_text()) for run in (out, whole))
     assert ours == pytest.approx(theirs, abs=1e-4) and ours["samples"] == 1, ours
+    names = [sorted(path.name for path in (run / "step_000008").iterdir()) for run in (out, whole)]
+    assert names[0] == names[1]
     weights = [load_file(run / "step_000008" / "model.safetensors") for run in (out, whole)]
+    assert len({str({n: (t.dtype, t.shape) for n, t in held.items()}) for held in weights}) == 1
     print(f"largest weight difference {difference(*weights):.1e}")
     assert difference(*weights) < 1e-4
 
@@ -186,6 +194,15 @@ def test_a_rank_that_fails_ends_all_and_speaks_first(tmp_path):
     assert "ValueError: rank 1 has lost its disk" in first, done.stderr
     summary = done.stderr[done.stderr.index("Root Cause"):]
     assert "rank      : 1" in summary and "rank 1 has lost its disk" in summary, done.stderr
+
+
+def test_the_command_that_goes_on_on_two_machines(monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "test", "GROUP_WORLD_SIZE": "2",
+                        "LOCAL_WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    told = stopped(Progress(step=7), "sft", argparse.Namespace(out="out"))
+    assert "step 7 is finished" in told and "on each machine and with the --rdzv flags" in told
+    assert told.endswith("torchrun --nproc_per_node 8 --nnodes 2 train_sft.py --resume --out out")
 
 
 def test_restarts_on_several_machines_need_a_new_store(monkeypatch):

@@ -176,12 +176,14 @@ def introduction(model, optimizer, settings, data, batches, steps: int, ranks) -
 
 def stopped(progress, stage: str, settings) -> str:
     """After a signal: what is there, and the command that goes on from it."""
-    program = "python"
+    program, where = "python", ""
     if dist.is_torchelastic_launched():
         program = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}"
         nodes = os.environ["GROUP_WORLD_SIZE"]
-        program += f" --nnodes {nodes}" if nodes != "1" else ""
-    return (f"asked to stop: step {progress.step} is finished and saved. To go on:\n"
+        if nodes != "1":
+            program += f" --nnodes {nodes}"
+            where = ", on each machine and with the --rdzv flags of before"
+    return (f"asked to stop: step {progress.step} is finished and saved. To go on{where}:\n"
             f"{program} train_{stage}.py --resume --out {shlex.quote(str(settings.out))}")
 
 
@@ -204,7 +206,7 @@ def closing(summary: dict, checkpoint: Path, next_command: str) -> str:
             (("peak_memory", "in a process"), ("peak_gpu_memory", "on a GPU")) if s[name]),
     ]
     if s["last_loss"] is not None:
-        lines.append(f"last loss {s['last_loss']:.3f}")
+        lines.append(f"last loss {s['last_loss']:.3f}, lowest of a step {s['best_loss']:.3f}")
     if s["best_eval_loss"] is not None:
         wrong = s["last_evaluation"]["eval_loss_wrong_picture"]
         lines.append(f"best held-out loss {s['best_eval_loss']:.3f} at step {s['best_eval_step']}, "

@@ -29,6 +29,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from model.checkpoint import own_names
 from model.language import LanguageModel
 from model.projector import Projector
 from model.vision import VisionTransformer
@@ -77,12 +78,7 @@ def predict(config, settings, size: tuple[int, int], K: int, device: torch.devic
     """config: a VLMConfig. size: (H,W) of the pictures, K: tokens of one. keep: as store_weights
     takes it. A batch is taken to be as large as it can be: every row has a picture and is
     max_length long."""
-    model = hollow(config)
-    plain = argparse.Namespace(**{**vars(settings), "lora_from": None})
-    choose_trained(model, plain, None)
-    projector = {f"projector.{name}" for name, _ in model.projector.named_parameters()}
-    store_weights(model, settings.dtype, projector | set(keep))
-    model.set_checkpointing(settings.checkpointing)
+    model = as_trained(config, settings, keep)
     weights, gradients, optimizer = standing(model)
     kept, logits, peak = step_of(model.train(), settings, size, K)
     # Several ranks sum their gradients in one flat buffer (distributed.py).
@@ -92,12 +88,17 @@ def predict(config, settings, size: tuple[int, int], K: int, device: torch.devic
                   weights + optimizer + step + gaps)
 
 
-def hollow(config) -> VLM:
-    """The model on the "meta" device: shapes and no numbers."""
+def as_trained(config, settings, keep=frozenset()) -> VLM:
+    """The model as a run has it, adapters, frozen parts and each weight's numbers, on the "meta"
+    device: shapes and no numbers."""
     with torch.device("meta"):
-        return VLM(config, LanguageModel(config.language), VisionTransformer(config.vision),
-                   Projector(config.projector, config.vision.hidden_size,
-                             config.language.hidden_size, config.pixel_shuffle))
+        model = VLM(config, LanguageModel(config.language), VisionTransformer(config.vision),
+                    Projector(config.projector, config.vision.hidden_size,
+                              config.language.hidden_size, config.pixel_shuffle))
+    choose_trained(model, argparse.Namespace(**{**vars(settings), "lora_from": None}), None)
+    store_weights(model, settings.dtype, set(own_names(model)) | set(keep))
+    model.set_checkpointing(settings.checkpointing)
+    return model
 
 
 class Alive(TorchDispatchMode):

@@ -33,7 +33,8 @@ class Recipe:
     weight_decay: float = 0.01
     warmup_ratio: float = 0.03
     clip: float = 1.0
-    dtype: str = "auto"  # or "bf16", "fp32"
+    dtype: str = "auto"  # or "bf16", "fp16", "fp32"
+    checkpointing: bool = False  # blocks are computed again in the backward pass: less memory
     save_every: int = 500
     keep: int = 3
     train_projector: bool = True
@@ -177,15 +178,18 @@ PRESETS = {
                    Download("trl-lib/llava-instruct-mix", ("data/train-*.parquet",),
                             "dataset/llava-instruct-mix", None))),
 
-    # 256 image tokens, or one with --features class or --features pooled. On 4 V100s the write-up
-    # computes in fp16 with a gradient scaler and checkpoints activations: no flags for these yet.
-    # It does not name its files; captions and conversations of the same kind stand here.
+    # 256 image tokens, or one with --features class or --features pooled. The write-up trains on 4
+    # V100s of 32 GB: in fp16 with a gradient scaler, which is what "auto" picks on such cards, with
+    # accumulation and checkpointing. Stage two holds 32 GB of weights, gradients and averages on
+    # each card: --parallel fsdp gives each a quarter. The write-up does not name its files;
+    # captions and conversations of the same kind stand here.
     "qwen2.5-1.5b-clip": Preset(
         language="Qwen/Qwen2.5-1.5B-Instruct", vision="openai/clip-vit-large-patch14",
         template="qwen2.5-instruct",
-        pretrain=replace(CAPTIONS, batch_size=8, accumulate=8),
+        pretrain=replace(CAPTIONS, batch_size=8, accumulate=8, checkpointing=True),
         sft=Recipe(data=f"{COCO}/llava_instruct_150k.json", learning_rate=2e-5, batch_size=4,
-                   accumulate=8, train_language="all", max_length=1024, weight_decay=0.0),
+                   accumulate=8, train_language="all", max_length=1024, weight_decay=0.0,
+                   checkpointing=True),
         downloads=(*CC3M_FILES,
                    Download("liuhaotian/LLaVA-Instruct-150K", ("llava_instruct_150k.json",), COCO,
                             0.229),

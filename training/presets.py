@@ -139,7 +139,7 @@ def resolve(flags: argparse.Namespace, stage: str, earlier: dict) -> argparse.Na
     others = {"seed": 0, "workers": 2, "max_bad": 0.01, "full_checkpoint": False, "model": None,
               "eval_every": 0, "eval_data": None, "eval_samples": None, "overfit": None,
               "log": None, "log_samples": False, "lora_from": None,
-              "checkpointing": False, "init_projector": None, "parallel": "ddp"}
+              "init_projector": None, "parallel": "ddp"}
     settings = {**others, **settings_of_preset(preset, stage), **earlier, **given,
                 "preset": preset}
     if "epochs" in given and "steps" not in given:

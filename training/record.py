@@ -140,6 +140,7 @@ def summarise(out, progress, wall_seconds: float, ranks) -> dict | None:
         "peak_memory": memory, "peak_gpu_memory": gpu_memory,
         "overflow_steps": progress.overflows,  # skipped, with fp16
         "last_loss": metrics[-1]["loss"] if metrics else None,
+        "best_loss": min((line["loss"] for line in metrics), default=None),
         "best_eval_loss": best.get("eval_loss"), "best_eval_step": best.get("step"),
         "last_evaluation": evaluations[-1] if evaluations else None,
     }
