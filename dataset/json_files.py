@@ -93,10 +93,13 @@ class CocoData:
     def __init__(self, file: Path, images_dir: Path):
         self.images_dir = images_dir
         self.annotations, self.images = Pieces(file), Pieces(file)
+        self.pictures = array("q")  # for each annotation the id of its picture, -1 for none
         ids = array("q")
         for key, value, start, size, line in walk_object(file):
             if key == "annotations":
                 self.annotations.append(start, size, line)
+                number = value.get("image_id") if isinstance(value, dict) else None
+                self.pictures.append(number if is_id(number) else -1)
             if key == "images":
                 if not isinstance(value, dict) or not is_id(value.get("id")):
                     raise ValueError(f"{file}:{line}: an image without a number as its 'id': "
@@ -117,6 +120,10 @@ class CocoData:
 
     def sample(self, i: int, draw: int = 0) -> Sample:
         i = range(len(self))[i]
+        return to_sample(self.record(i), self.images_dir, self.annotations.where(i), i, draw)
+
+    def record(self, i: int) -> dict:
+        """Annotation i and its picture's name: {"caption": "A cat.", "image": ["9.jpg"]}."""
         where, annotation = self.annotations.where(i), self.annotations.read(i)
         if "caption" not in annotation:
             raise BadSample(where, "the annotation has no 'caption'; boxes and key points cannot "
@@ -130,8 +137,7 @@ class CocoData:
         if not isinstance(image.get("file_name"), str):
             raise BadSample(where, f"image {number} has no 'file_name' "
                                    f"({self.images.where(self.order[place])})")
-        record = {"caption": annotation["caption"], "image": [image["file_name"]]}
-        return to_sample(record, self.images_dir, where, i, draw)
+        return {"caption": annotation["caption"], "image": [image["file_name"]]}
 
 
 def is_id(value) -> bool:
