@@ -65,9 +65,11 @@ def read_flags(arguments=None) -> argparse.Namespace:
             parser.error(f"--{name} {getattr(flags, name)}: expected a number above 0")
     if flags.template and flags.model != "none":
         parser.error("--template needs --model none: a checkpoint is asked as it was trained")
-    for name in ("report", "suffix"):
-        if getattr(flags, name) is not None and not flags.data:
+    for name in ("report", "suffix", "metric"):
+        if getattr(flags, name) not in (None, "auto") and not flags.data:
             parser.error(f"--{name} needs --data")
+    if flags.image and flags.data:
+        parser.error("--image is for a chat; with --data the file names the pictures")
     return flags
 
 

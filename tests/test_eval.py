@@ -207,6 +207,7 @@ def test_newest_checkpoint_and_what_to_do_without_one(world, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("wrong", [["--report", "x"], ["--suffix", "x"], ["--metric", "f1"],
+                                   ["--metric", "vqa"], ["--image", "a", "--data", "b"],
                                    ["--max_new_tokens", "0"], ["--dtype", "fp64"]])
 def test_flags_that_make_no_sense(wrong, capsys):
     with pytest.raises(SystemExit):

@@ -248,7 +248,7 @@ TAKE_TERMINAL = ("import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCT
 
 
 class Screen:
-    """eval.py in a pseudo-terminal of 80 x 24: type, and wait for what it writes."""
+    """eval.py in a pseudo-terminal of 160 x 40: type, and wait for what it writes."""
 
     def __init__(self, arguments, home, **environ):
         import fcntl
@@ -257,7 +257,7 @@ class Screen:
         import termios
 
         self.master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
         plain = {key: value for key, value in environment().items()
                  if key not in ("NO_COLOR", "COLORTERM")}
         command = [sys.executable, "-c", TAKE_TERMINAL, str(ROOT / "eval.py"), "--device", "cpu",
