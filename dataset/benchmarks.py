@@ -316,9 +316,12 @@ class CaptionData:
 
     def __init__(self, file: Path, images_dir: Path, suffix: str):
         self.coco, self.images_dir, self.suffix = CocoData(file, images_dir), images_dir, suffix
+        # Training has no use for this, so CocoData keeps no picture's number: a second walk.
+        found = (value for key, value, *_ in walk_object(file) if key == "annotations")
         self.captions = {}  # {id of a picture: its annotations' places}
-        for place, number in enumerate(self.coco.pictures):
-            self.captions.setdefault(number, []).append(place)
+        for place, value in enumerate(found):
+            number = value.get("image_id") if isinstance(value, dict) else None
+            self.captions.setdefault(number if is_id(number) else None, []).append(place)
         self.numbers = list(self.captions)
 
     def __len__(self) -> int:

@@ -93,13 +93,10 @@ class CocoData:
     def __init__(self, file: Path, images_dir: Path):
         self.images_dir = images_dir
         self.annotations, self.images = Pieces(file), Pieces(file)
-        self.pictures = array("q")  # for each annotation the id of its picture, -1 for none
         ids = array("q")
         for key, value, start, size, line in walk_object(file):
             if key == "annotations":
                 self.annotations.append(start, size, line)
-                number = value.get("image_id") if isinstance(value, dict) else None
-                self.pictures.append(number if is_id(number) else -1)
             if key == "images":
                 if not isinstance(value, dict) or not is_id(value.get("id")):
                     raise ValueError(f"{file}:{line}: an image without a number as its 'id': "

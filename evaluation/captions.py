@@ -4,8 +4,9 @@
 
 BLEU comes from sacrebleu. CIDEr is written here: its only package, pycocoevalcap, weighs 104 MB
 and had its last release in 2020; the tests compare with it. The published COCO figures cut words
-with a Java program (Stanford's PTB tokenizer). `words` gives the same words for nearly all
-captions, without Java; the exceptions are rare (e.g. "gonna", which that one cuts in two).
+with a Java program (Stanford's PTB tokenizer). `words` gives the same words without Java, but for
+brackets, which that one turns into words (-lrb-), abbreviations ("mr." keeps its period there) and
+slang ("gon na").
 """
 
 import math
@@ -17,9 +18,10 @@ import numpy as np
 ORDERS = 4  # n-grams of 1 to 4 words
 SIGMA = 6.0  # of the penalty for another length, in words
 # A Chinese character; a word, with hyphens, apostrophes and numbers (3.5) inside; else a mark.
-WORD = re.compile("[\u3400-\u9fff\uf900-\ufaff]|[^\\W\u3400-\u9fff\uf900-\ufaff]+"
+WORD = re.compile("[\u3400-\u9fff\uf900-\ufaff]|&|[^\\W\u3400-\u9fff\uf900-\ufaff]+"
                   "(?:[-'.,/&][^\\W\u3400-\u9fff\uf900-\ufaff]+)*")
-CLITIC = re.compile(r"(n't|'(?:s|re|ve|ll|d|m))$")  # "don't" is do n't, "man's" is man 's
+# Cut off: "don't" is do n't, "man's" is man 's, "cannot" is can not.
+CLITIC = re.compile(r"(n't|'(?:s|re|ve|ll|d|m)|(?<=^can)not)$")
 
 
 def words(text: str) -> list[str]:

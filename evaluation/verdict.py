@@ -32,7 +32,7 @@ def judged(metric: str, answers: dict[str, list], rows: dict) -> dict:
         between = intervals(metric, found)
         told[condition] = {name: {"value": value, "low": between[name][0], "high": between[name][1]}
                            for name, value in figures(metric, found.mean(0)).items()}
-    for condition in CONTROLS.keys() & rows.keys():
+    for condition in [name for name in CONTROLS if name in rows]:
         place = {key(a): i for i, a in enumerate(answers["sft"])}
         pairs = [(place[key(a)], j) for j, a in enumerate(answers[condition]) if key(a) in place]
         if pairs:

@@ -7,11 +7,9 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from tiny import make_world
+from tiny import make_runs
 
 import eval as script
-import train_pretrain
-import train_sft
 from dataset.chat import Message
 from evaluation.conversation import Conversation, speed
 
@@ -20,14 +18,7 @@ SAMPLING = {"max_new_tokens": 12}
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Both stages on tiny towers, a few steps each -> (directory, the runs' directory)."""
-    directory = tmp_path_factory.mktemp("world")
-    flags = make_world(directory)
-    towers, rest = flags[:4], flags[4:]
-    train_pretrain.main([*towers, *rest, "--out", str(directory / "pretrain")])
-    train_sft.main([*rest, "--lora", "--model", str(directory / "pretrain"),
-                    "--out", str(directory / "sft")])
-    return directory
+    return make_runs(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture

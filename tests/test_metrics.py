@@ -148,6 +148,7 @@ def test_words_of_english_and_chinese():
     assert words("A man's T-shirt, isn't it? 3.5 m!") == [
         "a", "man", "'s", "t-shirt", "is", "n't", "it", "3.5", "m"]
     assert words("一只猫, 2 dogs") == ["一", "只", "猫", "2", "dogs"]
+    assert words("I cannot see black & white") == ["i", "can", "not", "see", "black", "&", "white"]
     assert words("It’s") == ["it", "'s"] and words("?!") == []
 
 
