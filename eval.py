@@ -2,7 +2,8 @@
 
     python eval.py                                            chat with the newest checkpoint
     python eval.py --image cat.jpg --prompt "Who is it?"      one answer on stdout, nothing else
-    python eval.py --data FILE --images DIR                   share of exact answers
+    echo "Who is it?" | python eval.py --image cat.jpg        the same, for each line an answer
+    python eval.py --data FILE --images DIR                   scores, as the data's authors count
     python eval.py --data emoji                               the same, on unseen emoji scenes
     python eval.py --model none --language DIR                chat with a language model alone
 
@@ -10,11 +11,7 @@ Flow: checkpoint directory -> load -> model, template, processor -> chat, one an
 """
 
 import argparse
-import contextlib
-import os
-import shlex
 import sys
-from pathlib import Path
 
 import torch
 
@@ -22,17 +19,11 @@ from dataset.chat import DEFAULT_SYSTEM, FAMILIES, ChatTemplate
 from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
 from evaluation.conversation import Conversation
+from evaluation.metrics import METRICS
+from evaluation.terminal import chat, say
 from model.checkpoint import base_directory, find_base, find_model, load_checkpoint, read_config
 from model.language import LanguageModel
 from model.lora import merge_lora
-
-HELP = """\
-/image PATH [PATH ...]   show pictures with the next thing you say
-/scene N                 show unseen scene number N of the emoji world, and save it to look at
-/reset                   forget the conversation
-/system TEXT             forget it, and begin with this system turn
-/speed                   tokens per second of the last answer
-/quit                    end (as Ctrl-D does); Ctrl-C stops an answer"""
 
 
 def read_flags(arguments=None) -> argparse.Namespace:
@@ -42,7 +33,8 @@ def read_flags(arguments=None) -> argparse.Namespace:
         "in out/pretrain); none: the language model of --language alone")
     add("--language", help="where the public language model lies, if not where it was in training")
     add("--vision", help="where the public vision tower lies, if not where it was in training")
-    add("--image", nargs="+", default=[], metavar="PICTURE", help="pictures shown with --prompt")
+    add("--image", nargs="+", default=[], metavar="PICTURE", help="pictures shown "
+        "with --prompt, or with the first thing you say")
     add("--prompt", help="ask this once: only the answer goes to stdout")
     add("--system", help='system turn; "": none (default: as in training)')
     add("--template", choices=FAMILIES, help="with --model none: whose chat template (default: by "
@@ -50,10 +42,14 @@ def read_flags(arguments=None) -> argparse.Namespace:
     add("--data", nargs="+", metavar="FILE", help="files of conversations to score, or emoji: "
         "unseen scenes; \"part-*.parquet\" is each such file")
     add("--images", help="directory that the file's picture names are relative to")
+    add("--metric", choices=("auto", *METRICS), default="auto", help="with --data: how an answer "
+        "is scored (%(default)s: as the authors of the data do; exact for conversations)")
+    add("--suffix", help="with --data: said behind each question of a benchmark, which decides the "
+        "form of the answer (default: the usual words for its metric; \"\": nothing)")
     add("--limit", type=int, help="score the first so many samples only")
     add("--batch_size", type=int, default=64, help="questions answered at once (%(default)s)")
-    add("--report", metavar="DIR", help="with --data: also score the model before each stage, and "
-        "without or with a wrong picture; write scores.json, answers.jsonl and two PNG files here")
+    add("--report", metavar="DIR", help="with --data: write scores.json and answers.jsonl here, "
+        "not to out/scores/DATA; also score the model before each stage, and draw two PNG files")
     add("--max_new_tokens", type=int, default=256, help="longest answer (%(default)s)")
     add("--temperature", type=float, default=0.0, help="0: always the likeliest token")
     add("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all")
@@ -67,12 +63,13 @@ def read_flags(arguments=None) -> argparse.Namespace:
     for name in ("max_new_tokens", "batch_size", "repetition_penalty"):
         if not getattr(flags, name) > 0:
             parser.error(f"--{name} {getattr(flags, name)}: expected a number above 0")
-    if flags.image and flags.prompt is None:
-        parser.error("--image needs --prompt; in the chat, /image shows a picture")
     if flags.template and flags.model != "none":
         parser.error("--template needs --model none: a checkpoint is asked as it was trained")
-    if flags.report and not flags.data:
-        parser.error("--report needs --data")
+    for name in ("report", "suffix", "metric"):
+        if getattr(flags, name) not in (None, "auto") and not flags.data:
+            parser.error(f"--{name} needs --data")
+    if flags.image and flags.data:
+        parser.error("--image is for a chat; with --data the file names the pictures")
     return flags
 
 
@@ -107,75 +104,6 @@ def load(flags, name: str | None):
     return model.to(device), template, processor
 
 
-def chat(conversation: Conversation, stats: bool) -> None:
-    """Lines from the terminal, or from a pipe: then only answers go to stdout."""
-    person = sys.stdin.isatty()
-    notes = sys.stdout if person else sys.stderr
-    if person:
-        print(f"{HELP}\n")
-        with contextlib.suppress(ImportError):  # Windows has none, and edits lines by itself
-            import readline  # noqa: F401, being there it gives input() the arrow keys
-    while True:
-        try:
-            line = input("you: " if person else "").strip()
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            if not person:
-                raise
-            print("\n/quit ends the chat")
-            continue
-        if line == "/quit":
-            return
-        try:
-            if line.startswith("/"):
-                print(command(conversation, line), file=notes)
-            elif line:
-                for piece in conversation.reply(line):
-                    print(piece.replace("\x1b", "\u241b"), end="", flush=True)
-                print()
-                if stats:
-                    print(f"[{conversation.speed}]", file=sys.stderr)
-        except (OSError, ValueError) as error:
-            print(error, file=notes)
-        except KeyboardInterrupt:
-            if not person:
-                raise
-            print(" [stopped]")
-
-
-def command(conversation: Conversation, line: str) -> str:
-    """Carry out one /command -> what to tell."""
-    name, _, rest = line.partition(" ")
-    rest = rest.strip()
-    if name == "/image" and rest:
-        # A path with spaces needs no quotes when it is the only one.
-        paths = [rest] if Path(rest).is_file() else shlex.split(rest, posix=os.name != "nt")
-        for path in paths:
-            conversation.show(path)
-        return f"{len(conversation.waiting)} picture(s) go with the next thing you say"
-    if name == "/scene" and rest.isdecimal():
-        return show_scene(conversation, int(rest))
-    if name == "/reset":
-        conversation.reset()
-        return "forgotten"
-    if name == "/system" and rest:
-        conversation.reset(rest)
-        return "a new conversation with this system turn"
-    return conversation.speed if name == "/speed" else HELP
-
-
-def show_scene(conversation: Conversation, number: int) -> str:
-    from dataset.emoji.world import TEST_START, picture, scene  # here: most chats do not need it
-
-    image = picture(scene(TEST_START + number))
-    path = Path("out") / f"scene_{number}.png"
-    path.parent.mkdir(exist_ok=True)
-    image.save(path)
-    conversation.show(image)
-    return f"scene {number}, never seen in training, is in {path}; now ask about it"
-
-
 def main(arguments=None) -> None:
     flags = read_flags(arguments)
     try:
@@ -188,14 +116,12 @@ def main(arguments=None) -> None:
         names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
         sampling = {name: getattr(flags, name) for name in names}
         conversation = Conversation(model, template, processor, sampling, flags.seed)
+        for path in flags.image:
+            conversation.show(path)
         if flags.prompt is None:
             chat(conversation, flags.stats)
         else:
-            for path in flags.image:
-                conversation.show(path)
-            print("".join(conversation.reply(flags.prompt)))
-            if flags.stats:
-                print(f"[{conversation.speed}]", file=sys.stderr)
+            say(conversation, flags.prompt, flags.stats)
     except (OSError, ValueError, KeyError) as error:  # each says what is wrong and what to do
         raise SystemExit(f"eval.py: {error}") from error
     except KeyboardInterrupt:

@@ -117,6 +117,10 @@ class CocoData:
 
     def sample(self, i: int, draw: int = 0) -> Sample:
         i = range(len(self))[i]
+        return to_sample(self.record(i), self.images_dir, self.annotations.where(i), i, draw)
+
+    def record(self, i: int) -> dict:
+        """Annotation i and its picture's name: {"caption": "A cat.", "image": ["9.jpg"]}."""
         where, annotation = self.annotations.where(i), self.annotations.read(i)
         if "caption" not in annotation:
             raise BadSample(where, "the annotation has no 'caption'; boxes and key points cannot "
@@ -130,8 +134,7 @@ class CocoData:
         if not isinstance(image.get("file_name"), str):
             raise BadSample(where, f"image {number} has no 'file_name' "
                                    f"({self.images.where(self.order[place])})")
-        record = {"caption": annotation["caption"], "image": [image["file_name"]]}
-        return to_sample(record, self.images_dir, where, i, draw)
+        return {"caption": annotation["caption"], "image": [image["file_name"]]}
 
 
 def is_id(value) -> bool:

@@ -30,7 +30,8 @@ STREAM = 1 << 20  # bytes read at a time; without it a whole column of the group
 class ParquetData:
     latest = None  # of all files in this process, the one that was read last
 
-    def __init__(self, file: Path, images_dir: Path):
+    def __init__(self, file: Path, images_dir: Path, columns: tuple[str, ...] | None = None):
+        """columns: read those of these names, for `record`; None: what samples are made of."""
         try:
             with pq.ParquetFile(file) as parquet:
                 self.metadata, names = parquet.metadata, parquet.schema_arrow.names
@@ -39,9 +40,11 @@ class ParquetData:
                              ) from error
         self.file, self.images_dir = file, images_dir
         # Only these are read: ratings, embeddings and whatever else stands there costs nothing.
-        self.columns = [name for name in (*TEXT_KEYS, *PICTURE_KEYS, *TAGS) if name in names]
+        wanted = columns or (*TEXT_KEYS, *PICTURE_KEYS, *TAGS)
+        self.columns = [name for name in wanted if name in names]
         texts = set(self.columns) & set(TEXT_KEYS)
-        if not texts or len(texts & {"prompt", "completion"}) == 1 == len(texts):
+        if columns is None and (
+                not texts or len(texts & {"prompt", "completion"}) == 1 == len(texts)):
             raise ValueError(f"{file} has the columns {', '.join(names)}; expected 'conversations',"
                              " 'messages', 'prompt' and 'completion', 'texts' or 'caption'")
         groups = range(self.metadata.num_row_groups)
@@ -65,13 +68,15 @@ class ParquetData:
 
     def sample(self, i: int, draw: int = 0) -> Sample:
         i = range(len(self))[i]  # IndexError past the end, which is what ends a for loop
-        where = f"{self.file}:{i + 1}"
+        return to_sample(self.record(i), self.images_dir, f"{self.file}:{i + 1}", i, draw)
+
+    def record(self, i: int) -> dict:
+        """Row i as it stands, {column: value}; BadSample when it cannot be read."""
         try:
-            record = self._row(i)
+            return self._row(i)
         except UNREADABLE as error:
             self.reader = None
-            raise BadSample(where, f"cannot read the row: {error}") from error
-        return to_sample(record, self.images_dir, where, i, draw)
+            raise BadSample(f"{self.file}:{i + 1}", f"cannot read the row: {error}") from error
 
     def _row(self, i: int) -> dict:
         group = bisect.bisect_right(self.ends, i)

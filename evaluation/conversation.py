@@ -31,12 +31,26 @@ class Conversation:
         self.messages = [] if system is None else [Message("system", system)]
         self.pixels = []  # each (3,H,W), in the order of the messages' markers
         self.waiting = []  # pictures that go with the next thing you say
+        self.sources = []  # of all of these, what `show` was given
 
     def show(self, image) -> None:
         """A path or a PIL image goes with the next thing you say. OSError: it cannot be read."""
         if self.processor is None:
             raise ValueError("a language model alone sees no pictures")
         self.waiting.append(self.processor(load_image(image)))
+        self.sources.append(image)
+
+    def transcript(self) -> list[Message]:
+        """Every turn that was answered, and the system turn that stands before them."""
+        turns = list(self.messages)
+        if turns and turns[-1].role == "assistant" and not turns[-1].content.strip():
+            turns = turns[:-2]  # stopped before the first word
+        if not any(turn.role == "assistant" for turn in turns):
+            return []
+        system = self.template.default_system
+        if system is not None and turns[0].role != "system":
+            turns.insert(0, Message("system", system))
+        return turns
 
     def reply(self, text: str):
         """Yield the answer's text as it comes. Whenever you stop listening, what was said until

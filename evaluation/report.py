@@ -151,10 +151,13 @@ def smooth(values: list[float], window: int = 20) -> list[float]:
             for i in range(len(values))]
 
 
-def write_scores(shares: dict[str, float], answered: list[Answered], path) -> dict:
-    """shares of each condition; by kind and by language those of `answered`. All 0 to 1."""
+def write_scores(shares: dict[str, float], answered: list[Answered], path,
+                 details: dict | None = None) -> dict:
+    """shares of each condition; by kind and by language those of `answered`: 0 to 1, CIDEr 0 to
+    10. details: what else is known, under that name."""
     scores = {**shares, "by_kind": by_tag(answered, "kind"),
-              "by_language": by_tag(answered, "language")}
+              "by_language": by_tag(answered, "language"),
+              **({"details": details} if details else {})}
     Path(path).write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n",
                           encoding="utf-8")
     return scores

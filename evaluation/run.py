@@ -1,65 +1,152 @@
-"""`eval.py --data`: a data file -> the share of exact answers, and with --report how it came to be.
+"""`eval.py --data`: files -> questions -> answers -> scores, beside what is scored without looking.
 
-    data -> questions -> answers of the model                          -> table
-                      -> of stage one, of an untrained projector,      -> scores.json
-                         without a picture, with a wrong picture       -> PNG files
+    files -> open_questions -> questions -> answers of the model            -> table
+                            -> without a picture, with a wrong picture      -> answers.jsonl
+                            -> with --report: of stage one, of an untrained -> scores.json
+                               projector                                    -> PNG files
+
+Answers are on disk as soon as a batch is done (OUT/journal, see journal.py): the same command goes
+on where it was killed, and asks nothing twice.
 """
 
+import hashlib
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from dataset.benchmarks import open_benchmark
+from dataset.formats import data_hash
 from dataset.mixture import open_mixture, split_source
+from dataset.questions import read_questions
+from evaluation.journal import Journal
+from evaluation.metrics import measure
 from evaluation.report import contact_sheet, loss_curve, write_scores
-from evaluation.score import (
-    answer_all,
-    read_questions,
-    share,
-    table,
-    with_wrong_picture,
-    without_picture,
-)
-from model.checkpoint import find_model, read_run
+from evaluation.score import answer_all, share, table, with_wrong_picture, without_picture
+from evaluation.verdict import TITLES, UNITS, WORDS, judged, told, write_answers
+from model.checkpoint import find_base, find_model, read_run
+from model.manifest import sha256
 from model.projector import Projector
+from model.weights import file_hashes
 from training.setup import matching
 
-WORDS = {"before": "before training: a projector of noise", "pretrain": "after stage one",
-         "sft": "this model", "no_picture": "this model, picture withheld",
-         "wrong_picture": "this model, picture of another sample"}
+LISTED = 5  # unusable samples named on the screen; scores.json counts them all
+CHECKPOINT_FILES = ("model.safetensors", "config.json", "tokenizer.json",
+                    "preprocessor_config.json")
 
 
 def evaluate(flags, load, model, template, processor) -> None:
     """load: eval.py's own function, to load the model of stage one in the same way."""
-    data = open_scored_data(flags)
+    metric, data = open_questions(flags)
     questions, bad = read_questions(data, flags.limit)
     name = " ".join(flags.data)
     if not questions:
         raise ValueError(f"--data {name}: no question to score in {len(data)} samples"
                          + (f"; the first problem is {bad[0]}" if bad else ""))
     tell_bad(bad)
-    answers = {}
+    check_truths(metric, questions)
+    out = Path(flags.report or Path("out") / "scores" / result_name(flags.data))
+    asked = about_questions(flags, metric, questions, template, model)
+    answers, rows, skipped = {}, {}, {"data": len(bad)}
 
-    def ask(condition: str, model, questions) -> None:
-        answers[condition] = run(WORDS[condition], model, template, processor, questions, flags)
+    def ask(condition: str, model, questions, who: dict) -> None:
+        journal = Journal(out / "journal" / f"{condition}.jsonl",
+                          {"condition": condition, **who, **asked})
+        answered, unusable = run(WORDS[condition], model, template, processor, questions, flags,
+                                 cuts(metric), journal)
+        skipped[condition] = len(unusable)
+        if answered:
+            rows[condition] = measure(metric, [a.answer for a in answered],
+                                      [a.question for a in answered])
+            answers[condition] = [replace(a, score=float(row[0]))
+                                  for a, row in zip(answered, rows[condition])]
 
     runs = runs_of(flags.model) if flags.report else []
     if len(runs) == 2:
         earlier, _, _ = load(flags, str(runs[0]))
-        ask("pretrain", earlier, questions)
+        who = model_files(flags, runs[0])
+        ask("pretrain", earlier, questions, who)
         earlier.projector = untrained_projector(earlier)
-        ask("before", earlier, questions)
-    ask("sft", model, questions)
-    if flags.report and any(q.images for q in questions):
-        ask("no_picture", model, without_picture(questions))
-        ask("wrong_picture", model, with_wrong_picture(questions))
+        ask("before", earlier, questions, {**who, "projector": "noise"})
+    this = model_files(flags, flags.model if flags.model == "none" else find_model(flags.model))
+    ask("sft", model, questions, this)
+    if "sft" not in answers:
+        raise ValueError(f"--data {name}: none of the {len(questions)} questions could be asked")
+    if any(q.images for q in questions):
+        ask("no_picture", model, without_picture(questions), this)
+        ask("wrong_picture", model, with_wrong_picture(questions), this)
 
-    print(f"\nexact answers to {len(answers['sft']):,} questions of {name}\n")
-    print(table(answers["sft"]))
-    if flags.report:
-        report(flags, answers, runs)
+    print(f"\n{TITLES[metric]} {len(answers['sft']):,} questions of {name}\n")
+    print(table(answers["sft"], UNITS.get(metric, "%")))
+    details = {"metric": metric, "questions": {c: len(a) for c, a in answers.items()},
+               "skipped": skipped, **judged(metric, answers, rows)}
+    print("\n" + told(metric, details))
+    write_answers(answers, out / "answers.jsonl")
+    report(flags, out, answers, runs, details)
+
+
+def check_truths(metric: str, questions: list) -> None:
+    """ValueError when the data has no truths of this kind: before hours of answering."""
+    some = questions[:1] if metric == "caption" else questions
+    measure(metric, [q.truth for q in some], some)
+
+
+def open_questions(flags) -> tuple[str, object]:
+    """-> the metric, and what read_questions reads."""
+    if flags.data == ["emoji"]:
+        from dataset.emoji.world import EmojiData  # here: other data has no use for it
+
+        metric, data = "exact", EmojiData("test")
+    else:
+        files = [name for file in flags.data for name in matching(file)]
+        for file in files:
+            if split_source(file)[1] != 1:
+                raise ValueError(f"--data {file}: a weight says how often training sees a sample, "
+                                 "and a score asks every question once. Leave the weight out.")
+        benchmark = open_benchmark(files, flags.images, flags.suffix)
+        metric = benchmark.metric if benchmark else "exact"
+        data = benchmark.data if benchmark else open_mixture(files, flags.images)
+    return metric if flags.metric == "auto" else flags.metric, data
+
+
+def result_name(data: list[str]) -> str:
+    """A directory's name for what the data is called."""
+    name = Path(data[0]).stem + ("-and-more" if len(data) > 1 else "")
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+
+
+# ---------------------------------------------------------------- who is asked what
+
+
+def about_questions(flags, metric: str, questions: list, template, model) -> dict:
+    """All that an answer depends on beside the model's files, by name: see Journal."""
+    text = hashlib.sha256()
+    for q in questions:
+        said = [[m.role, m.content] for m in q.messages]
+        text.update(json.dumps([said, q.truths, q.where, len(q.images)]).encode())
+    files = [] if flags.data == ["emoji"] else [
+        data_hash(name) for file in flags.data for name in matching(file)]
+    weight = next(model.parameters())
+    return {"data": files, "questions": text.hexdigest(), "images": flags.images,
+            "system": template.default_system, "cut": cuts(metric),
+            "batch_size": flags.batch_size, "max_new_tokens": flags.max_new_tokens,
+            "dtype": str(weight.dtype), "device": weight.device.type}
+
+
+def model_files(flags, checkpoint) -> dict:
+    """{"model": {file: sha256}}; checkpoint: a directory, or "none" for --language alone."""
+    if checkpoint == "none":
+        return {"model": file_hashes(find_base(flags.language or "dataset/emoji/language"))}
+    return {"model": {name: sha256(Path(checkpoint) / name) for name in CHECKPOINT_FILES
+                      if (Path(checkpoint) / name).is_file()}}
+
+
+def cuts(metric: str) -> bool:
+    """Whether an answer that is longer than the longest truth is wrong whatever follows."""
+    return metric in ("exact", "vqa")
 
 
 def runs_of(model: str | None) -> list[Path]:
@@ -77,41 +164,6 @@ def runs_of(model: str | None) -> list[Path]:
         return [checkpoint]
 
 
-def open_scored_data(flags):
-    if flags.data == ["emoji"]:
-        from dataset.emoji.world import EmojiData  # here: other data has no use for it
-
-        return EmojiData("test")
-    files = [name for file in flags.data for name in matching(file)]
-    for file in files:
-        if split_source(file)[1] != 1:
-            raise ValueError(f"--data {file}: a weight says how often training sees a sample, and "
-                             "a score asks every question once. Leave the weight out.")
-    return open_mixture(files, flags.images)
-
-
-def run(name: str, model, template, processor, questions, flags) -> list:
-    """Answer all the questions, with a line of progress on stderr."""
-    started = time.monotonic()
-
-    def progress(done: int, of: int) -> None:
-        if sys.stderr.isatty() or done == of:
-            print(f"\r{name}: {done}/{of} in {time.monotonic() - started:.0f} s",
-                  end="\n" if done == of else "", file=sys.stderr, flush=True)
-
-    answered, bad = answer_all(model, template, processor, questions, flags.batch_size,
-                               flags.max_new_tokens, progress)
-    tell_bad(bad)
-    return answered
-
-
-def tell_bad(bad: list, listed: int = 5) -> None:
-    for sample in bad[:listed]:
-        print(f"skipped {sample}", file=sys.stderr)
-    if bad:
-        print(f"{len(bad)} could not be used and are not counted", file=sys.stderr)
-
-
 def untrained_projector(model) -> Projector:
     """Noise in the place of what stage one learned."""
     torch.manual_seed(0)
@@ -120,17 +172,43 @@ def untrained_projector(model) -> Projector:
     return fresh.to(weight.device, weight.dtype).eval()
 
 
-def report(flags, answers: dict, runs: list[Path]) -> None:
-    out = Path(flags.report)
-    out.mkdir(parents=True, exist_ok=True)
+# ---------------------------------------------------------------- asking
+
+
+def run(name: str, model, template, processor, questions, flags, cut: bool, journal) -> tuple:
+    """Answer all the questions, with a line of progress on stderr -> answered, unusable."""
+    if journal.known:
+        print(f"{name}: {len(journal.known):,} answers are in {journal.file} already",
+              file=sys.stderr)
+    started = time.monotonic()
+
+    def progress(done: int, of: int) -> None:
+        seconds = time.monotonic() - started
+        if done == of:
+            print(f"\r{name}: {done:,}/{of:,} in {seconds:.0f} s" + " " * 16, file=sys.stderr)
+        elif sys.stderr.isatty():
+            print(f"\r{name}: {done:,}/{of:,}, {seconds / done * (of - done):.0f} s left   ",
+                  end="", file=sys.stderr, flush=True)
+
+    answered, bad = answer_all(model, template, processor, questions, flags.batch_size,
+                               flags.max_new_tokens, progress, cut, journal)
+    tell_bad(bad)
+    return answered, bad
+
+
+def tell_bad(bad: list) -> None:
+    for sample in bad[:LISTED]:
+        print(f"skipped {sample}", file=sys.stderr)
+    if bad:
+        print(f"{len(bad)} could not be used and are not counted", file=sys.stderr)
+
+
+def report(flags, out: Path, answers: dict, runs: list[Path], details: dict) -> None:
+    """scores.json always; with --report the pictures too."""
     shares = {name: share(answers[name]) for name in WORDS if name in answers}
-    print()
-    for name, value in shares.items():
-        print(f"{value:7.1%}  {WORDS[name]}")
-    write_scores(shares, answers["sft"], out / "scores.json")
-    write_answers(answers["sft"], out / "answers.jsonl")
+    write_scores(shares, answers["sft"], out / "scores.json", details)
     written = ["scores.json", "answers.jsonl"]
-    if any(a.question.images for a in answers["sft"]):
+    if flags.report and any(a.question.images for a in answers["sft"]):
         if not contact_sheet(answers["sft"], out / "contact_sheet.png"):
             print("no font here can write all the Chinese of these answers: their cards are not "
                   "on the contact sheet (the package fonts-noto-cjk would help)")
@@ -144,13 +222,3 @@ def report(flags, answers: dict, runs: list[Path]) -> None:
     print(f"\nwritten to {out}: {', '.join(written)}")
     chosen = f" --model {flags.model}" if flags.model else ""
     print(f"chat with it: python eval.py{chosen}")
-
-
-def write_answers(answered: list, path: Path) -> None:
-    """One JSON line a question, for whoever wants to see what went wrong."""
-    with open(path, "w", encoding="utf-8") as file:
-        for a in answered:
-            line = {"where": a.question.where, **a.question.tags, "right": a.right,
-                    "question": a.question.messages[-1].content, "answer": a.answer,
-                    "truth": a.question.truth}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")

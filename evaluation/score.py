@@ -1,64 +1,45 @@
-"""How many answers are exactly right: samples -> questions -> answers -> shares and a table.
+"""Asking every question, and counting: questions -> answers -> shares and a table.
 
     data -> read_questions -> [Question] -> answer_all -> [Answered] -> share, by_tag, table
 
-Every assistant turn of a sample is one question, asked with the true words of the turns before
-it: a wrong first answer does not spoil the second. Right means the same text, but for white space
-at its two ends.
-
 Two control conditions tell seeing from guessing: the same questions without their picture, and
-with the picture of another sample.
+with the picture of another one.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from dataset.chat import IMAGE, Message
-from dataset.formats import BadSample
 from dataset.images import load_image
+from dataset.questions import Question, questions_of, read_questions
+from dataset.records import BadSample
+from evaluation.metrics import is_exact
 from model.generate import decoder_of, generate_batch
 
-
-@dataclass(frozen=True)
-class Question:
-    messages: tuple  # up to the user's turn that is to be answered
-    images: tuple  # the pictures that these messages show
-    truth: str
-    where: str
-    tags: dict = field(default_factory=dict)  # e.g. {"kind": "count", "language": "en"}
+__all__ = ["Answered", "Question", "answer_all", "by_tag", "questions_of", "read_questions",
+           "share", "table", "with_wrong_picture", "without_picture"]
+WINDOW = 16  # batches whose questions are sorted by length together, for less padding
 
 
 @dataclass(frozen=True)
 class Answered:
     question: Question
     answer: str
+    score: float | None = None  # by the metric of the data; None: not scored yet, exact then
+
+    @property
+    def points(self) -> float:
+        """0 to 1, for captions 0 to 10; see metrics.py."""
+        return float(is_exact(self.answer, self.question.truth)) if self.score is None \
+            else self.score
 
     @property
     def right(self) -> bool:
-        return self.answer.strip() == self.question.truth.strip()
+        return self.points >= 0.5
 
 
-def questions_of(sample) -> list[Question]:
-    """One for each assistant turn that has something before it."""
-    found = []
-    for i, message in enumerate(sample.messages):
-        if message.role == "assistant" and i > 0:
-            history = sample.messages[:i]
-            shown = sample.images[:sum(m.images for m in history)]
-            found.append(Question(history, shown, message.content, sample.where, sample.tags))
-    return found
-
-
-def read_questions(data, limit: int | None = None) -> tuple[list[Question], list[BadSample]]:
-    """The questions of the first `limit` samples, and what could not be read."""
-    questions, bad = [], []
-    for i in range(min(len(data), limit or len(data))):
-        try:
-            questions += questions_of(data[i])
-        except BadSample as error:
-            bad.append(error)
-    return questions, bad
+# ---------------------------------------------------------------- control conditions
 
 
 def without_picture(questions: list[Question]) -> list[Question]:
@@ -73,25 +54,46 @@ def without_picture(questions: list[Question]) -> list[Question]:
 
 
 def with_wrong_picture(questions: list[Question]) -> list[Question]:
-    """Each question with the pictures of another one: the next, in a circle, with the same tags
-    and another truth. A question for which there is none is left out.
+    """Each question with the pictures of another one: the next, in a circle, with the same tags,
+    another truth and other pictures. A question for which there is none is left out.
     """
-    asked = [q for q in questions if q.images]
-    wrong = []
-    for i, question in enumerate(asked):
-        other = next((q for q in asked[i + 1:] + asked[:i]
-                      if q.tags == question.tags and len(q.images) == len(question.images)
-                      and q.truth != question.truth and q.where != question.where), None)
-        if other:
-            wrong.append(replace(question, images=other.images))
-    return wrong
+    groups = {}  # of questions that may lend each other pictures, by their places
+    for place, q in enumerate(questions):
+        if q.images:
+            key = len(q.images), tuple(sorted(q.tags.items()))
+            groups.setdefault(key, []).append(place)
+    lent = {}
+    for places in groups.values():
+        count = len(places)
+        # For each member, how far it is to the next with another truth: from the back to the
+        # front, twice around, so that long runs of one truth are walked once and not each time.
+        far = [count] * count
+        for k in reversed(range(2 * count)):
+            here, after = questions[places[k % count]], questions[places[(k + 1) % count]]
+            far[k % count] = 1 if here.truth != after.truth else far[(k + 1) % count] + 1
+        for k, place in enumerate(places):
+            question, step = questions[place], far[k]
+            while step < count:
+                other = questions[places[(k + step) % count]]
+                if (other.truth != question.truth and other.where != question.where
+                        and other.images != question.images):
+                    lent[place] = replace(question, images=other.images)
+                    break
+                step += 1
+    return [lent[place] for place in sorted(lent)]
+
+
+# ---------------------------------------------------------------- answering
 
 
 def answer_all(model, template, processor, questions: list[Question], batch_size: int = 64,
-               max_new_tokens: int = 256, progress=lambda done, of: None
-               ) -> tuple[list[Answered], list[BadSample]]:
+               max_new_tokens: int = 256, progress=lambda done, of: None, cut: bool = True,
+               journal=None) -> tuple[list[Answered], list[BadSample]]:
     """Answer greedily, prompts of like length together; the order of the questions is kept.
 
+    cut: stop a little behind the longest truth of a batch, because who says more is wrong anyway.
+    journal: a Journal, whose answers are not asked for again; which questions stand together in
+    a batch does not depend on it, so that an answer is the same whenever it is asked for.
     Also returned: the questions that cannot be asked, for a broken picture or for their length.
     """
     limit = decoder_of(model).config.max_position_embeddings
@@ -103,35 +105,82 @@ def answer_all(model, template, processor, questions: list[Question], batch_size
         else:
             bad.append(BadSample(question.where, f"the prompt has {len(ids)} tokens, the model "
                                                  f"takes fewer than {limit}"))
-    order = sorted(prompts, key=lambda i: len(prompts[i]))  # less padding, so less work
-    answers = {}
-    for start in range(0, len(order), batch_size):
-        batch, pixels = [], []
-        for i in order[start:start + batch_size]:
-            try:
-                pixels.append(read_pixels(questions[i].images, processor))
-                batch.append(i)
-            except (OSError, ValueError) as error:  # damaged, or too long and thin to be resized
-                bad.append(BadSample(questions[i].where, str(error)))
-        if batch:
-            # Who says more than the longest truth is wrong anyway; a little room shows how.
-            room = max(len(template.tokenizer.encode(questions[i].truth)) for i in batch) + 8
-            found = generate_batch(model, [prompts[i] for i in batch], pixels,
-                                   min(room, max_new_tokens), template.stop_ids)
-            for i, ids in zip(batch, found):
-                answers[i] = template.tokenizer.decode(ids)
-        progress(min(start + batch_size, len(order)), len(order))
+    answers, skipped, done = {}, {}, 0
+    for window in windows(list(prompts), WINDOW * batch_size):
+        pictures = None
+        order = sorted(window, key=lambda i: len(prompts[i]))
+        for batch in windows(order, batch_size):
+            if journal and all(map(journal.has, batch)):
+                found = {i: journal.known[i] for i in batch if i in journal.known}
+                faults = {i: journal.skipped[i] for i in batch if i in journal.skipped}
+            else:
+                # In the order of the file, which may hold them: once through, front to back.
+                pictures = pictures or {i: fetch(questions[i].images) for i in window}
+                found, faults = answer_batch(
+                    model, template, processor, {i: prompts[i] for i in batch}, pictures,
+                    longest_truth(template, [questions[i] for i in batch], max_new_tokens)
+                    if cut else max_new_tokens)
+                if journal:
+                    journal.add(found, faults)
+            answers.update(found)
+            skipped.update(faults)
+            done += len(batch)
+            progress(done, len(prompts))
+    bad += [BadSample(questions[i].where, skipped[i]) for i in sorted(skipped)]
     return [Answered(questions[i], answers[i]) for i in sorted(answers)], bad
 
 
+def windows(items: list, size: int) -> list[list]:
+    return [items[start:start + size] for start in range(0, len(items), size)]
+
+
+def fetch(images: tuple) -> tuple:
+    """Pictures that wait to be read or drawn are; an error is kept, for when one is needed."""
+    def one(image):
+        try:
+            return image() if callable(image) else image
+        except (OSError, ValueError, BadSample) as error:
+            return error
+
+    return tuple(map(one, images))
+
+
+def longest_truth(template, questions: list[Question], max_new_tokens: int) -> int:
+    """Tokens, with a little room to show how somebody goes wrong."""
+    longest = max(len(template.tokenizer.encode(truth)) for q in questions for truth in q.truths)
+    return min(longest + 8, max_new_tokens)
+
+
+def answer_batch(model, template, processor, prompts: dict, pictures: dict,
+                 max_new_tokens: int) -> tuple[dict[int, str], dict[int, str]]:
+    """{number: ids} -> {number: answer} and {number: why it could not be asked}."""
+    pixels, skipped = {}, {}
+    for i in prompts:
+        try:
+            pixels[i] = read_pixels(pictures[i], processor)
+        except (OSError, ValueError, BadSample) as error:  # damaged, or too long and thin
+            skipped[i] = str(error)
+    if not pixels:
+        return {}, skipped
+    found = generate_batch(model, [prompts[i] for i in pixels], list(pixels.values()),
+                           max_new_tokens, template.stop_ids)
+    return {i: template.tokenizer.decode(ids) for i, ids in zip(pixels, found)}, skipped
+
+
 def read_pixels(images, processor):
-    """Pictures -> (N,3,H,W), or None when there are none."""
+    """Pictures -> (N,3,H,W), or None when there are none. An error among them is raised."""
+    for image in images:
+        if isinstance(image, Exception):
+            raise image
     return torch.stack([processor(load_image(i)) for i in images]) if images else None
 
 
+# ---------------------------------------------------------------- counting
+
+
 def share(answered: list[Answered]) -> float:
-    """The share of exact answers, 0 to 1."""
-    return sum(a.right for a in answered) / len(answered) if answered else 0.0
+    """The mean score: the share of right answers, where each is right or wrong."""
+    return sum(a.points for a in answered) / len(answered) if answered else 0.0
 
 
 def by_tag(answered: list[Answered], tag: str) -> dict[str, float]:
@@ -143,16 +192,16 @@ def by_tag(answered: list[Answered], tag: str) -> dict[str, float]:
     return {value: share(group) for value, group in groups.items()}
 
 
-def table(answered: list[Answered]) -> str:
-    """Shares by kind of question (rows) and by language (columns); tags that nobody has are left
-    out, so without any tag it is one line."""
+def table(answered: list[Answered], unit: str = "%") -> str:
+    """Shares by kind of question (rows) and by language (columns), times 100; tags that nobody has
+    are left out, so without any tag it is one line."""
     languages = list(by_tag(answered, "language"))
     kinds = list(by_tag(answered, "kind"))
 
     def cells(rows: list[Answered]) -> str:
         columns = [[a for a in rows if a.question.tags.get("language") == language]
                    for language in languages]
-        shares = [f"{share(c):9.1%}" if c else f"{'-':>9}" for c in [*columns, rows]]
+        shares = [f"{f'{100 * share(c):.1f}{unit}' if c else '-':>9}" for c in [*columns, rows]]
         return "".join(shares) + f"{len(rows):11,}"
 
     width = max(map(len, [*kinds, "question"])) + 1

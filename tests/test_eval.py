@@ -1,35 +1,24 @@
-"""Claims: the chat remembers, streams, obeys its commands and survives mistakes; one question puts
-one answer on stdout and nothing else; a file is answered, scored and reported."""
+"""Claims: the chat remembers, streams and survives mistakes; one question puts one answer on stdout
+and nothing else. (Commands and terminals: test_terminal.py; scores: test_scoring.py.)"""
 
 import io
-import json
 import sys
 
 import pytest
 import torch
 from PIL import Image
-from tiny import make_world
+from tiny import make_runs
 
 import eval as script
-import train_pretrain
-import train_sft
 from dataset.chat import Message
 from evaluation.conversation import Conversation, speed
-from model.checkpoint import find_model
 
 SAMPLING = {"max_new_tokens": 12}
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Both stages on tiny towers, a few steps each -> (directory, the runs' directory)."""
-    directory = tmp_path_factory.mktemp("world")
-    flags = make_world(directory)
-    towers, rest = flags[:4], flags[4:]
-    train_pretrain.main([*towers, *rest, "--out", str(directory / "pretrain")])
-    train_sft.main([*rest, "--lora", "--model", str(directory / "pretrain"),
-                    "--out", str(directory / "sft")])
-    return directory
+    return make_runs(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture
@@ -134,39 +123,6 @@ def test_speed_by_hand():
     assert speed(7, [1.0, 1.5]) == "7 prompt tokens in 0.50 s, 1 tokens answered"
 
 
-# ---------------------------------------------------------------- commands
-
-
-def test_image_command_takes_several_and_names_with_spaces(world, conversation):
-    spaced = world / "a red one.png"
-    Image.new("RGB", (9, 9)).save(spaced)
-    script.command(conversation, f"/image {world / 'red.png'} {world / 'blue.png'}")
-    told = script.command(conversation, f"/image {spaced}")
-    assert len(conversation.waiting) == 3 and told.startswith("3 picture")
-    with pytest.raises(OSError, match="no_such.png"):
-        script.command(conversation, "/image no_such.png")
-
-
-def test_commands(conversation):
-    assert "forgotten" in script.command(conversation, "/reset")
-    script.command(conversation, "/system Speak Chinese.")
-    assert conversation.messages == [Message("system", "Speak Chinese.")]
-    assert "nothing was said" in script.command(conversation, "/speed")
-    say(conversation, "hi")
-    assert "prompt tokens" in script.command(conversation, "/speed")
-    for unknown in ("/help", "/nonsense", "/image", "/scene x", "/system"):
-        assert script.command(conversation, unknown) == script.HELP
-    for name in ("/image", "/scene", "/reset", "/system", "/speed", "/quit"):
-        assert name in script.HELP
-
-
-def test_scene_shows_and_saves_an_unseen_scene(conversation, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    told = script.command(conversation, "/scene 3")
-    assert "scene_3.png" in told and (tmp_path / "out" / "scene_3.png").is_file()
-    assert len(conversation.waiting) == 1
-
-
 # ---------------------------------------------------------------- the whole script
 
 
@@ -176,6 +132,18 @@ def test_a_pipe_gets_answers_and_nothing_else(world, monkeypatch, capsys):
     out, err = run(monkeypatch, capsys, lines, "--model", world / "sft")
     assert out == expected(world, "Which colour?", "red.png") + expected(world, "Hello")
     assert "1 picture" in err and "/image PATH" in err and "forgotten" in err
+
+
+def test_pictures_of_the_flag_go_with_the_first_line_of_a_pipe(world, monkeypatch, capsys):
+    """echo "Which colour?" | python eval.py --image red.png"""
+    out, err = run(monkeypatch, capsys, ["Which colour?"], "--model", world / "sft",
+                   "--image", world / "red.png")
+    assert out == expected(world, "Which colour?", "red.png") and "\x1b[" not in out + err
+    lines = ["Which \\", "colour?", '"""Which ', 'colour?"""']
+    out, _ = run(monkeypatch, capsys, [*lines[:2], "/reset", *lines[2:]], "--model", world / "sft")
+    assert out == 2 * expected(world, "Which \ncolour?")
+    with pytest.raises(SystemExit, match="no_such.png"):
+        run(monkeypatch, capsys, ["?"], "--model", world / "sft", "--image", "no_such.png")
 
 
 def test_mistakes_do_not_end_the_chat(world, monkeypatch, capsys):
@@ -229,62 +197,9 @@ def test_newest_checkpoint_and_what_to_do_without_one(world, monkeypatch, capsys
     assert "out/sft/step_000006" in run(monkeypatch, capsys, [], "--prompt", "hi").err
 
 
-@pytest.mark.parametrize("wrong", [["--image", "a.png"], ["--report", "x"],
+@pytest.mark.parametrize("wrong", [["--report", "x"], ["--suffix", "x"], ["--metric", "f1"],
+                                   ["--metric", "vqa"], ["--image", "a", "--data", "b"],
                                    ["--max_new_tokens", "0"], ["--dtype", "fp64"]])
 def test_flags_that_make_no_sense(wrong, capsys):
     with pytest.raises(SystemExit):
         script.read_flags(wrong)
-
-
-# ---------------------------------------------------------------- scoring
-
-
-def test_a_file_is_scored(world, monkeypatch, capsys):
-    out, _ = run(monkeypatch, capsys, [], "--model", world / "sft", "--data",
-                 world / "data.jsonl", "--limit", "5")
-    assert "exact answers to 5 questions" in out and out.rstrip().split()[-1] == "5"
-    assert sorted(path.name for path in world.iterdir() if path.suffix == ".png")  # none was made
-    with pytest.raises(SystemExit, match="no data file"):
-        script.main(["--model", str(world / "sft"), "--data", "no_such.jsonl"])
-
-
-def test_several_files_are_scored_as_one(world, monkeypatch, capsys):
-    lines = (world / "data.jsonl").read_text().splitlines(keepends=True)
-    (world / "part-1.json").write_text("".join(lines[:7]))
-    (world / "part-2.json").write_text("".join(lines[7:]))
-
-    def table(*files):
-        out, _ = run(monkeypatch, capsys, [], "--model", world / "sft", "--data", *files)
-        return out.partition("questions of ")[2].partition("\n")
-
-    _, _, whole = table(world / "data.jsonl")
-    assert whole.split()[-1] == str(len(lines))
-    for files in ([world / "part-2.json", world / "part-1.json"], [world / "part-*.json"]):
-        name, _, parts = table(*files)
-        assert parts == whole and name == " ".join(map(str, files))
-    with pytest.raises(SystemExit, match="part-1.json:2: a weight .* Leave the weight out"):
-        script.main(["--model", str(world / "sft"), "--data", f"{world / 'part-*.json'}:2"])
-
-
-def test_report_writes_everything(world, monkeypatch, capsys, tmp_path):
-    data = world / "tagged.jsonl"
-    lines = [json.loads(line) for line in (world / "data.jsonl").read_text().splitlines()]
-    for i, line in enumerate(lines):
-        line.update(kind=("what", "hello")["image" not in line], language=("en", "zh")[i % 2])
-    data.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
-    out, _ = run(monkeypatch, capsys, [], "--model", world / "sft", "--data", data,
-                 "--report", tmp_path)
-    scores = json.loads((tmp_path / "scores.json").read_text())
-    assert list(scores) == ["before", "pretrain", "sft", "no_picture", "wrong_picture", "by_kind",
-                            "by_language"]
-    assert list(scores["by_kind"]) == ["hello", "what"]
-    assert list(scores["by_language"]) == ["en", "zh"]
-    assert all(0 <= value <= 1 for value in [*list(scores.values())[:5],
-                                             *scores["by_kind"].values()])
-    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert len(answers) == len(lines) == 24
-    assert sum(a["right"] for a in answers) == round(scores["sft"] * 24)
-    for name in ("contact_sheet.png", "loss.png"):
-        assert Image.open(tmp_path / name).width > 100
-    assert "this model, picture withheld" in out and "python eval.py --model" in out
-    assert find_model(str(world / "sft")).name == "step_000006"  # nothing in the run was touched

@@ -10,6 +10,8 @@ import tokenizers
 import torch
 from PIL import Image
 
+import train_pretrain
+import train_sft
 from model.config import LanguageConfig, VisionConfig
 from model.language import LanguageModel
 from model.vision import VisionTransformer
@@ -82,6 +84,16 @@ def make_world(directory: Path, **facts) -> list[str]:
     return ["--language", language, "--vision", vision, "--data", make_data(directory, **facts),
             "--batch_size", "2", "--steps", "6", "--save_every", "3", "--dtype", "fp32",
             "--workers", "0", "--learning_rate", "0.01", "--max_length", "128"]
+
+
+def make_runs(directory: Path) -> Path:
+    """Both stages on tiny towers, a few steps each, in directory/pretrain and directory/sft."""
+    flags = make_world(directory)
+    towers, rest = flags[:4], flags[4:]
+    train_pretrain.main([*towers, *rest, "--out", str(directory / "pretrain")])
+    train_sft.main([*rest, "--lora", "--model", str(directory / "pretrain"),
+                    "--out", str(directory / "sft")])
+    return directory
 
 
 def environment() -> dict:

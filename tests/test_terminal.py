@@ -1,0 +1,327 @@
+"""Claims: in a real pseudo-terminal lines are edited, completed and remembered, turns may have
+several lines, pictures are blocks of colour; nothing steers the terminal and nothing is written
+that was not asked for; what /save writes is read back as the same sample."""
+
+import contextlib
+import io
+import os
+import select
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+from tiny import ROOT, environment, make_world
+
+import eval as script
+import evaluation.terminal as terminal
+import train_pretrain
+from dataset.chat import Message
+from dataset.formats import open_data
+from dataset.images import load_image
+from evaluation.blocks import MOST_COLUMNS, MOST_ROWS, UPPER_HALF, blocks, colour_bits
+from evaluation.conversation import Conversation
+from model.checkpoint import find_model
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("world")
+    train_pretrain.main([*make_world(directory), "--out", str(directory / "pretrain")])
+    return directory
+
+
+@pytest.fixture(scope="module")
+def parts(world):
+    flags = script.read_flags(["--model", str(world / "pretrain"), "--device", "cpu"])
+    return script.load(flags, flags.model)
+
+
+@pytest.fixture
+def conversation(parts):
+    return Conversation(*parts, {"max_new_tokens": 6})
+
+
+def say(conversation, text) -> str:
+    return "".join(conversation.reply(text))
+
+
+# ---------------------------------------------------------------- turns
+
+
+def turns_of(monkeypatch, *lines) -> list[str]:
+    """What read_turn makes of these lines, until there is none."""
+    waiting, asked = list(lines), []
+
+    def typed(prompt):
+        asked.append(prompt)
+        if not waiting:
+            raise EOFError
+        return waiting.pop(0)
+
+    monkeypatch.setattr("builtins.input", typed)
+    found = []
+    with contextlib.suppress(EOFError):
+        while True:
+            found.append(terminal.read_turn("you: ", "...: "))
+    return found
+
+
+def test_a_turn_may_have_several_lines(monkeypatch):
+    assert turns_of(monkeypatch, " one ", "two") == ["one", "two"]
+    assert turns_of(monkeypatch, "a\\", "  b \\", "c", "d") == ["a\n  b \nc", "d"]
+    assert turns_of(monkeypatch, '"""a', "", ' b\\"""', "c") == ['a\n\n b\\', "c"]
+    assert turns_of(monkeypatch, '"""', "a", '"""') == ["a"]
+    assert turns_of(monkeypatch, '"""', "only begun") == ["only begun"]
+    assert turns_of(monkeypatch, "ends in the middle\\") == ["ends in the middle"]
+    assert turns_of(monkeypatch, "/image C:\\pics\\", "x") == ["/image C:\\pics\\", "x"]
+
+
+def test_nothing_steers_the_terminal():
+    wicked = "a\x1b[2J\x07\r\x08\x7f\x9b31m\u202eb\n\t**c** \u4e2d\U0001f431"
+    assert terminal.plain(wicked) == (
+        "a\u241b[2J\u2407\u240d\u2408\u2421\ufffd31m\ufffdb\n\t**c** \u4e2d\U0001f431")
+
+
+# ---------------------------------------------------------------- completion
+
+
+def test_commands_and_paths_are_completed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat.png", "car two.png", "dog.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "cats").mkdir()
+    assert terminal.completions("/s") == ["/scene ", "/system ", "/save ", "/speed "]
+    assert terminal.completions("/image ca") == ["car\\ two.png ", "cat.png ", "cats/"]
+    assert terminal.completions("/image dog.png car\\ t") == ["car\\ two.png "]
+    assert terminal.completions("/save cats") == ["cats/"]
+    assert terminal.completions(f"/image {tmp_path}/do") == [f"{tmp_path}/dog.png "]
+    for nothing in ("", "what is ca", "/scene ca", "hello", "/image none"):
+        assert terminal.completions(nothing) == []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert terminal.completions("/image ~/do") == [f"{tmp_path}/dog.png "]
+    for word in ("cat.png", "car\\ two.png", "'car two.png'", "car two.png", "~/cat.png"):
+        assert os.path.isfile(terminal.paths_in(word)[0]), word
+
+
+# ---------------------------------------------------------------- blocks of colour
+
+
+class Stream(io.StringIO):
+    encoding = "utf-8"
+
+    def __init__(self, terminal=True, encoding="utf-8"):
+        super().__init__()
+        self.terminal = terminal
+        Stream.encoding = encoding
+
+    def isatty(self):
+        return self.terminal
+
+
+@pytest.mark.parametrize(("stream", "environ", "bits"), [
+    ({}, {"TERM": "xterm-256color", "COLORTERM": "truecolor"}, 24),
+    ({}, {"TERM": "xterm-256color"}, 8), ({}, {"TERM": "xterm-direct"}, 24),
+    ({}, {"WT_SESSION": "1"}, 24), ({}, {"TERM": "vt100"}, 0), ({}, {}, 0),
+    ({}, {"TERM": "dumb", "COLORTERM": "truecolor"}, 0),
+    ({}, {"TERM": "xterm-256color", "NO_COLOR": "1"}, 0),
+    ({}, {"TERM": "xterm-256color", "NO_COLOR": ""}, 8),
+    ({"terminal": False}, {"TERM": "xterm-256color", "COLORTERM": "truecolor"}, 0),
+    ({"encoding": "ascii"}, {"TERM": "xterm-256color"}, 0)])
+def test_colours_only_where_the_terminal_has_them(stream, environ, bits):
+    assert colour_bits(Stream(**stream), environ) == bits
+
+
+def test_two_pixels_a_character():
+    image = Image.new("RGB", (2, 4))
+    for place, colour in {(0, 0): (255, 0, 0), (0, 1): (0, 255, 0), (1, 0): (8, 8, 8),
+                          (1, 1): (255, 255, 255)}.items():
+        image.putpixel(place, colour)
+    first, second = blocks(image, 24, 2)
+    assert first == ("\x1b[38;2;255;0;0;48;2;0;255;0m\u2580"
+                     "\x1b[38;2;8;8;8;48;2;255;255;255m\u2580\x1b[0m")
+    assert second.count("2;0;0;0") == 4
+    assert blocks(image, 8, 2)[0] == ("\x1b[38;5;196;48;5;46m\u2580"
+                                      "\x1b[38;5;232;48;5;231m\u2580\x1b[0m")
+
+
+@pytest.mark.parametrize(("size", "columns"), [((96, 96), 200), ((96, 96), 10), ((4000, 30), 80),
+                                               ((30, 4000), 80), ((1, 1), 80), ((640, 480), 1)])
+def test_a_picture_is_no_wider_than_the_terminal_and_no_higher_than_a_page(size, columns):
+    lines = blocks(Image.new("RGB", size), 24, columns)
+    widths = {line.count(UPPER_HALF) for line in lines}
+    assert len(widths) == 1 and 1 <= widths.pop() <= min(columns, MOST_COLUMNS)
+    assert 1 <= len(lines) <= MOST_ROWS
+
+
+# ---------------------------------------------------------------- saving
+
+
+def test_what_is_saved_is_read_back_as_the_same_sample(world, conversation, tmp_path):
+    conversation.show(world / "red.png")
+    say(conversation, "Which \U0001f431 colour?\nSay it.")
+    conversation.show(Image.new("RGB", (30, 20), "blue"))
+    conversation.show(world / "green.png")
+    say(conversation, "And <image> against <image>?")
+    conversation.show(world / "white.png")  # waits, and was not talked about yet
+    for turn in range(len(conversation.messages)):  # an untrained model may have said nothing
+        if conversation.messages[turn].role == "assistant":
+            conversation.messages[turn] = Message("assistant", f"answer {turn} <image>")
+    told = terminal.command(conversation, f"/save {tmp_path / 'new' / 'talk.json'}")
+    assert "4 turns and 3 pictures" in told
+    sample, = open_data(tmp_path / "new" / "talk.json")
+    assert list(sample.messages) == conversation.messages == conversation.transcript()
+    template, processor = conversation.template, conversation.processor
+    assert template.render(sample.messages) == template.render(conversation.messages)
+    for image, pixels in zip(sample.images, conversation.pixels, strict=True):
+        assert processor(load_image(image)).equal(pixels)
+    with pytest.raises(ValueError, match="talk.json is there already"):
+        terminal.command(conversation, f"/save {tmp_path / 'new' / 'talk.json'}")
+    with pytest.raises(ValueError, match="ends with .json"):
+        terminal.command(conversation, f"/save {tmp_path / 'talk.txt'}")
+
+
+def test_the_system_turn_is_saved_wherever_it_came_from(parts, conversation, tmp_path):
+    say(conversation, "hi")
+    conversation.messages[-1] = Message("assistant", "ho")
+    conversation.template.default_system = "Be kind."
+    try:
+        terminal.command(conversation, f"/save {tmp_path / 'a.json'}")
+        sample, = open_data(tmp_path / "a.json")
+        assert sample.messages[0] == Message("system", "Be kind.")
+        prompt = conversation.template.prompt(conversation.messages)
+    finally:
+        conversation.template.default_system = None
+    assert conversation.template.prompt(sample.messages) == prompt
+    conversation.reset("Another.")
+    with pytest.raises(ValueError, match="nothing was answered yet"):
+        terminal.command(conversation, f"/save {tmp_path / 'b.json'}")
+    say(conversation, "hi")
+    conversation.messages[-1] = Message("assistant", "ho")
+    assert conversation.transcript()[0] == Message("system", "Another.")
+    conversation.messages += [Message("user", "and"), Message("assistant", "")]
+    assert conversation.transcript()[-1] == Message("assistant", "ho"), "it was stopped at once"
+
+
+# ---------------------------------------------------------------- commands
+
+
+def test_image_command_takes_several_and_names_with_spaces(world, conversation):
+    spaced = world / "a red one.png"
+    Image.new("RGB", (9, 9)).save(spaced)
+    terminal.command(conversation, f"/image {world / 'red.png'} {world / 'blue.png'}")
+    told = terminal.command(conversation, f"/image {spaced}")
+    assert len(conversation.waiting) == 3 and told.startswith("3 picture")
+    with pytest.raises(OSError, match="no_such.png"):
+        terminal.command(conversation, "/image no_such.png")
+    assert len(conversation.waiting) == len(conversation.sources) == 3
+
+
+def test_commands(conversation):
+    assert "forgotten" in terminal.command(conversation, "/reset")
+    terminal.command(conversation, "/system Speak Chinese.")
+    assert conversation.messages == [Message("system", "Speak Chinese.")]
+    assert "nothing was said" in terminal.command(conversation, "/speed")
+    say(conversation, "hi")
+    assert "prompt tokens" in terminal.command(conversation, "/speed")
+    for unknown in ("/help", "/nonsense", "/image", "/scene x", "/system", "/save"):
+        assert terminal.command(conversation, unknown) == terminal.HELP
+    for name in terminal.COMMANDS:
+        assert name == "/help" or name in terminal.HELP
+
+
+def test_scene_shows_and_saves_an_unseen_scene(conversation, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = terminal.command(conversation, "/scene 3")
+    assert "scene_3.png" in told and (tmp_path / "out" / "scene_3.png").is_file()
+    assert len(conversation.waiting) == 1
+
+
+# ---------------------------------------------------------------- a real terminal
+
+
+needs_pty = pytest.mark.skipif(os.name == "nt", reason="Windows has no module pty")
+# Its terminal becomes the one that Ctrl-C comes from, then it becomes the command.
+TAKE_TERMINAL = ("import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+                 "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])")
+
+
+class Screen:
+    """eval.py in a pseudo-terminal of 160 x 40: type, and wait for what it writes."""
+
+    def __init__(self, arguments, home, **environ):
+        import fcntl
+        import pty
+        import struct
+        import termios
+
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
+        plain = {key: value for key, value in environment().items()
+                 if key not in ("NO_COLOR", "COLORTERM")}
+        command = [sys.executable, "-c", TAKE_TERMINAL, str(ROOT / "eval.py"), "--device", "cpu",
+                   "--max_new_tokens", "4", *map(str, arguments)]
+        self.process = subprocess.Popen(
+            command, stdin=slave, stdout=slave, stderr=slave, cwd=home, start_new_session=True,
+            env={**plain, "HOME": str(home), "TERM": "xterm-256color", **environ})
+        os.close(slave)
+        self.text = ""
+
+    def until(self, sign: str, seconds: float = 300) -> str:
+        """Read on until a sign has come -> all text since the last call, up to it."""
+        end = time.monotonic() + seconds
+        while sign not in self.text:
+            assert time.monotonic() < end, f"waited for {sign!r}, saw {self.text!r}"
+            if select.select([self.master], [], [], 1)[0]:
+                try:
+                    self.text += os.read(self.master, 65536).decode("utf-8", "replace")
+                except OSError:  # Linux says so when the other side has closed
+                    raise AssertionError(f"it ended before {sign!r}: {self.text!r}") from None
+        seen, self.text = self.text.split(sign, 1)[0], self.text.split(sign, 1)[1]
+        return seen
+
+    def type(self, keys: str) -> None:
+        os.write(self.master, keys.encode())
+
+    def ends(self) -> int:
+        with contextlib.suppress(OSError):
+            while os.read(self.master, 65536):
+                pass
+        return self.process.wait(timeout=60)
+
+
+@needs_pty
+def test_a_whole_chat_in_a_terminal(world, tmp_path):
+    pytest.importorskip("readline")
+    checkpoint = find_model(str(world / "pretrain"))
+    screen = Screen(["--model", checkpoint], tmp_path, COLORTERM="truecolor")
+    screen.until("you: ")
+    screen.type(f"/im\t{world}/re\t\n")  # both are completed
+    seen = screen.until("1 picture(s) go with")
+    assert f"/image {world}/red.png" in seen
+    assert "\x1b[38;2;220;30;30;48;2;220;30;30m\u2580" in seen, "the picture is red"
+    screen.until("you: ")
+    screen.type("What \\\ncolour?\n")
+    screen.until("...: ")
+    screen.until("you: ")
+    screen.type("\x1b[A\x1b[A\x1b[A\x1b[D\x1b[D\n")  # three up: the command; the cursor moves
+    assert "2 picture(s)" not in screen.until("1 picture(s) go with")
+    screen.until("you: ")
+    screen.type("half a wo\x03")
+    screen.until("/quit ends the chat")
+    screen.until("you: ")
+    screen.type("\x04")
+    assert screen.ends() == 0
+    assert list(tmp_path.iterdir()) == [], "no history is written"
+
+
+@needs_pty
+def test_no_colour_where_it_is_not_wanted(world, tmp_path):
+    checkpoint = find_model(str(world / "pretrain"))
+    screen = Screen(["--model", checkpoint, "--image", world / "red.png"], tmp_path, NO_COLOR="1",
+                    COLORTERM="truecolor")
+    seen = screen.until("you: ")
+    screen.type("/quit\n")
+    assert screen.ends() == 0
+    assert "/save FILE.json" in seen and "\x1b[38" not in seen and "\u2580" not in seen
