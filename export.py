@@ -2,6 +2,7 @@
 
     python export.py --to transformers          LlavaForConditionalGeneration: transformers, vLLM
     python export.py --to merged                a checkpoint of ours, LoRA merged, in one piece
+    python export.py --to merged --quantize int8   the same, its language model in 8 bits
     python export.py --to peft                  the language model's adapters, for peft
     python export.py --to gguf --dtype q8_0     for llama.cpp (requirements-extra.txt)
     python export.py --push USER/NAME           what would go to the hub; with --yes, it goes
@@ -25,6 +26,7 @@ from model.checkpoint import (
     newest_checkpoint,
     read_config,
     read_run,
+    refuse_quantized,
     save_checkpoint,
     tensor_names,
     write_json,
@@ -32,6 +34,7 @@ from model.checkpoint import (
 from model.export_transformers import llava
 from model.lora import merge_lora
 from model.peft import peft_adapter
+from model.quantize import quantize
 from model.weights import save
 from training.hub import files_to_push, listing, push
 from training.model_card import CURVE, metrics_of, model_card
@@ -47,17 +50,21 @@ def read_flags(arguments=None) -> argparse.Namespace:
     add("--to", choices=FORMS, default="transformers", help="the form (%(default)s)")
     add("--out", default="out/export", metavar="DIR", help="new directory (%(default)s)")
     add("--dtype", choices=("bf16", "fp32", "f16", "q8_0"), help="of the weights: bf16 (default) "
-        "or fp32, which keeps every digit; with --to gguf f16 (default), q8_0 or fp32")
+        "or fp32, which keeps every digit; with --to gguf f16 (default), bf16, q8_0 or fp32")
+    add("--quantize", choices=("int8", "int4"), help="with --to merged: the language model's "
+        "matrices in so many bits; eval.py opens it as any checkpoint")
     add("--language", help="where the public language model lies, if not where it was in training")
     add("--vision", help="where the public vision tower lies, if not where it was in training")
     add("--push", metavar="USER/NAME", help="write a model card into --out and list all that would "
         "be uploaded; an --out that is there already is taken as it is")
     add("--yes", action="store_true", help="with --push: do upload it")
     flags = parser.parse_args(arguments)
-    fitting = ("f16", "q8_0", "fp32") if flags.to == "gguf" else ("bf16", "fp32")
+    fitting = ("f16", "bf16", "q8_0", "fp32") if flags.to == "gguf" else ("bf16", "fp32")
     flags.dtype = flags.dtype or fitting[0]
     if flags.dtype not in fitting:
         parser.error(f"--dtype {flags.dtype}: --to {flags.to} takes {', '.join(fitting)}")
+    if flags.quantize and flags.to != "merged":
+        parser.error(f"--quantize {flags.quantize} needs --to merged; --to gguf has --dtype q8_0")
     if flags.push and flags.to == "gguf":
         parser.error("--push takes safetensors alone, and no --to gguf")
     if flags.yes and not flags.push:
@@ -97,9 +104,13 @@ def to_merged(flags, checkpoint: Path, out: Path) -> None:
     merge_lora(model.language)
     config, run = read_config(checkpoint), read_run(checkpoint)
     config["lora"] = None
+    if flags.quantize:  # from float32, so that the sum is rounded once here too
+        quantize(model.language, flags.quantize)
+        config["quantize"] = flags.quantize
     for reference in config["bases"].values():  # told still, as where it comes from
         reference.pop("copied", None)
-    tensors = {name: p.to(DTYPES[flags.dtype]) for name, p in model.named_parameters()}
+    tensors = {name: p.to(DTYPES[flags.dtype]) if p.is_floating_point() else p
+               for name, p in model.named_parameters()}
     save_checkpoint(out, run["step"], tensors, config, run, (template.tokenizer, processor))
 
 
@@ -161,6 +172,7 @@ def main(arguments=None) -> None:
     out = Path(flags.out)
     try:
         checkpoint = find_model(flags.model)
+        refuse_quantized(checkpoint, "export")
         there = out.exists() and any(out.iterdir())
         if there and not flags.push:
             raise ValueError(f"--out {out} is not empty: give a new directory")

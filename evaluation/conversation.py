@@ -2,8 +2,9 @@
 
     text, pictures -> Conversation.reply -> template.prompt -> generate -> TextStream -> text
 
-It remembers every turn and picture, and renders all of them anew for each answer. That costs a
-prefill a turn, and the prompt is exactly what training would have made of the same words.
+It remembers every turn and picture, and renders all of them anew for each answer: the prompt is
+exactly what training would have made of the same words. As far as the new prompt begins like the
+last one, pictures with it, the decoder's work is still there (Past) and is not done again.
 """
 
 import time
@@ -13,7 +14,7 @@ import torch
 from dataset.chat import IMAGE, Message
 from dataset.images import load_image
 from dataset.stream import TextStream
-from model.generate import generate
+from model.generate import Past, generate
 
 
 class Conversation:
@@ -24,7 +25,8 @@ class Conversation:
         self.model, self.template, self.processor = model, template, processor
         self.sampling = {**sampling, "generator": torch.Generator().manual_seed(seed)}
         self.speed = "nothing was said yet"
-        self.reset()
+        self.past = Past()  # outlives a reset: it is compared with each prompt, and the next one
+        self.reset()        # may begin with the same system turn and picture
 
     def reset(self, system: str | None = None) -> None:
         """Forget everything. system: the first turn from now on; None: the template's own."""
@@ -65,7 +67,7 @@ class Conversation:
         pixels = [*self.pixels, *self.waiting]
         ids = self.template.prompt(messages)
         tokens = generate(self.model, ids, torch.stack(pixels) if pixels else None,
-                          stop_ids=self.template.stop_ids, **self.sampling)
+                          stop_ids=self.template.stop_ids, past=self.past, **self.sampling)
 
         def remember(answer: str) -> None:
             self.messages = [*messages, Message("assistant", answer)]

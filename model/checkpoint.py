@@ -27,6 +27,7 @@ from model.language import LanguageModel
 from model.lora import add_lora
 from model.manifest import TornError, check_whole, write_manifest
 from model.projector import Projector
+from model.quantize import BITS, quantize
 from model.vision import VisionTransformer
 from model.vlm import VLM
 from model.weights import (
@@ -152,6 +153,7 @@ def load_checkpoint(directory, dtype: torch.dtype | None = torch.float32,
 
     language, vision: where the public towers lie now, if not where they were in training. Their
     files must be the same to the last bit; FileNotFoundError and ValueError say what is not.
+    A checkpoint in few bits (config.json has "quantize") keeps them, whatever dtype says.
     dtype None: each number as its file holds it, what was trained in float32.
     """
     directory = Path(directory)
@@ -165,8 +167,15 @@ def load_checkpoint(directory, dtype: torch.dtype | None = torch.float32,
     def tower(part, make, wanted, load):
         with torch.device("meta"):  # no memory yet: perhaps every weight is in our own file
             model = make(wanted)
-        if all(f"{part}.{name}" in tensors for name, _ in model.named_parameters()):
+            if part == "language" and config.get("quantize"):
+                quantize(model, config["quantize"])
+        lacking = [name for name, _ in model.named_parameters() if f"{part}.{name}" not in tensors]
+        if not lacking:
             return model.to_empty(device="cpu")
+        if part == "language" and config.get("quantize"):
+            raise ValueError(f"{directory / 'model.safetensors'} lacks {part}.{lacking[0]} (and "
+                             f"{len(lacking) - 1} more): the file is not complete, and no public "
+                             f"one holds weights in {config['quantize']}")
         model = load(str(verified_base(directory, part, config["bases"][part], moved[part])))
         if model.config != wanted:
             raise ValueError(f"the config.json of the {part} tower says {model.config}, but "
@@ -197,8 +206,12 @@ def put_tensors(model, tensors: dict, directory: Path) -> None:
             found = tuple(parameters[name].shape) if name in parameters else "no such parameter"
             raise ValueError(f"{directory / 'model.safetensors'}: {name} has shape "
                              f"{tuple(tensor.shape)}, the model has {found}")
-        if unusable(tensor):
-            raise ValueError(f"{directory / 'model.safetensors'}: {name} holds {unusable(tensor)}")
+        whole_numbers = not parameters[name].is_floating_point()  # of a quantized matrix
+        problem = "" if whole_numbers else unusable(tensor)
+        if whole_numbers and tensor.dtype != parameters[name].dtype:
+            problem = f"{tensor.dtype}, expected {parameters[name].dtype}"
+        if problem:
+            raise ValueError(f"{directory / 'model.safetensors'}: {name} holds {problem}")
         # Not copied into what is there: a base in bf16 would round what was trained in float32.
         parameters[name].data = tensor.clone()  # and not the mapped file, which --keep may delete
     missing = [name for name in own_names(model) if name not in tensors]
@@ -227,7 +240,17 @@ def read_config(directory) -> dict:
         check_facts(config["bases"][part], BASE, path)
     if config["lora"]:
         check_facts(config["lora"], LORA, path)
+    if config.get("quantize") not in (None, *BITS):
+        raise ValueError(f"{path} has quantize = {config['quantize']!r}; expected one of "
+                         f"{', '.join(BITS)}")
     return config
+
+
+def refuse_quantized(directory, what: str) -> None:
+    """Raise ValueError when the checkpoint's numbers are rounded to few bits, for good."""
+    if bits := read_config(directory).get("quantize"):
+        raise ValueError(f"{directory} holds weights in {bits}, which answer and no more: {what} "
+                         "the checkpoint that it was made of")
 
 
 def check_facts(found: dict, kinds: dict, path: Path) -> None:

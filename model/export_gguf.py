@@ -1,6 +1,6 @@
 """Our VLM -> GGUF, the files of llama.cpp: the language model with its tokenizer, and the eyes.
 
-    language  -> OUT/language.gguf   (f16 or q8_0)
+    language  -> OUT/language.gguf   (f16, bf16, q8_0)
     vision + projector -> OUT/mmproj.gguf, in the form that llama.cpp has for LLaVA
 
 q8_0 stores 32 numbers of a row as 8-bit integers and one 16-bit scale: a number is off by about
@@ -39,6 +39,7 @@ VISION = {
     "layers.{}.fc1": "v.blk.{}.ffn_up", "layers.{}.fc2": "v.blk.{}.ffn_down"}
 PROJECTOR = {"fc1": "mm.0", "fc2": "mm.2"}  # 1 is the GELU between them
 TYPES = {"fp32": (gguf.LlamaFileType.ALL_F32, gguf.GGMLQuantizationType.F32),
+         "bf16": (gguf.LlamaFileType.MOSTLY_BF16, gguf.GGMLQuantizationType.BF16),
          "f16": (gguf.LlamaFileType.MOSTLY_F16, gguf.GGMLQuantizationType.F16),
          "q8_0": (gguf.LlamaFileType.MOSTLY_Q8_0, gguf.GGMLQuantizationType.Q8_0)}
 

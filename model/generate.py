@@ -11,41 +11,77 @@ from model.language import LanguageModel
 
 
 class KVCache:
-    """The keys and values of every token so far, for every layer.
+    """The keys and values of every token so far, for every layer, in one piece of memory.
 
-    The buffers hold more places than are filled and grow by whole chunks: joining two tensors at
-    each token would copy the whole past for every word.
+    capacity: tokens that it has room for. An answer knows beforehand how long it can grow, so the
+    memory is asked for once: joining two tensors at each token would copy the whole past for every
+    word.
     """
 
-    def __init__(self, num_layers: int, chunk: int = 256):
+    def __init__(self, num_layers: int, capacity: int):
+        self.num_layers, self.capacity = num_layers, capacity
         self.length = 0  # tokens that all layers hold
-        self.chunk = chunk
-        self.keys = [None] * num_layers  # each (B,Hkv,capacity,hd), made at the first append
-        self.values = [None] * num_layers
+        self.store = None  # (layers,2,B,Hkv,capacity,hd), keys and values; made at the first append
 
     def append(self, layer: int, k, v):
         """Take in k, v (B,Hkv,T,hd) of one layer; return all its keys and values (B,Hkv,Tk,hd).
 
-        The layers append in order, so the last one completes the step and moves `length` on.
+        The layers append in order, so the last one completes the step and moves `length` on: what
+        an interrupted step has written is beyond it, and nobody reads it.
         """
         end = self.length + k.shape[2]
-        self.keys[layer] = self.make_room(self.keys[layer], k, end)
-        self.values[layer] = self.make_room(self.values[layer], v, end)
-        self.keys[layer][:, :, self.length:end] = k
-        self.values[layer][:, :, self.length:end] = v
-        if layer == len(self.keys) - 1:
+        if self.store is None:
+            B, Hkv, _, hd = k.shape
+            self.store = k.new_empty(self.num_layers, 2, B, Hkv, self.capacity, hd)
+        keys, values = self.store[layer]
+        keys[:, :, self.length:end] = k
+        values[:, :, self.length:end] = v
+        if layer == self.num_layers - 1:
             self.length = end
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        return keys[:, :, :end], values[:, :, :end]
 
-    def make_room(self, buffer, new, end: int):
-        """The buffer itself when `end` tokens fit, otherwise a longer one with the same content."""
-        if buffer is not None and end <= buffer.shape[2]:
-            return buffer
-        B, Hkv, _, hd = new.shape
-        longer = new.new_zeros(B, Hkv, -(-end // self.chunk) * self.chunk, hd)
-        if buffer is not None:
-            longer[:, :, :self.length] = buffer[:, :, :self.length]
-        return longer
+    def longer(self, length: int, capacity: int) -> "KVCache":
+        """Another cache with the first `length` tokens of this one, and room for `capacity`."""
+        other = KVCache(self.num_layers, capacity)
+        if length:
+            other.store = self.store.new_empty(*self.store.shape[:4], capacity,
+                                               self.store.shape[5])
+            other.store[..., :length, :] = self.store[..., :length, :]
+            other.length = length
+        return other
+
+    def keep_rows(self, rows) -> None:
+        """rows: numbers of the rows of the batch that go on."""
+        self.store = self.store[:, :, rows]
+
+
+class Past:
+    """What the answers of a conversation leave to the next one: prompts begin alike, and what
+    the decoder made of that beginning, with its pictures, need not be computed again."""
+
+    def __init__(self):
+        self.cache = None
+        self.ids, self.pixels = [], ()  # what the cache holds, and perhaps one token more
+
+    def shared(self, ids: list[int], pixels, placeholder: int | None) -> tuple[int, int]:
+        """The tokens, and pictures among them, with which this prompt begins as the last one did.
+
+        ids, pixels: of the new prompt. Its last token is never shared: the next one follows from
+        it. Nor is a part of a picture. Two pictures are the same if their pixels are.
+        """
+        held = 0 if self.cache is None else min(self.cache.length, len(self.ids), len(ids) - 1)
+        same = next((i for i in range(held) if ids[i] != self.ids[i]), held)
+        places = [place for place, token in enumerate(ids) if token == placeholder]
+        N = 0 if pixels is None else len(pixels)
+        if not places:
+            return same, 0
+        if N == 0 or len(places) % N:
+            return min(same, places[0]), 0  # embed will say what does not fit
+        K, seen = len(places) // N, 0
+        while (seen < min(N, len(self.pixels)) and places[seen * K + K - 1] < same
+               and torch.equal(pixels[seen], self.pixels[seen])):
+            seen += 1
+        return (same if seen == N else min(same, places[seen * K])), seen
 
 
 def penalise(logits, seen: list[int], penalty: float):
@@ -119,19 +155,26 @@ def room_left(decoder: LanguageModel, length: int) -> int:
 @torch.inference_mode()
 def generate(model, ids: list[int], pixels=None, max_new_tokens: int = 256, stop_ids=(),
              temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-             repetition_penalty: float = 1.0, generator: torch.Generator | None = None):
+             repetition_penalty: float = 1.0, generator: torch.Generator | None = None,
+             past: Past | None = None):
     """Yield new token ids until one of stop_ids (not yielded), max_new_tokens or the last position.
 
     model: a VLM, or a LanguageModel for text alone. ids: the prompt. pixels (N,3,H,W): its
-    pictures in order. generator: a CPU generator, to draw the same answer again.
+    pictures in order. generator: a CPU generator, to draw the same answer again. past: what the
+    last answer left, and this one leaves; without it everything is computed anew.
     """
-    decoder = decoder_of(model)
+    decoder, past = decoder_of(model), past or Past()
     device = decoder.embed_tokens.weight.device
     ids = list(ids)
-    max_new_tokens = min(max_new_tokens, room_left(decoder, len(ids)))
-    cache = KVCache(decoder.config.num_hidden_layers)
+    room = room_left(decoder, len(ids))
     pixels = None if pixels is None else pixels.to(device)
-    embeds = embed(model, torch.tensor([ids], device=device), pixels)  # (1,T,D)
+    start, seen = past.shared(ids, pixels, getattr(model.config, "image_token_id", None))
+    unseen = None if pixels is None or seen == len(pixels) else pixels[seen:]
+    embeds = embed(model, torch.tensor([ids[start:]], device=device), unseen)  # (1,T-start,D)
+    max_new_tokens = min(max_new_tokens, room)
+    capacity = len(ids) + max_new_tokens
+    cache = (past.cache or KVCache(decoder.config.num_hidden_layers, 0)).longer(start, capacity)
+    past.cache, past.ids, past.pixels = cache, ids, () if pixels is None else pixels
     for _ in range(max_new_tokens):
         hidden = decoder.decode(embeds, cache=cache)
         logits = decoder.logits(hidden[0, -1])  # (V,)
@@ -175,25 +218,33 @@ def generate_batch(model, prompts: list[list[int]], pixels: list, max_new_tokens
     itself = torch.eye(T, dtype=torch.bool, device=device)
     mask = (causal & real[:, None, None, :T]) | itself  # (B,1,T,T)
 
-    cache = KVCache(decoder.config.num_hidden_layers)
+    cache = KVCache(decoder.config.num_hidden_layers, T + max_new_tokens)
     hidden = decoder.decode(embeds, positions[:, :T], mask, cache)
-    stop = torch.tensor(sorted(stop_ids), device=device, dtype=torch.long)
-    answers, done = [], torch.zeros(B, dtype=torch.bool, device=device)
+    answers, ended = [[] for _ in prompts], set()  # ended: numbers of prompts
+    going = list(range(B))  # the prompt that each row of the batch answers
     for end in range(T, T + max_new_tokens):
-        tokens = decoder.logits(hidden[:, -1]).argmax(-1)  # (B,)
-        answers.append(tokens)
-        done |= torch.isin(tokens, stop)
-        if done.all() or end == T + max_new_tokens - 1:
+        tokens = decoder.logits(hidden[:, -1]).argmax(-1)  # (rows,)
+        ended |= take(tokens.tolist(), going, answers, ended, stop_ids)
+        rows = [row for row, prompt in enumerate(going) if prompt not in ended]
+        if not rows or end == T + max_new_tokens - 1:
             break
-        mask = real[:, None, None, :end + 1]  # (B,1,1,Tk)
+        # Rows that have ended cost as much as the others. Leaving them behind copies the cache,
+        # which costs about what a step does: so it waits until a quarter of them are idle.
+        if len(rows) <= 0.75 * len(going):
+            going = [going[row] for row in rows]
+            rows = torch.tensor(rows, device=device)
+            tokens, real, positions = tokens[rows], real[rows], positions[rows]
+            cache.keep_rows(rows)
+        mask = real[:, None, None, :end + 1]  # (rows,1,1,Tk)
         hidden = decoder.decode(decoder.embed(tokens[:, None]), positions[:, end:end + 1],
                                 mask, cache)
-    return [cut(row, stop_ids) for row in torch.stack(answers, dim=1).tolist()]
+    return answers
 
 
-def cut(row: list[int], stop_ids) -> list[int]:
-    """What stands before the first stop token."""
-    for place, token in enumerate(row):
-        if token in stop_ids:
-            return row[:place]
-    return row
+def take(tokens: list[int], going: list[int], answers: list[list[int]], ended: set, stop_ids):
+    """Add each row's token to its prompt's answer -> the prompts that have ended with it."""
+    stopped = {prompt for token, prompt in zip(tokens, going) if token in stop_ids}
+    for token, prompt in zip(tokens, going):
+        if prompt not in ended | stopped:
+            answers[prompt].append(token)
+    return stopped

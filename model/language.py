@@ -180,9 +180,11 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden):
         """hidden (...,D) -> logits (...,V); a tied head reads the embedding table backwards."""
-        if self.config.tie_word_embeddings:
+        if not self.config.tie_word_embeddings:
+            return self.lm_head(hidden)
+        if isinstance(self.embed_tokens, nn.Embedding):
             return F.linear(hidden, self.embed_tokens.weight)
-        return self.lm_head(hidden)
+        return self.embed_tokens(hidden)  # in fewer bits (quantize.py) the table does it itself
 
     def forward(self, ids):
         return self.logits(self.decode(self.embed(ids)))

@@ -7,7 +7,7 @@ from conftest import needed, weights_dir
 from dataset.chat import ChatTemplate, Message
 from dataset.tokenizer import Tokenizer
 from model.config import LanguageConfig, VisionConfig, VLMConfig
-from model.generate import KVCache, choose, distribution, generate, generate_batch, penalise
+from model.generate import KVCache, Past, choose, distribution, generate, generate_batch, penalise
 from model.language import LanguageModel
 from model.projector import Projector
 from model.vision import VisionTransformer
@@ -89,22 +89,31 @@ def test_cached_equals_uncached_with_pictures(vlm):
         assert cached != other, "the picture must matter, or this test proves nothing"
 
 
-def test_cache_grows_past_its_first_allocation(language):
+def test_an_answer_asks_for_memory_once(language):
     ids, _ = random_prompt(3, 250)
-    assert KVCache(1).chunk == 256
-    cached = list(generate(language, ids, max_new_tokens=12))  # 250 + 12 > 256
+    past = Past()
+    stream = generate(language, ids, max_new_tokens=12, past=past)
+    cached = [next(stream)]
+    place = past.cache.store.data_ptr()
+    cached += stream
+    assert past.cache.store.data_ptr() == place and past.cache.capacity == 262
     assert cached == greedy_without_cache(language, ids, None, 12)
 
 
 def test_cache_holds_what_was_appended():
-    cache, whole = KVCache(2, chunk=4), torch.randn(2, 1, 9, 3)
+    cache, whole = KVCache(2, capacity=9), torch.randn(2, 1, 9, 3)
     for start, end in ((0, 3), (3, 4), (4, 9)):
         piece = whole[:, :, start:end]
         for layer in range(2):
             assert cache.length == start, "all layers of a step write at the same place"
             k, v = cache.append(layer, piece, piece + layer)
             assert torch.equal(k, whole[:, :, :end]) and torch.equal(v, whole[:, :, :end] + layer)
-    assert cache.length == 9 and cache.keys[0].shape[2] == 12
+    assert cache.length == 9
+    longer = cache.longer(4, capacity=20)
+    k, _ = longer.append(0, whole[:, :, :2], whole[:, :, :2])
+    assert longer.length == 4 and torch.equal(k[:, :, :4], whole[:, :, :4])
+    cache.keep_rows(torch.tensor([1]))
+    assert torch.equal(cache.store[1, 1], whole[1:] + 1)
 
 
 def test_batch_equals_each_alone(vlm):
@@ -148,6 +157,24 @@ def test_rows_stop_one_by_one(language):
     together = generate_batch(language, prompts, [None] * 4, 20, stops)
     alone = [list(generate(language, p, max_new_tokens=20, stop_ids=stops)) for p in prompts]
     assert together == alone and len({len(answer) for answer in alone}) > 1
+
+
+def test_rows_that_ended_are_left_behind(language):
+    """16 prompts, most of which end early: the steps after that decode few rows."""
+    prompts = [random_prompt(seed, 6 + seed % 5)[0] for seed in range(16)]
+    alone = [list(generate(language, p, max_new_tokens=24)) for p in prompts]
+    stops = [answer[3] for answer in alone[:12]]
+    expected = [list(generate(language, p, max_new_tokens=24, stop_ids=stops)) for p in prompts]
+    rows, decode = [], language.decode
+    language.decode = lambda embeds, *rest: rows.append(len(embeds)) or decode(embeds, *rest)
+    try:
+        assert generate_batch(language, prompts, [None] * 16, 24, stops) == expected
+    finally:
+        del language.decode  # the class has its own still
+    going = [sum(len(answer) >= step for answer in expected) for step in range(len(rows))]
+    assert rows[0] == 16 and sorted(rows, reverse=True) == rows
+    assert all(there < 4 / 3 * needed + 1 for there, needed in zip(rows, going)), (rows, going)
+    assert rows[-1] < 16
 
 
 def test_yields_while_it_generates_and_stops_when_left(language):

@@ -28,6 +28,7 @@ from model.checkpoint import (
     own_names,
     read_config,
     read_run,
+    refuse_quantized,
     save_checkpoint,
     step_of,
     tensor_names,
@@ -76,7 +77,8 @@ def where_to_start(flags, stage: str) -> tuple[Path | None, dict]:
         return None, {}
     try:
         checkpoint = find_model(flags.model, runs=("out/pretrain",))
-    except (FileNotFoundError, TornError) as error:
+        refuse_quantized(checkpoint, "train on from")
+    except (FileNotFoundError, ValueError) as error:
         raise SystemExit(f"{error}; or --model none to start from the public towers") from error
     if Path(flags.out).resolve() in checkpoint.resolve().parents:
         raise SystemExit(f"the new run would write beside its own start, {checkpoint}: "
