@@ -126,7 +126,8 @@ def answer_all(model, template, processor, questions: list[Question], batch_size
 
 def read_pixels(images, processor):
     """Pictures -> (N,3,H,W), or None when there are none."""
-    return torch.stack([processor(load_image(i)) for i in images]) if images else None
+    return torch.stack([processor(load_image(image, processor.draft)) for image in images]
+                       ) if images else None
 
 
 def share(answered: list[Answered]) -> float:
