@@ -18,6 +18,7 @@ import os
 import sys
 import time
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import safetensors.torch
@@ -100,7 +101,8 @@ class FeatureFiles:
         except OSError as error:  # a full disk is no reason to stop a training
             print(f"cannot keep features in {self.directory}: {error}; from here on they are "
                   "computed and not kept", file=sys.stderr)
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink()
             self.room = 0
             return
         self.room -= len(content)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -274,7 +275,10 @@ def test_a_broken_picture_is_told_as_without_the_cache(world, tmp_path):
     assert len(files(tmp_path / "cache")) == 3
 
 
-def test_fast_images_reach_the_pixels_and_the_checkpoint(world, tmp_path):
+def test_fast_images_reach_the_pixels_and_the_checkpoint(tmp_path):
+    world = make_world(tmp_path / "world")
+    noise = np.random.default_rng(0).integers(0, 256, (90, 90, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "world" / "red.png")
     plain, fast = losses(world, tmp_path / "a"), losses(world, tmp_path / "b", "--fast_images")
     kept = json.loads((newest_checkpoint(tmp_path / "b") / "preprocessor_config.json").read_text())
     assert plain != fast and kept["fast_images"] is True
