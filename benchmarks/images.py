@@ -3,7 +3,8 @@
     python -m benchmarks.images
 
     a made-up photo, JPEG, 640 x 480 -> load_image, ImageProcessor -> pictures a second on one core
-                       -> transformers' own processor for Pillow -> the same, if it is installed
+                       -> the same with --fast_images, and by how much its pixels differ
+                       -> transformers' own processor for Pillow, if it is installed
     a preset's parameters, image tokens -> operations for a picture -> pictures a second on one GPU
                                                                     -> the --workers that takes
 
@@ -26,6 +27,8 @@ import argparse
 import io
 import math
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -70,20 +73,35 @@ def pictures_per_second(make, pictures: int) -> float:
     return pictures / (time.process_time() - began)
 
 
-def measure(pictures: int, rounds: int = 5) -> tuple[float, float | None]:
-    """-> pictures a second, ours and the public one's: the best of several rounds, in turns, so
-    that whatever else the machine does slows both."""
+def measure(pictures: int, rounds: int = 5) -> dict[str, float]:
+    """-> pictures a second: ours exact, ours with --fast_images, and the public processor where it
+    is installed. The best of several rounds, in turns, so that whatever else the machine does slows
+    all of them."""
     torch.set_num_threads(1)  # as a DataLoader does in its workers
-    data, ours, public = photo(), ImageProcessor.from_public(SIGLIP), public_processor()
-    ways = [lambda: ours(load_image(data))]
+    data, public = photo(), public_processor()
+    exact = ImageProcessor.from_public(SIGLIP)
+    fast = replace(exact, fast=True)
+    ways = {"exact": lambda: exact(load_image(data)),
+            "--fast_images": lambda: fast(load_image(data, fast.draft))}
     if public:
-        ways.append(lambda: public(Image.open(io.BytesIO(data)).convert("RGB"),
-                                   return_tensors="pt"))
-    best = [0.0] * len(ways)
+        ways["transformers"] = lambda: public(Image.open(io.BytesIO(data)).convert("RGB"),
+                                              return_tensors="pt")
+    best = dict.fromkeys(ways, 0.0)
     for _ in range(rounds):
-        for number, make in enumerate(ways):
-            best[number] = max(best[number], pictures_per_second(make, pictures))
-    return best[0], best[1] if public else None
+        for name, make in ways.items():
+            best[name] = max(best[name], pictures_per_second(make, pictures))
+    return best
+
+
+def steps_apart(files) -> tuple[float, float]:
+    """Exact and fast: the mean difference of a pixel in steps of 255, and the mean over the
+    pictures of each one's largest."""
+    exact = ImageProcessor.from_public(SIGLIP)
+    fast = replace(exact, fast=True)
+    apart = [(exact(load_image(file)) - fast(load_image(file, fast.draft))).abs() * 127.5
+             for file in files]
+    return (sum(float(each.mean()) for each in apart) / len(apart),
+            sum(float(each.max()) for each in apart) / len(apart))
 
 
 def operations(name: str, stage: str, text: int = TEXT, answer: int = ANSWER) -> float:
@@ -120,19 +138,25 @@ def main(arguments=None) -> None:
     parser.add_argument("--pictures", type=int, default=40, help="in each of five rounds")
     parser.add_argument("--gpu", type=float, default=GPU, help="operations a second that training "
                         "reaches (default: %(default).3g, an H100 at 40 %% of its bf16 peak)")
+    parser.add_argument("--photos", metavar="DIR", help="measure the difference of --fast_images "
+                        "on these (default: on the made-up one)")
     flags = parser.parse_args(arguments)
-    ours, public = measure(flags.pictures)
-    print(f"JPEG 640 x 480 -> 224 x 224, normalised: {ours:,.0f} pictures a second on one core")
-    if public:
-        print(f"transformers' processor for Pillow, in the same run: {public:,.0f} "
-              f"(ours is {ours / public:.2f} times as fast)")
+    told = measure(flags.pictures)
+    print("JPEG 640 x 480 -> 224 x 224, normalised, pictures a second on one core:")
+    for name, speed in told.items():
+        beside = f", {speed / told['transformers']:.2f} x transformers" * ("transformers" in told)
+        print(f"{name:<14}{speed:>6,.0f}{beside}")
+    files = [*Path(flags.photos).iterdir()] if flags.photos else [photo()]
+    mean, largest = steps_apart(files)
+    print(f"--fast_images changes a pixel by {mean:.2f} steps of 255 on average, the most changed "
+          f"one of a picture by {largest:.0f} ({len(files)} pictures)")
     print(f"\none picture and {TEXT} tokens of text; a GPU of {flags.gpu:.3g} operations a second")
     print(f"{'preset':<20}{'stage':<10}{'operations':>12}{'pictures/s':>12}{'workers':>9}")
     for name in PRESETS:
         for stage in ("pretrain", "sft"):
             needed = flags.gpu / operations(name, stage)
             print(f"{name:<20}{stage:<10}{operations(name, stage):>12.2e}{needed:>12,.0f}"
-                  f"{math.ceil(needed / ours):>9,}")
+                  f"{math.ceil(needed / told['exact']):>9,}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Samples -> batches whose rows are of like length, in an order that seed and epoch decide.
 
     data[i] -> chat.py, images.py -> Batches.steps, .load -> Batch(ids, labels, pixels)  -> training
+                features.py: instead of pixels, where --cache_features has what was seen in them
 
 Rows of like length stand together, padded on the right. A causal model never looks to the right,
 so padding changes nothing and training needs no attention mask. To find rows of like length
@@ -23,7 +24,9 @@ alone, and no rank ever waits for a batch that another does not have.
 import bisect
 import signal
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -43,7 +46,9 @@ class Batch:
 
     labels are shifted here and nowhere else: labels[b, t] is the token after ids[b, t] where that
     one is supervised, else -100; so the last position is always -100, as is all padding.
-    pixels hold the rows' pictures in the order of their placeholders; None without pictures.
+    pixels hold each distinct picture once; order says which of them each run of placeholders
+    shows. Both are None without pictures. Pictures whose features are known come without pixels:
+    order counts on from the N pictures with pixels to the F known ones.
     """
 
     ids: torch.Tensor  # (B,T) int64
@@ -51,6 +56,9 @@ class Batch:
     pixels: torch.Tensor | None  # (N,3,H,W) float32
     where: list[str]  # B places, "file:line"
     lengths: list[int]  # B numbers: tokens before the padding
+    order: torch.Tensor | None = None  # (M,) int64, each below N + F; None: as they come
+    features: torch.Tensor | None = None  # (F,P,Dv)
+    keys: tuple[str | None, ...] = ()  # of the N: under which their features are to be kept
 
     @property
     def supervised(self) -> int:
@@ -61,17 +69,27 @@ class Batch:
         """Positions that are computed for nothing."""
         return self.ids.numel() - sum(self.lengths)
 
-    def to(self, device, non_blocking: bool = False) -> "Batch":
-        def move(tensor):
-            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+    def each_tensor(self, change) -> "Batch":
+        """The batch with change(tensor) in the place of each of its tensors."""
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(value) for name, value in held.items()
+                                if isinstance(value, torch.Tensor)})
 
-        return Batch(move(self.ids), move(self.labels), move(self.pixels), self.where, self.lengths)
+    def to(self, device, non_blocking: bool = False) -> "Batch":
+        return self.each_tensor(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """DataLoader calls this: copies to a GPU from pinned memory run beside the arithmetic."""
-        pixels = None if self.pixels is None else self.pixels.pin_memory()
-        return Batch(self.ids.pin_memory(), self.labels.pin_memory(), pixels, self.where,
-                     self.lengths)
+        return self.each_tensor(torch.Tensor.pin_memory)
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """What the model gets of a picture: pixels to look at, or features if they are known."""
+
+    pixels: torch.Tensor | None = None  # (3,H,W)
+    features: torch.Tensor | None = None  # (P,Dv)
+    key: str | None = None  # under which the features of pixels are to be kept
 
 
 @dataclass(frozen=True)
@@ -81,7 +99,7 @@ class Row:
     ids: list[int]
     mask: list[bool]
     sample: Sample
-    pixels: tuple = ()  # n times (3,H,W)
+    pictures: tuple[Picture, ...] = ()
 
 
 class Batches:
@@ -95,14 +113,16 @@ class Batches:
     Broken texts are reported by rank 0 alone, spread over the batches of their window, so that
     the share of bad samples among those seen so far is the true one; broken pictures by the rank
     that wanted them. So the ranks' lists add up to each bad sample once.
+    features: FeatureFiles where features of pictures may be found; None: every picture is opened.
     """
 
     def __init__(self, data, template, image_processor, batch_size: int, max_length: int,
                  seed: int, rank: int = 0, world_size: int = 1, workers: int = 0,
-                 window: int = 256, block: int | None = None):
+                 window: int = 256, block: int | None = None, features=None):
         if len(data) == 0:
             raise ValueError("the data holds no samples; nothing can be learned from it")
         self.data, self.template, self.image_processor = data, template, image_processor
+        self.features = features
         self.max_length, self.seed, self.workers = max_length, seed, workers
         self.rank, self.world_size = rank, world_size
         self.global_batch = batch_size * world_size
@@ -193,15 +213,35 @@ class Order:
                 bad += [sample for p, sample in self.refused if place <= p < last]
             planned += [self.plan[p] for p in range(place, last) if p in self.plan]
             place = last
-        rows = []
+        rows, opened = [], {}
         for row in planned:
             with b.whereabouts.at(row.sample.where):
                 try:
-                    pixels = [b.image_processor(load_image(image)) for image in row.sample.images]
-                    rows.append(Row(row.ids, row.mask, row.sample, tuple(pixels)))
+                    pictures = [self._open(image, opened) for image in row.sample.images]
+                    rows.append(replace(row, pictures=tuple(pictures)))
                 except (OSError, ValueError, MemoryError) as error:
                     bad.append(BadSample(row.sample.where, str(error)))
         return collate(rows), bad
+
+    def _open(self, image, opened: dict) -> Picture:
+        """A picture of the micro-batch, opened once however many rows show it."""
+        b = self.batches
+        # Two rows of one file, or of the same bytes; what is drawn has no name to go by.
+        name = image if isinstance(image, (str, bytes, Path)) else id(image)
+        if name in opened:
+            return opened[name]
+        key = features = None
+        if b.features:
+            image = load_image(image) if callable(image) else image  # drawn: known by its pixels
+            with suppress(OSError):  # load_image says it better, with the reason
+                key = b.features.key(image)
+                features = b.features.read(key)
+        if features is None:
+            processor = b.image_processor
+            opened[name] = Picture(processor(load_image(image, processor.draft)), key=key)
+        else:
+            opened[name] = Picture(features=features)
+        return opened[name]
 
     def _turn_to(self, epoch: int, window: int) -> None:
         b = self.batches
@@ -263,6 +303,15 @@ def collate(rows: list[Row]) -> Batch:
         ids[b, :lengths[b]] = torch.tensor(row.ids)
         target = ids[b, 1:lengths[b]]  # position t learns to say the token at t + 1
         labels[b, :lengths[b] - 1] = target.where(torch.tensor(row.mask[1:]), UNSUPERVISED)
-    pixels = [picture for row in rows for picture in row.pixels]
-    return Batch(ids, labels, torch.stack(pixels) if pixels else None,
-                 [row.sample.where for row in rows], lengths)
+    shown = [picture for row in rows for picture in row.pictures]
+    # Each once; those that are to be looked at stand before those whose features are known.
+    distinct = sorted({id(picture): picture for picture in shown}.values(),
+                      key=lambda picture: picture.features is not None)
+    number = {id(picture): n for n, picture in enumerate(distinct)}
+    new = [picture for picture in distinct if picture.features is None]
+    known = [picture.features for picture in distinct if picture.features is not None]
+    return Batch(ids, labels, torch.stack([p.pixels for p in new]) if new else None,
+                 [row.sample.where for row in rows], lengths,
+                 torch.tensor([number[id(picture)] for picture in shown]) if shown else None,
+                 torch.stack(known) if known else None,
+                 tuple(picture.key for picture in new))

@@ -39,7 +39,7 @@ class Conversation:
         """A path or a PIL image goes with the next thing you say. OSError: it cannot be read."""
         if self.processor is None:
             raise ValueError("a language model alone sees no pictures")
-        self.waiting.append(self.processor(load_image(image)))
+        self.waiting.append(self.processor(load_image(image, self.processor.draft)))
         self.sources.append(image)
 
     def transcript(self) -> list[Message]:

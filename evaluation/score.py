@@ -172,7 +172,8 @@ def read_pixels(images, processor):
     for image in images:
         if isinstance(image, Exception):
             raise image
-    return torch.stack([processor(load_image(i)) for i in images]) if images else None
+    return torch.stack([processor(load_image(image, processor.draft)) for image in images]
+                       ) if images else None
 
 
 # ---------------------------------------------------------------- counting

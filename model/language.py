@@ -51,6 +51,18 @@ def rotate(x, cos, sin):
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
+def kernel_shares_heads(q, k, v, mask) -> bool:
+    """Whether the kernel lets several query heads read one head of keys and values by itself.
+
+    A CPU's does. Of CUDA's only flash attention (16-bit numbers, compute capability 8.0, no mask);
+    where that cannot serve, PyTorch would write down all T x T weights rather than use another.
+    """
+    if q.device.type != "cuda":
+        return True
+    use = torch.backends.cuda.SDPAParams(q, k, v, mask, 0.0, mask is None, True)
+    return torch.backends.cuda.can_use_flash_attention(use)
+
+
 class Attention(nn.Module):
     """Grouped-query attention: H query heads share Hkv heads of keys and values."""
 
@@ -80,11 +92,33 @@ class Attention(nn.Module):
         k = rotate(k.transpose(1, 2), *rope)  # (B,Hkv,T,hd)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B,Hkv,Tk,hd): all tokens so far
+        grouped = self.num_heads != self.num_key_value_heads
+        if grouped and not kernel_shares_heads(q, k, v, mask):
+            times = self.num_heads // self.num_key_value_heads
+            k, v = (t.repeat_interleave(times, dim=1) for t in (k, v))  # (B,H,Tk,hd)
+            grouped = False
         # Without a mask the kernel hides later tokens by itself; one new token may see them all.
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-            enable_gqa=self.num_heads != self.num_key_value_heads)
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=grouped)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+
+
+class Gated(torch.autograd.Function):
+    """silu(gate) * up, with two tensors kept for the backward pass.
+
+    Left to itself autograd keeps three, silu(gate) as well: a quarter of all that a layer with
+    frozen weights keeps. It is computed again instead, which costs one pass over its numbers.
+    """
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
 
 
 class MLP(nn.Module):
@@ -97,7 +131,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(Gated.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class DecoderLayer(nn.Module):

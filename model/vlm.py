@@ -45,29 +45,40 @@ class VLM(nn.Module):
         """Trade time for memory: keep only each block's input for the backward pass."""
         self.language.checkpointing = self.vision.checkpointing = on
 
-    def encode_images(self, pixels):
-        """pixels (N,3,H,W) -> the language tokens of each picture (N,K,D)."""
+    def look(self, pixels):
+        """pixels (N,3,H,W) -> what the vision tower sees in each picture (N,P,Dv)."""
         trained = any(p.requires_grad for p in self.vision.parameters())
         # A frozen tower keeps nothing for a backward pass: that is most of stage one's memory.
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            features = self.vision(pixels)  # (N,P,Dv)
-        return self.projector(features.to(self.projector.fc1.weight.dtype))
+            return self.vision(pixels)
 
-    def embed(self, ids, pixels=None):
-        """ids (B,T), pixels (N,3,H,W) or None -> embeddings (B,T,D), pictures in their places.
+    def encode_images(self, pixels=None, features=None):
+        """pixels (N,3,H,W), features (F,P,Dv) of further pictures that the tower has seen before,
+        one of them or both -> the language tokens of each picture (N+F,K,D)."""
+        numbers = self.projector.fc1.weight.dtype
+        seen = [] if pixels is None else [self.look(pixels).to(numbers)]
+        seen += [] if features is None else [features.to(numbers)]
+        return self.projector(torch.cat(seen) if len(seen) > 1 else seen[0])
 
-        Placeholders are filled row by row from left to right, pictures in the order of pixels.
+    def embed(self, ids, pixels=None, order=None, features=None):
+        """ids (B,T), pictures as encode_images takes them, or none -> embeddings (B,T,D), pictures
+        in their places.
+
+        Placeholders are filled row by row from left to right. order (M,): which picture each of
+        their M runs shows, so that one that is shown twice is looked at once; default: each in
+        its turn.
         """
         placeholder = ids == self.config.image_token_id  # (B,T)
         # The placeholder's id may lie past the end of the table, so it is never looked up.
         embeds = self.language.embed(ids.masked_fill(placeholder, 0))  # (B,T,D)
         wanted = int(placeholder.sum())
-        N = 0 if pixels is None else len(pixels)
-        if N == 0:
+        if not sum(len(pictures) for pictures in (pixels, features) if pictures is not None):
             self.check_count(wanted, 0, 0)
             return embeds + self.nothing()
-        images = self.encode_images(pixels)  # (N,K,D)
-        self.check_count(wanted, N, images.shape[1])
+        images = self.encode_images(pixels, features)  # (N+F,K,D)
+        if order is not None:
+            images = images[order]  # (M,K,D)
+        self.check_count(wanted, *images.shape[:2])
         return embeds.masked_scatter(placeholder[:, :, None], images.to(embeds.dtype))
 
     def check_count(self, wanted: int, N: int, K: int) -> None:
@@ -95,14 +106,15 @@ class VLM(nn.Module):
         pixels = torch.zeros(1, 3, side, side, device=self.projector.fc1.weight.device)
         return 0 * self.encode_images(pixels).sum()
 
-    def forward(self, ids, labels, pixels=None):
-        """ids (B,T), labels (B,T), pixels (N,3,H,W) or None -> (summed loss, supervised tokens).
+    def forward(self, ids, labels, pixels=None, order=None, features=None):
+        """ids (B,T), labels (B,T), pictures as embed takes them -> (summed loss, supervised
+        tokens).
 
         labels[b,t] is the token after ids[b,t], or -100 where nobody is asked: they are shifted
         already. The loss is a sum and no mean, so that the training loop can divide by the
         count of the whole step, over micro-batches and processes.
         """
-        hidden = self.language.decode(self.embed(ids, pixels))  # (B,T,D)
+        hidden = self.language.decode(self.embed(ids, pixels, order, features))  # (B,T,D)
         supervised = labels != IGNORE  # (B,T)
         # With 150,000 words the head is the dearest layer; it runs only where a label asks.
         return self.head_loss(hidden[supervised], labels[supervised]), supervised.sum()

@@ -83,7 +83,7 @@ def first_gradients(ranks, flags) -> dict:
             "frozen": [name for name, p in model.named_parameters()
                        if not p.requires_grad and p.grad is not None],
             "rows": ranks.gather([len(batch.where) for batch in micro]),
-            "pictures": ranks.gather([0 if batch.pixels is None else len(batch.pixels)
+            "pictures": ranks.gather([0 if batch.order is None else len(batch.order)
                                       for batch in micro])}
 
 

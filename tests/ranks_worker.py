@@ -52,7 +52,7 @@ def gradients(ranks, flags) -> tuple[torch.Tensor, list]:
         backward(model, batch, supervised, settings, ranks)
     trained = [p for p in model.parameters() if p.requires_grad]
     ranks.sum_gradients(trained)
-    images = [0 if batch.pixels is None else len(batch.pixels) for batch in micro]
+    images = [0 if batch.order is None else len(batch.order) for batch in micro]
     return torch.cat([p.grad.flatten() for p in trained]), ranks.gather(images)
 
 

@@ -168,7 +168,7 @@ def test_what_is_broken_is_skipped_counted_and_named(template):
     assert len(epoch) == loader.batches_per_epoch == 15  # however many rows are broken
     assert max(batch.ids.shape[1] for batch, _ in epoch) == 300
     for batch, _ in epoch:  # features and placeholders still agree
-        images = 0 if batch.pixels is None else len(batch.pixels)
+        images = 0 if batch.order is None else len(batch.order)
         assert (batch.ids == template.image_token_id).sum() == 4 * images
         assert ((batch.labels != -100).sum(1) > 0).all()
 

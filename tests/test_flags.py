@@ -20,7 +20,8 @@ VALUES = {
     "init_projector": [("P", "P")],
     "pixel_shuffle": [("3", 3)], "template": [("qwen3", "qwen3")], "image_token": [("@", "@")],
     "system": [("S", "S"), ("", "")], "data": [("D", "D"), (["D:2", "E"], ["D:2", "E"])],
-    "images": [("I", "I")],
+    "images": [("I", "I")], "fast_images": [(True, True), (False, False)],
+    "cache_features": [("F", "F")], "cache_gb": [("2.5", 2.5)],
     "out": [("O", "O")], "resume": [(True, True), (False, False)], "steps": [("7", 7)],
     "epochs": [("1.5", 1.5)], "batch_size": [("5", 5)], "accumulate": [("9", 9)],
     "max_length": [("77", 77)], "learning_rate": [("0.5", 0.5)],
@@ -61,7 +62,7 @@ def test_every_flag_reaches_the_settings(stage):
 def test_every_setting_is_read_by_the_code():
     sources = [ROOT / "training" / f"{name}.py"
                for name in ("run", "setup", "loop", "optim", "log", "held_out", "boards",
-                            "parallel")]
+                            "parallel", "features")]
     code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     unread = [name for name in settings() if not re.search(rf"(settings|flags)\.{name}\b", code)]
     # These are read by name, in a loop over names or by resolve() itself.
@@ -103,7 +104,7 @@ def test_explicit_flags_win_over_the_checkpoint_and_that_over_the_preset():
     ["--learning_rate", "0"], ["--clip", "-1"], ["--keep", "0"], ["--save_every", "0"],
     ["--max_length", "0"], ["--warmup_ratio", "1"], ["--lora_dropout", "1"], ["--lora_rank", "0"],
     ["--eval_every", "-1"], ["--eval_samples", "0"], ["--overfit", "0"],
-    ["--max_bad", "-0.1"], ["--workers", "-1"], ["--learning_rate", "nan"]])
+    ["--cache_gb", "0"], ["--max_bad", "-0.1"], ["--workers", "-1"], ["--learning_rate", "nan"]])
 def test_impossible_numbers_are_refused(flags):
     with pytest.raises(SystemExit, match=f"{flags[0]} .*expected"):
         settings(*flags)

@@ -90,7 +90,7 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens(world, unseen, tmp_path
                           ("eval_loss_wrong_picture", WrongPictures(held_out))):
         total = count = 0
         for batch, _ in Batches(samples, parts.template, parts.processor, 1, 128, 0).epoch(0):
-            loss, tokens = parts.model(batch.ids, batch.labels, batch.pixels)
+            loss, tokens = parts.model(batch.ids, batch.labels, batch.pixels, batch.order)
             total, count = total + loss.item(), count + tokens.item()
         assert told[name] == pytest.approx(total / count, abs=1e-5), name
     assert told["eval_loss"] != told["eval_loss_wrong_picture"]

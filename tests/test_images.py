@@ -1,7 +1,9 @@
-"""Claim: pictures reach a tower exactly as the public processors would hand them over."""
+"""Claim: pictures reach a tower exactly as the public processors would hand them over;
+--fast_images changes them by a bounded amount, and is kept."""
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -182,3 +184,77 @@ def test_what_we_would_get_wrong_raises(wrong):
 def test_a_missing_config_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="preprocessor_config.json"):
         ImageProcessor.from_directory(tmp_path)
+
+
+# ---------------------------------------------------------------- fast
+
+
+def photo(width, height, orientation=1):
+    """A JPEG of soft shapes with a little noise."""
+    rng = np.random.default_rng(width)
+    soft = Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC)
+    noisy = (np.asarray(soft) + rng.normal(0, 4, (height, width, 3))).clip(0, 255)
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(noisy.astype(np.uint8)).save(file, "JPEG", quality=90, exif=exif)
+    return file.getvalue()
+
+
+def steps_apart(config, source):
+    """Fast against exact: differences in steps of an 8-bit channel, (3,H,W)."""
+    exact = ImageProcessor.from_public(config)
+    fast = replace(exact, fast=True)
+    both = [processor(load_image(source, processor.draft)) for processor in (exact, fast)]
+    assert both[0].shape == both[1].shape and both[1].dtype == torch.float32
+    std = torch.tensor(exact.std)[:, None, None]
+    return ((both[0] - both[1]) * std * 255).abs()
+
+
+@pytest.mark.parametrize("config", ["siglip", "siglip_oblong", "siglip2_bilinear", "clip",
+                                    "clip_crop_only", "dinov2"])
+def test_fast_without_a_draft_is_a_step_or_two_apart(config):
+    """Pure noise: each of the two passes, along rows and columns, rounds in its own way."""
+    for name in ("odd", "exact", "wide", "RGBA"):
+        apart = steps_apart(CONFIGS[config], PICTURES[name])
+        assert apart.max() < 2.01 and apart.mean() < 0.02, f"{name}: {apart.max()} steps of 255"
+
+
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (1920, 1080), (300, 300)])
+@pytest.mark.parametrize("config", ["siglip", "siglip_oblong", "clip", "dinov2"])
+def test_fast_photos_are_near(config, size):
+    apart = steps_apart(CONFIGS[config], photo(*size))
+    print(f"{config} {size}: mean {apart.mean():.2f}, worst {apart.max():.0f} steps of 255")
+    assert apart.mean() < 1.5 and apart.max() < 24
+
+
+def test_real_photos_stay_near_when_fast():
+    """Of 320 pixels at the most: the small tower drafts them."""
+    photos = sorted(needed(shared_dir(), "data/coco128/images").glob("*.jpg"))[::6]
+    small = {**SIGLIP, "size": {"height": 96, "width": 96}}
+    means = [steps_apart(small, file).mean().item() for file in photos]
+    print(f"means over {len(photos)} photos: {np.mean(means):.2f}, worst {max(means):.2f} of 255")
+    assert np.mean(means) < 3 and max(means) < 8
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_draft_is_smaller_and_never_too_small(orientation):
+    for width, height in ((640, 480), (447, 2000), (448, 449), (4000, 3000), (100, 80)):
+        image = load_image(photo(width, height, orientation), 224)
+        stored = image.size if orientation == 1 else image.size[::-1]
+        shorter = min(width, height)
+        halvings = [n for n in (8, 4, 2, 1) if shorter // n >= 224 or n == 1][0]
+        assert stored == (-(-width // halvings), -(-height // halvings))
+    assert load_image(photo(640, 480)).size == (640, 480), "whole, unless a draft is asked for"
+
+
+def test_fast_is_kept_and_others_are_exact(tmp_path):
+    exact = ImageProcessor.from_public(CLIP)
+    assert not exact.fast and exact.draft is None
+    fast = replace(exact, fast=True)
+    fast.save(tmp_path)
+    assert ImageProcessor.from_directory(tmp_path) == fast and fast.draft == 224
+    public_processor(json.loads((tmp_path / "preprocessor_config.json").read_text()))
+    exact.save(tmp_path)
+    assert "fast" not in (tmp_path / "preprocessor_config.json").read_text()
+    assert replace(ImageProcessor.from_public(CONFIGS["clip_crop_only"]), fast=True).draft is None

@@ -45,10 +45,11 @@ def test_the_arithmetic_is_what_training_does(stage):
     assert told == pytest.approx(expected, rel=0.05)
 
 
-def test_the_command_prints_both_halves(capsys, monkeypatch):
+def test_the_command_prints_both_halves(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(images, "PRESETS", {"emoji": PRESETS["emoji"]})
-    images.main(["--pictures", "1"])
+    (tmp_path / "a.jpg").write_bytes(images.photo(300, 200))
+    images.main(["--pictures", "1", "--photos", str(tmp_path)])
     told = capsys.readouterr().out
     assert "pictures a second on one core" in told and "workers" in told
-    assert told.count("\nemoji ") == 2
+    assert told.count("\nemoji ") == 2 and "(1 pictures)" in told
     assert load_image(images.photo()).size == (640, 480)

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from families import LANGUAGE, assert_close, public_language, tiny_vlm
 
 from model.config import LanguageConfig
-from model.language import LanguageModel, rope_table
+from model.language import Gated, LanguageModel, kernel_shares_heads, rope_table
 
 FAMILIES = {
     "qwen2": ("Qwen2", {}),
@@ -147,6 +148,51 @@ def test_a_row_is_the_same_alone_and_beside_longer_rows(model):
     together = model(batch)
     for number, row in enumerate(rows):
         assert_close(together[number, :row.shape[1]], model(row)[0], 1e-5, f"row {number}")
+
+
+def keep(kept):
+    return lambda tensor: kept.append(tensor) or tensor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gate_is_silu_times_up_to_the_last_bit_and_keeps_two_tensors(dtype):
+    told = []
+    for way in (Gated.apply, lambda gate, up: F.silu(gate) * up):
+        gate, up = (torch.randn(7, 11, generator=torch.Generator().manual_seed(n)).to(dtype)
+                    .requires_grad_() for n in (1, 2))
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(keep(kept), lambda t: t):
+            out = way(gate, up)
+        out.backward(torch.linspace(-1, 1, 77).view(7, 11).to(dtype))
+        told.append((out, gate.grad, up.grad, len(kept)))
+    for ours, plain in zip(told[0][:3], told[1][:3]):
+        assert torch.equal(ours, plain)
+    assert told[0][3] == 2 < told[1][3]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_repeated_heads_equal_shared_ones(model, monkeypatch, masked):
+    """What a GPU computes whose kernels cannot share them; gradients too."""
+    ids = random_ids(2, 8)
+    mask = torch.ones(8, 8, dtype=torch.bool).tril().expand(2, 1, 8, 8) if masked else None
+    told = []
+    for shared in (True, False):
+        monkeypatch.setattr("model.language.kernel_shares_heads", lambda *_, told=shared: told)
+        embeds = model.embed(ids).detach().requires_grad_()
+        hidden = model.decode(embeds, mask=mask)
+        hidden.square().sum().backward()
+        told.append((hidden, embeds.grad))
+    assert model.config.num_attention_heads > model.config.num_key_value_heads > 1
+    assert_close(*(hidden for hidden, _ in told), 1e-6, "hidden states")
+    assert_close(*(grad for _, grad in told), 1e-4, "gradients")
+
+
+def test_the_question_to_pytorch_is_one_that_it_knows():
+    """On a machine without CUDA the answer is no; that it can be asked is what is tested."""
+    q, k = torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 3, 8)
+    use = torch.backends.cuda.SDPAParams(q, k, k, None, 0.0, True, True)
+    assert torch.backends.cuda.can_use_flash_attention(use) in (True, False)
+    assert kernel_shares_heads(q, k, k, None)
 
 
 @torch.no_grad()

@@ -78,6 +78,9 @@ def test_the_summary_adds_up(world, tmp_path, monkeypatch, capsys):
     assert any("no picture FILE" in reason for reason in summary["skipped_why"])
     assert summary["tokens_supervised"] == sum(m["supervised_tokens"] for m in steps)
     assert 0 < summary["tokens_supervised"] < summary["tokens"] - summary["tokens_padding"]
+    assert summary["tokens_useful_share"] == pytest.approx(
+        1 - summary["tokens_padding"] / summary["tokens"], abs=1e-4)
+    assert f"{summary['tokens_useful_share']:.1%} useful" in told
     seconds = sum(m["seconds"] for m in steps)
     useful = summary["tokens"] - summary["tokens_padding"]
     assert summary["tokens_per_second"] == pytest.approx(useful / seconds, rel=1e-3)

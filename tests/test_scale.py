@@ -133,7 +133,7 @@ def test_each_source_comes_as_often_as_its_weight_says(world, tmp_path):
 
 
 def die(how):
-    def load_image(source):
+    def load_image(source, draft=None):
         if torch.utils.data.get_worker_info() and "blue" in str(source):
             if how == "raise":
                 raise KeyError("a mistake")
@@ -175,7 +175,7 @@ import os, signal, sys
 import dataset.batching, train_pretrain
 from torch.utils.data import get_worker_info
 plain = dataset.batching.load_image
-def load_image(source):
+def load_image(source, draft=None):
     if get_worker_info() and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     return plain(source)

@@ -51,8 +51,8 @@ def test_one_batch_of_four_equals_four_batches_of_one(world):
     rows = []
     for batch, _ in prepare(["--batch_size", "4", *world[:6], *world[8:]])[2].epoch(0):
         rows = [(batch.ids[b, :n], batch.labels[b, :n], n) for b, n in enumerate(batch.lengths)]
-        pixels = batch.pixels
-        if pixels is not None and len(pixels) == len(rows):
+        if batch.order is not None and len(batch.order) == len(rows):
+            pixels = batch.pixels[batch.order]  # of each row
             break
     long = torch.tensor(tokenizer.encode("x" * 96))  # the answers are now of unlike lengths
     ids, labels, n = rows[0]

@@ -24,8 +24,8 @@ from torch.utils.data import Subset
 
 from dataset.batching import Batches
 from dataset.formats import BadSample
+from training.loop import forward
 from training.parallel import to_compute
-from training.precision import autocast
 from training.setup import open_files
 
 EMOJI_SAMPLES = 256  # scenes, when --eval_samples does not say how many
@@ -88,12 +88,10 @@ def mean_loss(model, batches: Batches, settings, ranks) -> tuple[float | None, i
             batch = to_compute(batch, settings)
             if not batch:
                 continue
-            batch = batch.to(ranks.device, non_blocking=True)
-            with autocast(settings.dtype, ranks.device):
-                loss, count = model(batch.ids, batch.labels, batch.pixels)
+            loss, count = forward(model, batch, settings, ranks, batches.features)
             total, tokens = total + float(loss), tokens + int(count)
             rows += len(batch.where)
-            pictures += 0 if batch.pixels is None else len(batch.pixels)
+            pictures += 0 if batch.order is None else len(batch.order)
     finally:
         model.train()
     total, tokens, *counts = ranks.sum(total, tokens, rows, pictures, skipped)

@@ -199,7 +199,7 @@ def closing(summary: dict, checkpoint: Path, next_command: str) -> str:
         *(f"    {count:,} x {reason}" for reason, count in
           sorted(s["skipped_why"].items(), key=lambda pair: -pair[1])),
         f"{s['tokens']:,} tokens, {s['tokens_supervised']:,} supervised, "
-        f"{s['tokens_padding'] / max(1, s['tokens']):.1%} padding; "
+        f"{s['tokens_useful_share']:.1%} useful, the rest padding; "
         f"{s['tokens_per_second'] or 0:,.0f} a second",
         "most memory " + ", ".join(
             f"{s[name] / 1e9:,.2f} GB {where}" for name, where in

@@ -21,6 +21,7 @@ from itertools import chain
 
 import torch
 
+from training.features import look
 from training.log import kind_of
 from training.optim import schedule, set_learning_rate
 from training.parallel import clip_gradients, sum_gradients, to_compute
@@ -127,7 +128,8 @@ def train(model, batches, optimizer, settings, ranks, log, save, progress: Progr
             torch.manual_seed((settings.seed * 1_000_003 + step) * 4099 + ranks.rank)
             half = settings.dtype == "fp16"
             scale = progress.scale if half else 1.0
-            losses = [backward(model, batch, max(supervised, 1), settings, ranks, scale)
+            losses = [backward(model, batch, max(supervised, 1), settings, ranks, scale,
+                               batches.features)
                       for batch in micro]
             # One rank alone may have got the signal; by this sum all stop after the same step.
             loss, stopping = ranks.sum(sum(float(loss) for loss in losses),
@@ -199,15 +201,23 @@ def save_checked(save, step: int, progress: Progress, optimizer, ranks) -> None:
                            "they were; make room, then go on with --resume.") from problem
 
 
-def backward(model, batch, supervised: float, settings, ranks, scale: float = 1.0) -> torch.Tensor:
+def backward(model, batch, supervised: float, settings, ranks, scale: float = 1.0,
+             files=None) -> torch.Tensor:
     """Add one micro-batch's share to the gradients, scale times as large; return its share of the
     step's loss."""
-    batch = batch.to(ranks.device, non_blocking=True)
-    with autocast(settings.dtype, ranks.device):
-        loss_sum, _ = model(batch.ids, batch.labels, batch.pixels)
+    loss_sum, _ = forward(model, batch, settings, ranks, files)
     loss = loss_sum / supervised
     (loss * scale).backward()
     return loss.detach()  # not .item(): that would make a GPU wait after every micro-batch
+
+
+def forward(model, batch, settings, ranks, files=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> summed loss, supervised tokens. files: where features of pictures are kept, or None."""
+    batch = batch.to(ranks.device, non_blocking=True)
+    with autocast(settings.dtype, ranks.device):
+        if files:
+            batch = look(model, batch, files, settings.dtype)
+        return model(batch.ids, batch.labels, batch.pixels, batch.order, batch.features)
 
 
 def check_bad(progress: Progress, settings, at_end: bool = False) -> None:

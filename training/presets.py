@@ -68,6 +68,12 @@ def read_flags(description: str, stage: str, arguments=None) -> argparse.Namespa
     add("--data", nargs="+", metavar="FILE", help="training file, or emoji for the embedded "
         "world; several are mixed, and FILE:2 comes twice in an epoch")
     add("--images", help="directory that the file's picture names are relative to")
+    add("--fast_images", action=yes_no, help="decode large JPEGs at a half, a quarter or an eighth "
+        "and resize faster: other pixels, a little (default: as the tower's files say, exactly)")
+    add("--cache_features", metavar="DIR", help="keep what the frozen vision tower sees in each "
+        "picture there, and do not look again when the picture comes again; may be deleted at any "
+        "time")
+    add("--cache_gb", type=float, help="how large that directory may grow (default: 10)")
     add("--out", default=f"out/{stage}", help="directory of this run (default: %(default)s)")
     add("--resume", action=yes_no, default=False,
         help="go on from the newest checkpoint in --out, with that run's settings")
@@ -139,7 +145,8 @@ def resolve(flags: argparse.Namespace, stage: str, earlier: dict) -> argparse.Na
     others = {"seed": 0, "workers": 2, "max_bad": 0.01, "full_checkpoint": False, "model": None,
               "eval_every": 0, "eval_data": None, "eval_samples": None, "overfit": None,
               "log": None, "log_samples": False, "lora_from": None,
-              "init_projector": None, "parallel": "ddp"}
+              "init_projector": None, "parallel": "ddp",
+              "fast_images": None, "cache_features": None, "cache_gb": 10.0}
     settings = {**others, **settings_of_preset(preset, stage), **earlier, **given,
                 "preset": preset}
     if "epochs" in given and "steps" not in given:
@@ -164,7 +171,7 @@ def resolve(flags: argparse.Namespace, stage: str, earlier: dict) -> argparse.Na
 def check(settings: dict) -> None:
     """Refuse numbers that no run can use, before anything is loaded."""
     for name in ("batch_size", "accumulate", "max_length", "save_every", "keep", "pixel_shuffle",
-                 "lora_rank", "learning_rate", "epochs", "clip"):
+                 "lora_rank", "learning_rate", "epochs", "clip", "cache_gb"):
         if not settings[name] > 0:
             raise SystemExit(f"--{name} {settings[name]}: expected a number above 0")
     for name in ("steps", "eval_samples", "overfit"):

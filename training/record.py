@@ -135,6 +135,7 @@ def summarise(out, progress, wall_seconds: float, ranks) -> dict | None:
         "tokens": progress.positions,
         "tokens_supervised": sum(line["supervised_tokens"] for line in metrics),
         "tokens_padding": progress.positions - progress.useful,
+        "tokens_useful_share": round(progress.useful / max(1, progress.positions), 4),
         "tokens_per_second": round(progress.useful / seconds, 1) if seconds else None,
         "training_seconds": round(seconds, 3), "wall_seconds": round(wall_seconds, 3),
         "peak_memory": memory, "peak_gpu_memory": gpu_memory,

@@ -14,6 +14,7 @@ from dataset.whereabouts import told_by
 from model.checkpoint import newest_checkpoint, own_names
 from training.boards import check_installed
 from training.distributed import start_ranks
+from training.features import open_features, told
 from training.held_out import HeldOut, open_held_out
 from training.log import Log, closing, introduction, stopped
 from training.loop import StopTraining, steps_of_run, train
@@ -68,10 +69,12 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
             raise SystemExit(f"cannot go on: {error}") from error
         check_same_start(progress.step, weights_sum, ranks)
 
+        features = open_features(parts.model, parts.processor, settings, ranks)
+
         def make_batches(samples, block=None):
             return Batches(samples, parts.template, parts.processor, settings.batch_size,
                            settings.max_length, settings.seed, ranks.rank, ranks.world_size,
-                           settings.workers, block=block)
+                           settings.workers, block=block, features=features)
 
         batches = make_batches(data, progress.block)
         held_out = HeldOut(unseen, make_batches) if unseen else None
@@ -97,6 +100,8 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
                 log.say(stopped(progress, stage, settings))
                 return
             summary = summarise(settings.out, progress, log.seconds, ranks)
+            if features:
+                log.say(told(features, ranks))
         model = "" if settings.out == f"out/{stage}" else f" --model {settings.out}"
         log.close()
         if ranks.main:

@@ -49,7 +49,7 @@ from training.record import FILES
 CHANGEABLE = ("out", "resume", "model", "preset", "language", "vision", "steps", "epochs",
               "batch_size", "accumulate", "save_every", "keep", "workers", "max_bad",
               "log_samples", "full_checkpoint", "eval_every", "eval_data", "log",
-              "checkpointing", "parallel")
+              "checkpointing", "parallel", "cache_features", "cache_gb")
 
 
 @dataclass
@@ -70,7 +70,7 @@ def where_to_start(flags, stage: str) -> tuple[Path | None, dict]:
         raise SystemExit(f"{error}. Without --resume the run starts anew.") from error
     if checkpoint:
         earlier = {"features": "patches", "lora_from": None, "init_projector": None,
-                   **template_facts(read_config(checkpoint)),
+                   "fast_images": None, **template_facts(read_config(checkpoint)),
                    **read_run(checkpoint)["settings"]}
         return checkpoint, check_resumed(flags, earlier, checkpoint)
     if flags.model == "none" or (stage == "pretrain" and flags.model is None):
@@ -152,6 +152,8 @@ def assemble(settings, checkpoint: Path | None) -> Parts:
 
     tokenizer = Tokenizer.from_directory(base_directory(language_directory))
     processor = ImageProcessor.from_directory(vision_directory)
+    if settings.fast_images is not None:
+        processor = replace(processor, fast=settings.fast_images)
     if checkpoint:
         language, vision = model.language, model.vision
     family = settings.template or language.config.model_type

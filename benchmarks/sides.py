@@ -1,0 +1,280 @@
+"""One optimizer step, made by this project and by transformers + peft: the same work for both.
+
+    Work -> random weights in the published shapes -> ours.safetensors; a LLaVA for transformers
+    Work -> batches, ids labels pixels             -> our Batch;        its dictionary of tensors
+    start(side, ...) -> a process of its own, that makes a step when it is told to
+
+Each side is written as its own documentation would have it. Ours is the training loop's: backward,
+clipping, AdamW from training/. Theirs is LlavaForConditionalGeneration with its default attention,
+labels given to the model, peft's adapters, and the same clipping and AdamW. Both begin at the same
+weights, so that their first losses must agree; who prints them prints a proof that the work is one.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from dataset.batching import Batch
+from dataset.features import FeatureFiles
+from model.config import LanguageConfig, VisionConfig, VLMConfig
+from model.export_transformers import llava
+from model.language import LanguageModel
+from model.projector import Projector
+from model.vision import VisionTransformer
+from model.vlm import VLM
+from training.loop import backward
+from training.optim import choose_trained, make_optimizer
+from training.precision import NUMBERS, store_weights
+from training.preset_list import LANGUAGE, ROOT, VISION
+
+SMOLLM2, QWEN = (LANGUAGE[name] for name in ("HuggingFaceTB/SmolLM2-135M-Instruct",
+                                             "Qwen/Qwen2.5-0.5B"))
+SIGLIP = VISION["google/siglip-base-patch16-224"]
+FEATURE_LAYER = -2  # LLaVA's; behind the last layer there would be a norm that LLaVA leaves out
+LORA = {"rank": 8, "alpha": 16.0, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+
+
+@dataclass(frozen=True)
+class Work:
+    """batches: of each row the number of its tokens, the picture's included. answer: how many of
+    them are supervised at the end of each row. trained: "projector", "all" (but vision), "lora"."""
+
+    language: dict
+    vision: dict
+    trained: str
+    batches: tuple[tuple[int, ...], ...]
+    answer: int
+
+    @property
+    def image_tokens(self) -> int:
+        return (self.vision["image_size"] // self.vision["patch_size"]) ** 2
+
+    @property
+    def placeholder(self) -> int:
+        return self.language["vocab_size"] - 1
+
+
+# ---------------------------------------------------------------- what both sides get
+
+
+def empty(work: Work) -> VLM:
+    language = LanguageConfig.from_public(work.language)
+    vision = VisionConfig.from_public(work.vision, FEATURE_LAYER)
+    with torch.device("meta"):
+        return VLM(VLMConfig(language, vision, "mlp", 1, work.placeholder),
+                   LanguageModel(language), VisionTransformer(vision),
+                   Projector("mlp", vision.hidden_size, language.hidden_size))
+
+
+def write_weights(work: Work, directory: Path) -> None:
+    """The same random numbers for both: once with our names, once as a LLaVA."""
+    torch.manual_seed(0)
+    model = empty(work).to_empty(device="cpu")
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, float("norm" in name and parameter.ndim == 1), 0.02)
+    save_file({name: p.detach() for name, p in model.named_parameters()},
+              directory / "ours.safetensors")
+    side = work.vision["image_size"]
+    config, tensors = llava(model, (side, side), work.placeholder)
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file({name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()},
+              directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def make_batch(work: Work, number: int) -> Batch:
+    """Batch `number` of the work: a picture, then text; padded on the right."""
+    random = torch.Generator().manual_seed(number)
+    lengths, K = work.batches[number], work.image_tokens
+    ids = torch.randint(0, work.placeholder, (len(lengths), max(lengths)), generator=random)
+    ids[:, :K] = work.placeholder
+    labels = torch.full_like(ids, -100)
+    for b, length in enumerate(lengths):
+        first = length - 1 - min(work.answer, length - K - 1)
+        labels[b, first:length - 1] = ids[b, first + 1:length]  # shifted, as ours are
+    side = work.vision["image_size"]
+    pixels = torch.randn(len(lengths), 3, side, side, generator=random)
+    return Batch(ids, labels, pixels, ["random"] * len(lengths), list(lengths))
+
+
+# ---------------------------------------------------------------- the two sides
+
+
+def ours(work: Work, directory: Path, numbers: str, device, cached: bool):
+    """-> step(number of the batch) -> loss. cached: features are read from disk each time."""
+    model = empty(work)
+    model.load_state_dict(load_file(directory / "ours.safetensors"), assign=True)
+    lora = work.trained == "lora"
+    settings = argparse.Namespace(
+        dtype=numbers, learning_rate=1e-4, projector_learning_rate=None, weight_decay=0.0,
+        vision_learning_rate=None, train_projector=True, train_vision=False, lora=lora,
+        train_language="all" if work.trained == "all" else "none", lora_dropout=0.0,
+        **{f"lora_{name}": value for name, value in LORA.items()})
+    choose_trained(model, settings, None)
+    store_weights(model, numbers, set())
+    model.to(device).train()
+    optimizer = make_optimizer(model, settings)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    ranks = argparse.Namespace(device=device)
+    files = FeatureFiles(directory / "features", numbers, 1e12) if cached else None
+
+    def step(number: int) -> float:
+        batch = make_batch(work, number)
+        if cached:
+            batch = found(batch, files)
+        loss = backward(model, batch, batch.supervised, settings, ranks, files=files)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss)
+
+    return step
+
+
+def found(batch: Batch, files: FeatureFiles) -> Batch:
+    """As a data worker makes it: features where they are on disk, else pixels and their keys."""
+    keys = tuple(files.key(pixels.numpy().tobytes()) for pixels in batch.pixels)
+    known = [files.read(key) for key in keys]
+    if any(features is None for features in known):
+        return replace(batch, keys=keys)
+    return replace(batch, pixels=None, features=torch.stack(known))
+
+
+def theirs(work: Work, directory: Path, numbers: str, device):
+    """transformers, and peft for the adapters; weights in the numbers that are asked for."""
+    import transformers  # the other side's process is measured without it
+
+    transformers.logging.set_verbosity_error()
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(
+        directory, dtype=NUMBERS[numbers])
+    model.requires_grad_(False)
+    if work.trained == "lora":
+        import peft
+
+        names = "|".join(LORA["targets"])
+        model = peft.inject_adapter_in_model(peft.LoraConfig(
+            r=LORA["rank"], lora_alpha=LORA["alpha"], lora_dropout=0.0,
+            target_modules=rf".*language_model.*\.({names})"), model)
+    for name, parameter in model.named_parameters():
+        if "projector" in name or (work.trained == "all" and "vision" not in name):
+            parameter.requires_grad_(True)
+    model.to(device).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0,
+                                  fused=True)
+
+    def step(number: int) -> float:
+        batch = make_batch(work, number)
+        labels = torch.full_like(batch.labels, -100)
+        labels[:, 1:] = batch.labels[:, :-1]  # transformers shifts them itself
+        mask = torch.arange(labels.shape[1]) < torch.tensor(batch.lengths)[:, None]
+        out = model(input_ids=batch.ids.to(device), attention_mask=mask.long().to(device),
+                    pixel_values=batch.pixels.to(device, NUMBERS[numbers]),
+                    labels=labels.to(device), use_cache=False)
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return out.loss.item()
+
+    return step
+
+
+# ---------------------------------------------------------------- a process for each
+
+
+def peak_bytes(reset: bool = False) -> int:
+    """The most memory that this process held since the last reset."""
+    if torch.cuda.is_available():
+        most = torch.cuda.max_memory_allocated()
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return most
+    if reset:  # Linux: forget the peak of loading
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+
+
+def serve(job: dict) -> None:
+    """In the side's own process: make the step that each line of stdin names."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(job["threads"])
+    work, directory = Work(**job["work"]), Path(job["directory"])
+    if job["side"] == "theirs":
+        step = theirs(work, directory, job["numbers"], device)
+    else:
+        step = ours(work, directory, job["numbers"], device, job["side"] == "cached")
+    peak_bytes(reset=True)
+    print(json.dumps(peak_bytes()), flush=True)
+    for line in sys.stdin:
+        began, busy = time.perf_counter(), time.process_time()
+        loss = step(int(line))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        print(json.dumps({"seconds": time.perf_counter() - began, "loss": loss,
+                          "busy": time.process_time() - busy, "peak": peak_bytes()}), flush=True)
+
+
+class Side:
+    """A side's process, as seen from outside."""
+
+    def __init__(self, side: str, work: Work, directory: str, numbers: str, threads: int):
+        job = {"side": side, "work": vars(work), "directory": directory, "numbers": numbers,
+               "threads": threads}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.sides", json.dumps(job)], cwd=ROOT, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"})
+        self.began = self.answer()  # bytes that it holds before the first step
+
+    def answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"a side ended with {self.process.wait()}; its reason stands above")
+        return json.loads(line)
+
+    def step(self, number: int) -> dict:
+        self.process.stdin.write(f"{number}\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def end(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def race(sides: list[tuple[str, Work]], numbers: str, rounds: int, threads: int) -> list[dict]:
+    """sides: what each is ("ours", "cached", "theirs") and its Work, whose weights are the same.
+    -> of each {"seconds", "busy": [round], sums over its batches; "peak"; "loss": the first}.
+
+    In turns, one round of each at a time: whatever else the machine does slows all of them. A round
+    before the first one warms up, and is not counted.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        write_weights(sides[0][1], Path(directory))
+        running = [(Side(side, work, directory, numbers, threads), work) for side, work in sides]
+        told = [{"seconds": [], "busy": []} for _ in running]
+        for turn in range(rounds + 1):
+            for (process, work), one in zip(running, told):
+                steps = [process.step(number) for number in range(len(work.batches))]
+                one.setdefault("loss", steps[0]["loss"])
+                one["peak"] = steps[-1]["peak"]
+                if turn:
+                    for name in ("seconds", "busy"):
+                        one[name].append(sum(step[name] for step in steps))
+        for process, _ in running:
+            process.end()
+    return told
+
+
+if __name__ == "__main__":
+    serve(json.loads(sys.argv[1]))
