@@ -7,11 +7,12 @@ scale and lines: it takes a few milliseconds and no library that could be missin
 """
 
 import html
+import itertools
 import math
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 460, 290  # of a chart, in pixels of the page
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 30, 34  # room around the lines
+LEFT, RIGHT, TOP, BOTTOM = 56, 20, 30, 34  # room around the lines
 POINTS = 400  # of a line: more than that no eye tells apart, and long runs have millions
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
 
@@ -27,16 +28,16 @@ class Curve:
     dots: bool = False  # few points, each of them measured
 
 
-def smooth(values: list, window: int = 20) -> list:
-    """The mean of the last `window` values: single steps jump too much to be read."""
-    means, held, total = [], [], 0.0
-    for value in values:
-        held.append(value)
-        total += value
-        if len(held) > window:
-            total -= held.pop(0)
-        means.append(total / len(held))
-    return means
+def smooth(values: list, reach: int = 10) -> list:
+    """Each value's mean with those up to `reach` places before and behind it: single steps jump
+    too much to be read. In the middle of its window, a mean does not lag behind."""
+    sums = [0.0, *itertools.accumulate(values)]
+    spans = [(max(0, i - reach), min(len(values), i + reach + 1)) for i in range(len(values))]
+    return [(sums[end] - sums[start]) / (end - start) for start, end in spans]
+
+
+def last_mean(values: list, window: int = 20) -> float | None:
+    return sum(values[-window:]) / len(values[-window:]) if values else None
 
 
 def thin(xs: list, ys: list, most: int = POINTS) -> tuple[list, list]:
@@ -69,7 +70,7 @@ def chart(title: str, curves: list[Curve], log: bool = False, last_x: float | No
     end = max(last_x or 0, *xs)
     across = scale(min(0, min(xs)), end if end > 0 else 1, LEFT, WIDTH - RIGHT)
     ticks = log_ticks(min(ys), max(ys)) if log else even_ticks(min(ys), max(ys))
-    low, high = min(ticks[0], min(ys)), max(ticks[-1], max(ys))
+    low, high = (min(ys), max(ys)) if log else (ticks[0], ticks[-1])
     up = scale(low, high, HEIGHT - BOTTOM, TOP, log)
     parts = [head, grid(ticks, up, even_ticks(0, end, whole=True), across)]
     for curve in curves:
@@ -104,12 +105,12 @@ def even_ticks(low: float, high: float, whole: bool = False, about: int = 5) -> 
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10 ... around low..high; where that would be many, every tenth power alone."""
+    """0.1, 0.2, 0.5, 1 ... between low and high; where that would be many, powers of ten alone."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1, 2, 5) if len(powers) <= 3 else (1,)
+    factors = (1, 2, 5) if high / low < 1000 else (1,)
     ticks = [factor * 10.0**power for power in powers for factor in factors]
-    below, above = ([t for t in ticks if t <= low] or ticks)[-1], [t for t in ticks if t >= high]
-    return [t for t in ticks if below <= t <= (above or ticks)[0 if above else -1]]
+    inside = [tick for tick in ticks if low <= tick <= high]
+    return inside if len(inside) > 1 else [low, high]
 
 
 def grid(ticks: list, up, steps: list, across) -> str:

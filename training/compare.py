@@ -7,16 +7,17 @@
 import argparse
 from pathlib import Path
 
-from training.charts import COLOURS, Curve, chart, smooth
+from training.charts import COLOURS, Curve, chart, last_mean, smooth
 from training.html import page, table, text
 from training.log import clock
 from training.past import Past, read_past
 
-CHARTS = (("loss for each supervised token", "metrics", "loss", True),
-          ("held-out loss", "evaluations", "eval_loss", True),
-          ("held-out loss with wrong pictures", "evaluations", "eval_loss_wrong_picture", True),
-          ("learning rate", "metrics", "learning_rate", False),
-          ("tokens a second", "metrics", "tokens_per_second", False))
+# Title, file, figure in its lines; on a logarithmic scale; jumps from step to step, so smoothed.
+CHARTS = (("loss for each supervised token", "metrics", "loss", True, True),
+          ("held-out loss", "evaluations", "eval_loss", True, False),
+          ("held-out loss, wrong pictures", "evaluations", "eval_loss_wrong_picture", True, False),
+          ("learning rate", "metrics", "learning_rate", False, False),
+          ("tokens a second", "metrics", "tokens_per_second", False, True))
 
 
 def names_of(runs: list[Past]) -> list[str]:
@@ -33,15 +34,16 @@ def names_of(runs: list[Past]) -> list[str]:
 
 def overlay(runs: list[Past], names: list[str]) -> str:
     charts = []
-    for title, file, key, log in CHARTS:
+    for title, file, key, log, jumps in CHARTS:
+        if not any(m.get(key) is not None for run in runs for m in getattr(run, file)):
+            continue  # measured in none of them
         curves = []
         for number, (run, name) in enumerate(zip(runs, names)):
             lines = getattr(run, file)
             steps, values = [m["step"] for m in lines], [m.get(key) for m in lines]
             colour = COLOURS[number % len(COLOURS)]
-            measured = file == "evaluations"
-            curves.append(Curve(name, steps, values if measured else smooth(values), colour,
-                                dots=measured, dashed=number >= len(COLOURS)))
+            curves.append(Curve(name, steps, smooth(values) if jumps else values, colour,
+                                dots=file == "evaluations", dashed=number >= len(COLOURS)))
         charts.append(chart(title, curves, log))
     return f'<div class="charts">{"".join(charts)}</div>'
 
@@ -49,7 +51,7 @@ def overlay(runs: list[Past], names: list[str]) -> str:
 def last_figures(run: Past) -> list:
     last = next((e for e in reversed(run.evaluations) if e.get("eval_loss") is not None), {})
     losses = [m["loss"] for m in run.metrics]
-    return [run.last_step, smooth(losses)[-1] if losses else None, last.get("eval_loss"),
+    return [run.last_step, last_mean(losses), last.get("eval_loss"),
             last.get("eval_loss_wrong_picture"), run.summary.get("samples_trained"),
             run.summary.get("tokens_per_second"), clock(sum(m["seconds"] for m in run.metrics)),
             run.outcome]
@@ -71,7 +73,7 @@ def write_comparison(directories: list, file) -> Path:
     differ = differences(runs)
     sections = [
         f"<h1>{len(runs)} runs</h1>",
-        '<p class="quiet">Losses, rates and speeds are means of the last 20 steps.</p>',
+        '<p class="quiet">Losses and speeds are means of 21 neighbouring steps.</p>',
         overlay(runs, names), "<h2>At the end</h2>",
         table([[name, *last_figures(run)] for name, run in zip(names, runs)], heads),
         "<h2>Settings in which they differ</h2>",

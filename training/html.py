@@ -18,7 +18,7 @@ p { margin: 6px 0; } .quiet { color: #666; } code { font-size: 13px; overflow-wr
 table { border-collapse: collapse; background: #fff; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: 4px 12px; border: 1px solid #e2e2e2;
          overflow-wrap: anywhere; } th { font-weight: 600; background: #f3f3f3; }
-.figures, .charts, .cards { display: flex; flex-wrap: wrap; gap: 12px; }
+.figures, .charts, .cards { display: flex; flex-wrap: wrap; gap: 12px; align-items: flex-start; }
 .figure { background: #fff; border: 1px solid #e2e2e2; border-radius: 8px; padding: 8px 14px; }
 .figure b { display: block; font-size: 20px; }
 .charts svg { background: #fff; border: 1px solid #e2e2e2; border-radius: 8px; width: 100%; }
@@ -32,7 +32,7 @@ svg text { font-size: 11px; fill: #555; } svg .title { font-size: 13px; font-wei
 .right { color: #14782a; } .wrong { color: #b01e1e; } .told { background: #fff7e0; }
 .note { background: #fff7e0; border: 1px solid #ecdca8; border-radius: 8px; padding: 8px 14px; }
 .columns { columns: 340px; column-gap: 20px; } .columns table { width: 100%; }
-.columns tr { break-inside: avoid; }
+.columns tr { break-inside: avoid; } .columns td:first-child { white-space: nowrap; }
 """
 
 

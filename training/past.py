@@ -109,8 +109,8 @@ def unlike_preset(past: Past) -> dict:
         return {}
     return {name: value for name, value in settings_of_preset(preset, stage).items()
             if name in past.settings and past.settings[name] != value
-            # A run writes down what "auto" became, which is the preset's wish all the same.
-            and value != "auto"}
+            # Where the preset says nothing, or "auto", a run writes down what became of it.
+            and value not in (None, "auto")}
 
 
 def means(metrics: list[dict], together: int = TOGETHER) -> list[dict]:

@@ -13,7 +13,7 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
-from training.charts import Curve, chart, smooth
+from training.charts import Curve, chart, last_mean, smooth
 from training.html import figures, page, picture, table, text
 from training.log import clock
 from training.past import Past, read_past, reference_of, unlike, unlike_preset
@@ -58,7 +58,7 @@ def head_figures(past: Past) -> str:
     losses = [m["loss"] for m in past.metrics]
     return figures([
         ("optimizer steps", past.last_step),
-        ("loss, mean of the last 20 steps", smooth(losses)[-1] if losses else None),
+        ("loss, mean of the last 20 steps", last_mean(losses)),
         ("held-out loss", last.get("eval_loss")),
         ("held-out loss, wrong pictures", last.get("eval_loss_wrong_picture")),
         ("tokens a second", past.summary.get("tokens_per_second")),
