@@ -2,6 +2,7 @@
 
     python eval.py                                            chat with the newest checkpoint
     python eval.py --image cat.jpg --prompt "Who is it?"      one answer on stdout, nothing else
+    python eval.py --image cat.jpg --prompt ... --attention looks.png   and where it looked
     python eval.py --data FILE --images DIR                   share of exact answers
     python eval.py --data emoji                               the same, on unseen emoji scenes
     python eval.py --model none --language DIR                chat with a language model alone
@@ -16,15 +17,9 @@ import shlex
 import sys
 from pathlib import Path
 
-import torch
-
-from dataset.chat import DEFAULT_SYSTEM, FAMILIES, ChatTemplate
-from dataset.images import ImageProcessor
-from dataset.tokenizer import Tokenizer
+from dataset.chat import FAMILIES
 from evaluation.conversation import Conversation
-from model.checkpoint import base_directory, find_base, find_model, load_checkpoint, read_config
-from model.language import LanguageModel
-from model.lora import merge_lora
+from evaluation.loading import load
 
 HELP = """\
 /image PATH [PATH ...]   show pictures with the next thing you say
@@ -44,6 +39,8 @@ def read_flags(arguments=None) -> argparse.Namespace:
     add("--vision", help="where the public vision tower lies, if not where it was in training")
     add("--image", nargs="+", default=[], metavar="PICTURE", help="pictures shown with --prompt")
     add("--prompt", help="ask this once: only the answer goes to stdout")
+    add("--attention", metavar="PNG", help="with --prompt: also draw where the model looked for "
+        "each word of the answer, and what each image token is closest to among the words")
     add("--system", help='system turn; "": none (default: as in training)')
     add("--template", choices=FAMILIES, help="with --model none: whose chat template (default: by "
         "the model's type); a checkpoint knows its own")
@@ -69,42 +66,13 @@ def read_flags(arguments=None) -> argparse.Namespace:
             parser.error(f"--{name} {getattr(flags, name)}: expected a number above 0")
     if flags.image and flags.prompt is None:
         parser.error("--image needs --prompt; in the chat, /image shows a picture")
+    if flags.attention and not (flags.image and flags.prompt):
+        parser.error("--attention needs --image and --prompt")
     if flags.template and flags.model != "none":
         parser.error("--template needs --model none: a checkpoint is asked as it was trained")
     if flags.report and not flags.data:
         parser.error("--report needs --data")
     return flags
-
-
-def load(flags, name: str | None):
-    """A checkpoint -> (model, template, processor); with name "none": without eyes, so None."""
-    device = flags.device
-    if device == "auto":
-        mps = torch.backends.mps.is_available()
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    fp32 = flags.dtype == "fp32" or (flags.dtype is None and not device.startswith("cuda"))
-    dtype = torch.float32 if fp32 else torch.bfloat16
-    if name == "none":
-        directory = find_base(flags.language or "dataset/emoji/language")
-        model = LanguageModel.from_pretrained(str(directory), dtype).eval()
-        tokenizer = Tokenizer.from_directory(base_directory(directory))
-        family = flags.template or model.config.model_type
-        template = ChatTemplate(tokenizer, image_tokens=0,
-                                default_system=DEFAULT_SYSTEM[family], family=family)
-        processor = None
-    else:
-        directory = find_model(name)
-        config = read_config(directory)
-        model = load_checkpoint(directory, dtype, flags.language, flags.vision)
-        merge_lora(model.language)  # adapters would cost two more products in every layer
-        template = ChatTemplate(Tokenizer.from_directory(directory), config["image_tokens"],
-                                config["system"], config.get("image_token"),
-                                config.get("template", "qwen2"))  # the first ones had no other
-        processor = ImageProcessor.from_directory(directory)
-        print(f"model: {directory}", file=sys.stderr)
-    if flags.system is not None:
-        template.default_system = flags.system or None
-    return model.to(device), template, processor
 
 
 def chat(conversation: Conversation, stats: bool) -> None:
@@ -194,6 +162,10 @@ def main(arguments=None) -> None:
             for path in flags.image:
                 conversation.show(path)
             print("".join(conversation.reply(flags.prompt)))
+            if flags.attention:
+                from evaluation.looks import save_looks  # here: a chat draws nothing
+
+                save_looks(conversation, flags.attention)
             if flags.stats:
                 print(f"[{conversation.speed}]", file=sys.stderr)
     except (OSError, ValueError, KeyError) as error:  # each says what is wrong and what to do
