@@ -3,6 +3,7 @@
     python eval.py                                            chat with the newest checkpoint
     python eval.py --image cat.jpg --prompt "Who is it?"      one answer on stdout, nothing else
     echo "Who is it?" | python eval.py --image cat.jpg        the same, for each line an answer
+    python eval.py --image cat.jpg --prompt ... --attention looks.png   and where it looked
     python eval.py --data FILE --images DIR                   scores, as the data's authors count
     python eval.py --data emoji                               the same, on unseen emoji scenes
     python eval.py --model none --language DIR                chat with a language model alone
@@ -13,20 +14,11 @@ Flow: checkpoint directory -> load -> model, template, processor -> chat, one an
 import argparse
 import sys
 
-import torch
-
-from dataset.chat import DEFAULT_SYSTEM, FAMILIES, ChatTemplate
-from dataset.images import ImageProcessor
-from dataset.tokenizer import Tokenizer
+from dataset.chat import FAMILIES
 from evaluation.conversation import Conversation
+from evaluation.loading import load
 from evaluation.metrics import METRICS
 from evaluation.terminal import chat, say
-from model.checkpoint import base_directory, find_base, find_model, load_checkpoint, read_config
-from model.generate import decoder_of
-from model.language import LanguageModel
-from model.lora import merge_lora
-from model.quantize import compute_in, is_quantized, quantize
-from training.precision import NUMBERS, choose_dtype
 
 
 def read_flags(arguments=None) -> argparse.Namespace:
@@ -39,6 +31,8 @@ def read_flags(arguments=None) -> argparse.Namespace:
     add("--image", nargs="+", default=[], metavar="PICTURE", help="pictures shown "
         "with --prompt, or with the first thing you say")
     add("--prompt", help="ask this once: only the answer goes to stdout")
+    add("--attention", metavar="PNG", help="with --prompt: also draw where the model looked for "
+        "each word of the answer, and what each image token is closest to among the words")
     add("--system", help='system turn; "": none (default: as in training)')
     add("--template", choices=FAMILIES, help="with --model none: whose chat template (default: by "
         "the model's type); a checkpoint knows its own")
@@ -68,6 +62,8 @@ def read_flags(arguments=None) -> argparse.Namespace:
     for name in ("max_new_tokens", "batch_size", "repetition_penalty"):
         if not getattr(flags, name) > 0:
             parser.error(f"--{name} {getattr(flags, name)}: expected a number above 0")
+    if flags.attention and not (flags.image and flags.prompt):
+        parser.error("--attention needs --image and --prompt")
     if flags.template and flags.model != "none":
         parser.error("--template needs --model none: a checkpoint is asked as it was trained")
     for name in ("report", "suffix", "metric"):
@@ -76,52 +72,6 @@ def read_flags(arguments=None) -> argparse.Namespace:
     if flags.image and flags.data:
         parser.error("--image is for a chat; with --data the file names the pictures")
     return flags
-
-
-def load(flags, name: str | None):
-    """A checkpoint -> (model, template, processor); with name "none": without eyes, so None."""
-    device = flags.device
-    if device == "auto":
-        mps = torch.backends.mps.is_available()
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    fp32 = flags.dtype == "fp32" or (flags.dtype is None and not device.startswith("cuda"))
-    dtype = torch.float32 if fp32 else torch.bfloat16
-    if name == "none":
-        directory = find_base(flags.language or "dataset/emoji/language")
-        model = LanguageModel.from_pretrained(str(directory), dtype).eval()
-        tokenizer = Tokenizer.from_directory(base_directory(directory))
-        family = flags.template or model.config.model_type
-        template = ChatTemplate(tokenizer, image_tokens=0,
-                                default_system=DEFAULT_SYSTEM[family], family=family)
-        processor = None
-    else:
-        directory = find_model(name)
-        config = read_config(directory)
-        model = load_checkpoint(directory, dtype, flags.language, flags.vision)
-        merge_lora(model.language)  # adapters would cost two more products in every layer
-        template = ChatTemplate(Tokenizer.from_directory(directory), config["image_tokens"],
-                                config["system"], config.get("image_token"),
-                                config.get("template", "qwen2"))  # the first ones had no other
-        processor = ImageProcessor.from_directory(directory)
-        print(f"model: {directory}", file=sys.stderr)
-    if flags.system is not None:
-        template.default_system = flags.system or None
-    lighten(model, flags.quantize, dtype, device)
-    return model.to(device), template, processor
-
-
-def lighten(model, bits: str | None, dtype: torch.dtype, device: str) -> None:
-    """Fewer bytes to read for each word of an answer, in the numbers that this machine counts in.
-
-    A processor without bf16 instructions reads bf16 weights all the same, and computes in float32:
-    of 64 rows of a prompt each product then takes a sixth of the time.
-    """
-    if device == "cpu" and dtype == torch.bfloat16:
-        bits, dtype = bits or "bf16", NUMBERS[choose_dtype("auto", torch.device(device))[0]]
-    language = decoder_of(model)
-    if bits and not (bits == "bf16" and is_quantized(language)):
-        quantize(language, bits)
-    compute_in(model, dtype)
 
 
 def main(arguments=None) -> None:
@@ -142,6 +92,10 @@ def main(arguments=None) -> None:
             chat(conversation, flags.stats)
         else:
             say(conversation, flags.prompt, flags.stats)
+            if flags.attention:
+                from evaluation.looks import save_looks  # here: a chat draws nothing
+
+                save_looks(conversation, flags.attention)
     except (OSError, ValueError, KeyError) as error:  # each says what is wrong and what to do
         raise SystemExit(f"eval.py: {error}") from error
     except KeyboardInterrupt:

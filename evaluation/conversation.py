@@ -34,6 +34,7 @@ class Conversation:
         self.pixels = []  # each (3,H,W), in the order of the messages' markers
         self.waiting = []  # pictures that go with the next thing you say
         self.sources = []  # of all of these, what `show` was given
+        self.asked, self.answered = [], []  # ids of the last prompt, and of its answer so far
 
     def show(self, image) -> None:
         """A path or a PIL image goes with the next thing you say. OSError: it cannot be read."""
@@ -74,6 +75,7 @@ class Conversation:
             self.pixels, self.waiting = pixels, []
 
         stream, answer, clock = TextStream(self.template.tokenizer), "", [time.perf_counter()]
+        self.asked, self.answered = ids, stream.ids
         for token in tokens:
             clock.append(time.perf_counter())
             self.speed = speed(len(ids), clock)

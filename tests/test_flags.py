@@ -39,7 +39,7 @@ VALUES = {
     "lora_targets": [("q_proj", ["q_proj"]), (["c_attn", "w1"], ["c_attn", "w1"])],
     "lora_from": [("A", "A")], "full_checkpoint": [(True, True), (False, False)],
     "eval_every": [("12", 12)], "eval_data": [("E", "E")], "eval_samples": [("13", 13)],
-    "overfit": [("14", 14)],
+    "eval_answers": [("3", 3), ("0", 0)], "overfit": [("14", 14)],
     "log": [(name, name) for name in ("tensorboard", "wandb", "swanlab")],
     "parallel": [("fsdp", "fsdp"), ("ddp", "ddp")],
 }
@@ -62,7 +62,7 @@ def test_every_flag_reaches_the_settings(stage):
 def test_every_setting_is_read_by_the_code():
     sources = [ROOT / "training" / f"{name}.py"
                for name in ("run", "setup", "loop", "optim", "log", "held_out", "boards",
-                            "parallel", "features")]
+                             "parallel", "features", "answers")]
     code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     unread = [name for name in settings() if not re.search(rf"(settings|flags)\.{name}\b", code)]
     # These are read by name, in a loop over names or by resolve() itself.
@@ -103,7 +103,7 @@ def test_explicit_flags_win_over_the_checkpoint_and_that_over_the_preset():
     ["--batch_size", "0"], ["--accumulate", "0"], ["--steps", "0"], ["--epochs", "0"],
     ["--learning_rate", "0"], ["--clip", "-1"], ["--keep", "0"], ["--save_every", "0"],
     ["--max_length", "0"], ["--warmup_ratio", "1"], ["--lora_dropout", "1"], ["--lora_rank", "0"],
-    ["--eval_every", "-1"], ["--eval_samples", "0"], ["--overfit", "0"],
+    ["--eval_every", "-1"], ["--eval_samples", "0"], ["--eval_answers", "-1"], ["--overfit", "0"],
     ["--cache_gb", "0"], ["--max_bad", "-0.1"], ["--workers", "-1"], ["--learning_rate", "nan"]])
 def test_impossible_numbers_are_refused(flags):
     with pytest.raises(SystemExit, match=f"{flags[0]} .*expected"):

@@ -34,9 +34,10 @@ EMOJI_SAMPLES = 256  # scenes, when --eval_samples does not say how many
 class HeldOut:
     """The held-out samples, ready to be measured as often as wanted."""
 
-    def __init__(self, data, make_batches):
-        """data: len() and [i] -> Sample. make_batches: data -> Batches for this rank."""
-        self.data = data
+    def __init__(self, data, make_batches, answers=None):
+        """data: len() and [i] -> Sample. make_batches: data -> Batches for this rank.
+        answers: an Answers that asks some of them, see answers.py."""
+        self.data, self.answers = data, answers
         self.right, self.wrong = make_batches(data), make_batches(WrongPictures(data))
 
     def losses(self, model, settings, ranks) -> dict:

@@ -2,6 +2,7 @@
 
     each optimizer step's figures -> a line of OUT/metrics.jsonl, and "step 12/400  loss 1.234"
     each measurement on held-out samples -> a line of OUT/evaluations.jsonl, and one to read
+    the answers to some of them -> a line of OUT/answers.jsonl
 """
 
 import json
@@ -32,7 +33,7 @@ class Log:
         if enabled:
             self.out = Path(settings.out)
             self.out.mkdir(parents=True, exist_ok=True)
-            for name in ("metrics", "evaluations", "samples"):
+            for name in ("metrics", "evaluations", "answers", "samples"):
                 cut_metrics(self.out / f"{name}.jsonl", progress.step)
             self.file = open(self.out / "metrics.jsonl", "a", encoding="utf-8")
             self.board, self.close_board = open_board(settings, self.first_step)
@@ -67,6 +68,16 @@ class Log:
         unusable = f", {figures['skipped']:,} unusable" if figures["skipped"] else ""
         self.say(f"step {step}/{self.steps}  held-out loss {right}, with wrong pictures {wrong} "
                  f"({figures['samples']:,} samples{unusable})")
+
+    def answers(self, step: int, told: dict | None) -> None:
+        """told: the values of answers.jsonl but the step's number; None: nothing was asked."""
+        if not self.enabled or told is None:
+            return
+        with open(self.out / "answers.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **told}, ensure_ascii=False) + "\n")
+        if "problem" in told:
+            self.say(f"step {step}/{self.steps}  no answers to held-out questions: "
+                     f"{told['problem']}")
 
     def samples(self, step: int, micro_batches: list[tuple[int, list[str]]]) -> None:
         """--log_samples: a line for the step, or two where it reaches into the next epoch.

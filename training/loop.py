@@ -162,6 +162,8 @@ def train(model, batches, optimizer, settings, ranks, log, save, progress: Progr
                 **({"loss_scale": scale, "overflows": progress.overflows} if half else {})})
             if held_out and (step % settings.eval_every == 0 or step == steps):
                 log.evaluation(step, held_out.losses(model, settings, ranks))
+                if held_out.answers:
+                    log.answers(step, held_out.answers.ask(model, settings, ranks))
             if step % settings.save_every == 0 or step == steps or stopping:
                 check_bad(progress, settings, at_end=step == steps)
                 save_checked(save, step, progress, optimizer, ranks)

@@ -118,6 +118,8 @@ def read_flags(description: str, stage: str, arguments=None) -> argparse.Namespa
         "own, and other --data needs --eval_samples")
     add("--eval_samples", type=int, help="of --eval_data the first so many; without it the last "
         "so many of --data, which are then never trained on")
+    add("--eval_answers", type=int, metavar="N", help="at each measurement also answer the first "
+        "question of N held-out samples, for OUT/report.html (default: 8; 0: none)")
     add("--overfit", type=int, metavar="N", help="train on the first N samples only, over and "
         "over: the first thing to try when a loss looks wrong (200 steps, if nothing else is said)")
     add("--log", choices=BOARDS, help="show the figures of metrics.jsonl and evaluations.jsonl "
@@ -143,7 +145,8 @@ def resolve(flags: argparse.Namespace, stage: str, earlier: dict) -> argparse.Na
     given = {name: value for name, value in vars(flags).items() if value is not None}
     preset = given.get("preset") or earlier.get("preset") or "emoji"
     others = {"seed": 0, "workers": 2, "max_bad": 0.01, "full_checkpoint": False, "model": None,
-              "eval_every": 0, "eval_data": None, "eval_samples": None, "overfit": None,
+              "eval_every": 0, "eval_data": None, "eval_samples": None, "eval_answers": 8,
+              "overfit": None,
               "log": None, "log_samples": False, "lora_from": None,
               "init_projector": None, "parallel": "ddp",
               "fast_images": None, "cache_features": None, "cache_gb": 10.0}
@@ -182,7 +185,7 @@ def check(settings: dict) -> None:
         raise SystemExit(f"--eval_every {settings['eval_every']}: on which samples? Give "
                          "--eval_data FILE, or --eval_samples N to set the last N of --data apart")
     for name in ("warmup_ratio", "lora_dropout", "max_bad", "weight_decay", "workers",
-                 "eval_every"):
+                 "eval_every", "eval_answers"):
         if not settings[name] >= 0:
             raise SystemExit(f"--{name} {settings[name]}: expected 0 or more")
     for name in ("warmup_ratio", "lora_dropout"):

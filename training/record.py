@@ -26,7 +26,7 @@ from training.distributed import cores
 
 # What a run writes beside its checkpoints; a new run in the same OUT moves them aside.
 FILES = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "run.json",
-         "summary.json", "tensorboard")
+         "summary.json", "tensorboard", "answers.jsonl", "held_out", "report.html", "scores.json")
 
 
 def describe(settings, stage: str, ranks, about_data: dict) -> dict:

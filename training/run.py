@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataset.batching import Batches
 from dataset.whereabouts import told_by
 from model.checkpoint import newest_checkpoint, own_names
+from training.answers import Answers
 from training.boards import check_installed
 from training.distributed import start_ranks
 from training.features import open_features, told
@@ -24,6 +25,7 @@ from training.parallel import check_same_start, in_turn, make_mesh, spread
 from training.precision import choose_dtype, store_weights
 from training.presets import read_flags, resolve
 from training.record import describe, launch, summarise
+from training.report import reported
 from training.setup import (
     assemble,
     open_training_data,
@@ -77,7 +79,10 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
                            settings.workers, block=block, features=features)
 
         batches = make_batches(data, progress.block)
-        held_out = HeldOut(unseen, make_batches) if unseen else None
+        held_out = None
+        if unseen:
+            answers = Answers(unseen, parts.template, parts.processor, settings)
+            held_out = HeldOut(unseen, make_batches, answers)
         steps = steps_of_run(settings, batches, progress)
         facts = describe(settings, stage, ranks, about_data)
         save = saver(parts, settings, ranks, facts)
@@ -91,17 +96,18 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
                                  parts.template.image_tokens, ranks.device, ranks.world_size,
                                  parts.held)
                 log.say(in_a_line(memory, settings))
-            with (launch(settings.out, facts, progress, steps, ranks.main),
-                  told_plainly(settings.out, loaders), listen() as stop):
-                train(parts.model, batches, optimizer, settings, ranks, log, save, progress,
-                      held_out, stop)
+            with reported(settings.out, ranks.main):
+                with (launch(settings.out, facts, progress, steps, ranks.main),
+                      told_plainly(settings.out, loaders), listen() as stop):
+                    train(parts.model, batches, optimizer, settings, ranks, log, save, progress,
+                          held_out, stop)
+                summary = summarise(settings.out, progress, log.seconds, ranks)
+            if features:
+                log.say(told(features, ranks))
             if progress.step < steps:
                 log.close()
                 log.say(stopped(progress, stage, settings))
                 return
-            summary = summarise(settings.out, progress, log.seconds, ranks)
-            if features:
-                log.say(told(features, ranks))
         model = "" if settings.out == f"out/{stage}" else f" --model {settings.out}"
         log.close()
         if ranks.main:

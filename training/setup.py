@@ -48,7 +48,7 @@ from training.record import FILES
 # What a run may change when it is resumed; all else would make it another run.
 CHANGEABLE = ("out", "resume", "model", "preset", "language", "vision", "steps", "epochs",
               "batch_size", "accumulate", "save_every", "keep", "workers", "max_bad",
-              "log_samples", "full_checkpoint", "eval_every", "eval_data", "log",
+              "log_samples", "full_checkpoint", "eval_every", "eval_data", "eval_answers", "log",
               "checkpointing", "parallel", "cache_features", "cache_gb")
 
 

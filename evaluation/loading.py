@@ -1,0 +1,67 @@
+"""A name -> what answers: a model on its device, its chat template and its image processor.
+
+    --model DIR, or the newest run -> load -> (model, template, processor)      (eval.py, web.py)
+"""
+
+import sys
+
+import torch
+
+from dataset.chat import DEFAULT_SYSTEM, ChatTemplate
+from dataset.images import ImageProcessor
+from dataset.tokenizer import Tokenizer
+from model.checkpoint import base_directory, find_base, find_model, load_checkpoint, read_config
+from model.generate import decoder_of
+from model.language import LanguageModel
+from model.lora import merge_lora
+from model.quantize import compute_in, is_quantized, quantize
+from training.precision import NUMBERS, choose_dtype
+
+
+def load(flags, name: str | None):
+    """A checkpoint -> (model, template, processor); with name "none": without eyes, so None.
+
+    flags: device, dtype, quantize, language, vision, template and system, as eval.py reads them.
+    """
+    device = flags.device
+    if device == "auto":
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    fp32 = flags.dtype == "fp32" or (flags.dtype is None and not device.startswith("cuda"))
+    dtype = torch.float32 if fp32 else torch.bfloat16
+    if name == "none":
+        directory = find_base(flags.language or "dataset/emoji/language")
+        model = LanguageModel.from_pretrained(str(directory), dtype).eval()
+        tokenizer = Tokenizer.from_directory(base_directory(directory))
+        family = flags.template or model.config.model_type
+        template = ChatTemplate(tokenizer, image_tokens=0,
+                                default_system=DEFAULT_SYSTEM[family], family=family)
+        processor = None
+    else:
+        directory = find_model(name)
+        config = read_config(directory)
+        model = load_checkpoint(directory, dtype, flags.language, flags.vision)
+        merge_lora(model.language)  # adapters would cost two more products in every layer
+        template = ChatTemplate(Tokenizer.from_directory(directory), config["image_tokens"],
+                                config["system"], config.get("image_token"),
+                                config.get("template", "qwen2"))  # the first ones had no other
+        processor = ImageProcessor.from_directory(directory)
+        print(f"model: {directory}", file=sys.stderr)
+    if flags.system is not None:
+        template.default_system = flags.system or None
+    lighten(model, flags.quantize, dtype, device)
+    return model.to(device), template, processor
+
+
+def lighten(model, bits: str | None, dtype: torch.dtype, device: str) -> None:
+    """Fewer bytes to read for each word of an answer, in the numbers that this machine counts in.
+
+    A processor without bf16 instructions reads bf16 weights all the same, and computes in float32:
+    of 64 rows of a prompt each product then takes a sixth of the time.
+    """
+    if device == "cpu" and dtype == torch.bfloat16:
+        bits, dtype = bits or "bf16", NUMBERS[choose_dtype("auto", torch.device(device))[0]]
+    language = decoder_of(model)
+    if bits and not (bits == "bf16" and is_quantized(language)):
+        quantize(language, bits)
+    compute_in(model, dtype)
