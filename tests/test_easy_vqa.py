@@ -1,0 +1,179 @@
+"""Claims: the benchmark turns the package's files into rows without losing or leaking a question,
+moved shapes keep their truth, and its score is what the model says freely, right or wrong."""
+
+import json
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+import eval as eval_script
+import train_sft
+from benchmarks import easy_vqa
+
+SHAPES = [("circle", "red"), ("rectangle", "blue"), ("triangle", "teal"), ("circle", "black")]
+SCRIPTS = {"train_sft.py": train_sft, "eval.py": eval_script}
+
+
+def draw(shape: str, colour: str, at=(20, 24)) -> Image.Image:
+    image = Image.new("RGB", (64, 64), (232, 245, 246))
+    (x, y), pen = at, ImageDraw.Draw(image)
+    if shape == "circle":
+        pen.ellipse((x, y, x + 13, y + 13), fill=colour)
+    elif shape == "rectangle":
+        pen.rectangle((x, y, x + 17, y + 8), fill=colour)
+    else:
+        pen.polygon(((x, y + 12), (x + 14, y + 12), (x + 7, y)), fill=colour)
+    return image
+
+
+def pairs_about(shape: str, colour: str, extra: int) -> list[tuple[str, str]]:
+    pairs = [("what shape is in the image?", shape), ("what color is the shape?", colour),
+             (f"is there a {shape}?", "yes"), (f"is there not a {colour} shape?", "no"),
+             ("is no green shape present?", "yes"), ("is there a gray shape?", "no")]
+    return pairs[:3 + extra]
+
+
+@pytest.fixture
+def package(tmp_path):
+    """The package's own layout: six pictures to learn from, two to be asked about."""
+    for split, count in (("train", 6), ("test", 2)):
+        images = tmp_path / "data" / split / "images"
+        images.mkdir(parents=True)
+        listed = []
+        for number in range(count):
+            shape, colour = SHAPES[(number + (split == "test")) % len(SHAPES)]
+            draw(shape, colour).save(images / f"{number}.png")
+            listed += [[*pair, number] for pair in pairs_about(shape, colour, number % 4)]
+        (images.parent / "questions.json").write_text(json.dumps(listed))
+    return tmp_path / "data"
+
+
+def rows_of(file) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def pairs_of(row: dict) -> list[tuple[str, str]]:
+    turns = row["conversations"]
+    assert [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
+    assert turns[0]["content"].startswith("<image>\n")
+    texts = [turn["content"].removeprefix("<image>\n") for turn in turns]
+    return list(zip(texts[::2], texts[1::2]))
+
+
+def test_every_question_is_learned_with_its_picture_and_asked_alone(package, tmp_path):
+    facts = easy_vqa.prepare(package, tmp_path / "out", 0, 4, seed=0)
+    asked = {split: easy_vqa.read_split(package, split) for split in ("train", "test")}
+    assert facts == {"split": "test", "pictures": 2, "questions": 3 + 4, "training_pictures": 6,
+                     "training_questions": 3 + 4 + 5 + 6 + 3 + 4, "training_rows": 6 * 4}
+    found = {}
+    for row in rows_of(tmp_path / "out" / "train.jsonl"):
+        split, number, _ = row["image"].removesuffix(".png").split("_")
+        assert split == "train" and len(set(pairs_of(row))) == len(pairs_of(row)) <= 4
+        assert (tmp_path / "out" / "pictures" / row["image"]).is_file()
+        found.setdefault(int(number), Counter()).update(pairs_of(row))
+    for number, pairs in asked["train"].items():
+        assert set(found[number]) == set(pairs), number
+        assert max(found[number].values()) - min(found[number].values()) <= 1, found[number]
+    scored = rows_of(tmp_path / "out" / "scored.jsonl")
+    assert [(pair, row["image"]) for row in scored for pair in pairs_of(row)] == [
+        (pair, f"test_{number}.png") for number, pairs in asked["test"].items() for pair in pairs]
+    assert all(len(pairs_of(row)) == 1 for row in scored), "an answer was told before a question"
+    assert [row["kind"] for row in scored[:3]] == ["shape", "colour", "yes or no"]
+    for number in range(2):  # what is scored is the published picture
+        with Image.open(tmp_path / "out" / "pictures" / f"test_{number}.png") as image:
+            assert np.array_equal(image, easy_vqa.read_picture(package / "test/images", number))
+
+
+def test_the_seed_decides_and_nothing_else(package, tmp_path):
+    def written(name, seed):
+        easy_vqa.prepare(package, tmp_path / name, 0, 3, seed)
+        return [path.read_bytes() for path in sorted((tmp_path / name).rglob("*.*"))]
+
+    assert written("a", 0) == written("b", 0) != written("c", 1)
+
+
+def test_what_is_held_out_is_not_trained_on_and_the_test_split_not_opened(package, tmp_path):
+    for file in sorted((package / "test").rglob("*.*")):
+        file.unlink()
+    facts = easy_vqa.prepare(package, tmp_path / "out", 2, 1, seed=0)
+    assert (facts["split"], facts["pictures"], facts["training_pictures"]) == ("train", 2, 4)
+    learned, scored = ({int(row["image"].removesuffix(".png").split("_")[1])
+                        for row in rows_of(tmp_path / "out" / name)}
+                       for name in ("train.jsonl", "scored.jsonl"))
+    assert (learned, scored) == ({0, 1, 2, 3}, {4, 5})
+    with pytest.raises(SystemExit, match="questions.json; --data takes a directory with"):
+        easy_vqa.prepare(package, tmp_path / "out", 0, 1, seed=0)
+    with pytest.raises(SystemExit, match="--hold_out 6: expected 1 to 5"):
+        easy_vqa.prepare(package, tmp_path / "out", 6, 1, seed=0)
+
+
+@pytest.mark.parametrize("shape,colour", SHAPES[:3])
+def test_a_moved_shape_is_the_same_shape(shape, colour):
+    pixels, dice, seen = np.array(draw(shape, colour)), random.Random(0), set()
+    ground, (top, bottom, left, right) = easy_vqa.find_shape(pixels)
+    cut = pixels[top:bottom, left:right]
+    assert tuple(ground) == (232, 245, 246) and (cut != ground).any(axis=-1).mean() > 0.4
+    for _ in range(40):
+        moved = easy_vqa.elsewhere(pixels, ground, (top, bottom, left, right), dice)
+        new_ground, (t, b, le, r) = easy_vqa.find_shape(moved)
+        seen.add((t, le))
+        assert tuple(new_ground) == tuple(ground) and moved.shape == pixels.shape
+        assert any(np.array_equal(moved[t:b, le:r], same) for same in (cut, cut[:, ::-1]))
+    assert len(seen) > 30, "it hardly ever moves"
+
+
+def test_a_shape_at_the_edge_stays_there():
+    """Part of it may lie outside; in the middle it would be another shape."""
+    pixels, dice = np.array(draw("circle", "red", at=(-5, 20))), random.Random(0)
+    shape = easy_vqa.find_shape(pixels)
+    found = [easy_vqa.elsewhere(pixels, *shape, dice) for _ in range(20)]
+    assert all(any(np.array_equal(moved, same) for same in (pixels, pixels[:, ::-1]))
+               for moved in found)
+    assert len({moved.tobytes() for moved in found}) == 2, "never mirrored, or always"
+
+
+def test_the_whole_command_and_that_its_score_can_fail(package, tmp_path, monkeypatch, capsys):
+    """One step cannot teach it; and where its own words are the truth, all of them are right."""
+    monkeypatch.setattr(easy_vqa, "run",
+                        lambda command: SCRIPTS[command[0]].main(command[1:]))
+    out = tmp_path / "out"
+    easy_vqa.main(["--data", str(package), "--out", str(out), "--copies", "1", "--seed", "3",
+                   "--steps", "1", "--batch_size", "2", "--workers", "0"])
+    result, answers = json.loads((out / "result.json").read_text()), rows_of(out / "answers.jsonl")
+    told = capsys.readouterr().out
+    assert [a["truth"] for a in answers] == [
+        pairs_of(row)[0][1] for row in rows_of(out / "scored.jsonl")]
+    right = sum(a["answer"].strip() == a["truth"] for a in answers)
+    assert (result["right"], result["questions"], result["seed"]) == (right, 7, 3)
+    assert result["score"] == right / 7 < 1 and f"{right} of 7 questions of the test split" in told
+    assert "picture withheld" in told and "picture of another sample" in told
+
+    echoed = rows_of(out / "scored.jsonl")
+    for row, answer in zip(echoed, answers):
+        row["conversations"][1]["content"] = answer["answer"]
+    easy_vqa.write_lines(out / "scored.jsonl", echoed)
+    eval_script.main(["--model", str(out / "run"), "--data", str(out / "scored.jsonl"),
+                      "--images", str(out / "pictures"), "--report", str(out)])
+    assert all(a["right"] for a in rows_of(out / "answers.jsonl"))
+
+
+def test_a_question_that_was_not_asked_is_no_score(package, tmp_path, monkeypatch):
+    def all_but_one(command):
+        lines = rows_of(tmp_path / "scored.jsonl")[1:]
+        easy_vqa.write_lines(tmp_path / "answers.jsonl", [{"right": True} for _ in lines])
+
+    monkeypatch.setattr(easy_vqa, "run", all_but_one)
+    with pytest.raises(SystemExit, match="7 questions were to be asked and 6 were answered"):
+        easy_vqa.main(["--data", str(package), "--out", str(tmp_path)])
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_what_is_missing_is_said(monkeypatch):
+    monkeypatch.setattr(easy_vqa.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install easy-vqa"):
+        easy_vqa.package_data()
+    with pytest.raises(SystemExit, match="-c did not come to its end"):
+        easy_vqa.run(["-c", "raise SystemExit(3)"])
