@@ -86,7 +86,7 @@ class Answers:
         shown = sum(message.images for message in messages)
         if not shown:
             return None
-        images = [load_image(image) for image in sample.images[:shown]]
+        images = [load_image(image, self.processor.draft) for image in sample.images[:shown]]
         pixels = torch.stack([self.processor(image) for image in images])
         small = images[-1].copy()
         small.thumbnail((SIDE, SIDE))
