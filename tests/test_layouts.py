@@ -197,7 +197,7 @@ def test_qwen_7b_stops_where_its_long_context_tricks_begin(tmp_path):
     assert_close(ours(IDS[:, :16]), qwen_logits(tensors, public, IDS[:, :16]), 2e-4, "16 of 16")
     with pytest.raises(ValueError, match="row of 17 tokens: past 16 .*dynamic NTK"):
         ours(IDS[:, :17])
-    cache = KVCache(num_layers=2)
+    cache = KVCache(num_layers=2, capacity=32)
     ours.decode(ours.embed(IDS[:, :15]), cache=cache)
     ours.decode(ours.embed(IDS[:, 15:16]), cache=cache)
     with pytest.raises(ValueError, match="row of 17 tokens"):

@@ -153,10 +153,12 @@ def leave(error: BaseException, rank: int) -> None:
     told = str(error.code) if plain else "".join(traceback.format_exception(error))
     print(f"rank {rank} failed: {told}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    get_error_handler().record_exception(error)
     lost = "distributed" in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts
     if lost and not plain:  # raised by a collective: most likely the echo of another rank's error
         time.sleep(3)
+    # Only now: a rank that was killed has written no time, and torchrun takes the earliest that it
+    # finds for the cause.
+    get_error_handler().record_exception(error)
     # A usual exit would take leave of the process group, which under nccl can wait for the others.
     os._exit(1)
 
