@@ -217,24 +217,29 @@ class ImageProcessor:
             if height * width > MOST_PIXELS:  # a hair's breadth, enlarged along with its length
                 raise ValueError(f"a picture of {image.width} x {image.height} would be resized to "
                                  f"{width} x {height}, more than {MOST_PIXELS:,} pixels")
-            image = self.resized(image, height, width)
+            pixels = self.resized(image, height, width)
+        else:
+            pixels = as_tensor(image)
         if self.crop is not None:
-            image = crop_centre(image, *self.crop)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3,H,W), 0..255
+            pixels = crop_centre(pixels, *self.crop)
         pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
         mean = torch.tensor(self.mean)[:, None, None]
         std = torch.tensor(self.std)[:, None, None]
         # In place: a fresh tensor for each of the three costs as much as the arithmetic.
         return pixels.mul_(self.rescale).sub_(mean).div_(std)
 
-    def resized(self, image: Image.Image, height: int, width: int) -> Image.Image:
+    def resized(self, image: Image.Image, height: int, width: int) -> torch.Tensor:
+        """-> (3,height,width), 0..255."""
         if not self.fast or self.resample not in TORCH_FILTERS:
-            return image.resize((width, height), resample=self.resample)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1,3,H,W) uint8
+            return as_tensor(image.resize((width, height), resample=self.resample))
         # The same filter with 16-bit weights where Pillow has 32: a step of 255 apart, seldom two.
-        pixels = F.interpolate(pixels, (height, width), mode=TORCH_FILTERS[self.resample],
-                               antialias=True)
-        return Image.fromarray(pixels[0].permute(1, 2, 0).contiguous().numpy())
+        return F.interpolate(as_tensor(image)[None], (height, width), antialias=True,
+                             mode=TORCH_FILTERS[self.resample])[0]
+
+
+def as_tensor(image: Image.Image) -> torch.Tensor:
+    """RGB -> (3,H,W) uint8, the three numbers of a pixel side by side in memory as they were."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def read_size(size) -> int | tuple[int, int]:
@@ -274,10 +279,12 @@ def fit_size(image: Image.Image, resize) -> tuple[int, int]:
     return resize, int(resize * width / height)
 
 
-def crop_centre(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The middle, black around it where the picture is smaller."""
+def crop_centre(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """(3,H,W) -> the middle, black around it where the picture is smaller."""
     # An odd margin cannot be halved: `//` rounds down also below zero, so a crop takes the extra
     # pixel from the right and bottom, padding adds it at the left and top. The public code agrees.
-    top = (image.height - height) // 2
-    left = (image.width - width) // 2
-    return image.crop((left, top, left + width, top + height))
+    top = (pixels.shape[1] - height) // 2
+    left = (pixels.shape[2] - width) // 2
+    # A border of less than nothing is cut away.
+    return F.pad(pixels, (-left, width - pixels.shape[2] + left,
+                          -top, height - pixels.shape[1] + top))
