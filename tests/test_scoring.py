@@ -232,7 +232,7 @@ def test_what_changed_is_named_and_all_is_asked_anew(world, monkeypatch, capsys,
         _, err = run(monkeypatch, capsys, "--model", world / "sft", *flags, *change)
         assert f"{journal} holds answers to something else: " in err and named in err
         assert journal.with_name("sft.jsonl.old").read_text() == before
-        run(monkeypatch, capsys, "--model", world / "sft", *flags)
+    run(monkeypatch, capsys, "--model", world / "sft", *flags)
     data.write_text(lines.replace("Which", "What"))
     _, err = run(monkeypatch, capsys, "--model", world / "sft", *flags)
     assert "data was [" in err and "questions was" in err
