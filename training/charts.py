@@ -70,7 +70,8 @@ def chart(title: str, curves: list[Curve], log: bool = False, last_x: float | No
     end = max(last_x or 0, *xs)
     across = scale(min(0, min(xs)), end if end > 0 else 1, LEFT, WIDTH - RIGHT)
     ticks = log_ticks(min(ys), max(ys)) if log else even_ticks(min(ys), max(ys))
-    low, high = (min(ys), max(ys)) if log else (ticks[0], ticks[-1])
+    # A little room, so that the least and the greatest do not lie on the frame.
+    low, high = (min(ys) / 1.05, max(ys) * 1.05) if log else (ticks[0], ticks[-1])
     up = scale(low, high, HEIGHT - BOTTOM, TOP, log)
     parts = [head, grid(ticks, up, even_ticks(0, end, whole=True), across)]
     for curve in curves:

@@ -28,7 +28,8 @@ svg text { font-size: 11px; fill: #555; } svg .title { font-size: 13px; font-wei
            stroke-width: 3px; } svg .grid { stroke: #e8e8e8; fill: none; }
 .card { background: #fff; border: 1px solid #e2e2e2; border-radius: 8px; padding: 10px;
         width: 270px; box-sizing: border-box; } .card img { width: 100%; border-radius: 4px; }
-.card table { width: 100%; font-size: 13px; } .card td { padding: 2px 6px; }
+.card table { width: 100%; font-size: 13px; } .card td, .card th { padding: 2px 6px; }
+.card td:first-child, .card th { white-space: nowrap; }
 .right { color: #14782a; } .wrong { color: #b01e1e; } .told { background: #fff7e0; }
 .note { background: #fff7e0; border: 1px solid #ecdca8; border-radius: 8px; padding: 8px 14px; }
 .columns { columns: 340px; column-gap: 20px; } .columns table { width: 100%; }
