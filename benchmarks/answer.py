@@ -13,6 +13,9 @@ the same number of tokens without a picture. "while decoding" is what follows th
 share of read bandwidth takes the bytes of the language model's matrices (of the table only what
 the head reads, once) for each token, and a sum over 256 MB, measured in the same rounds.
 
+--clock cpu counts the seconds that a processor worked, on one thread (OMP_NUM_THREADS=1): for
+ratios on a machine that has other work as well. Without it the seconds are a clock's.
+
 Further: 16 questions of unequal length in one batch against one by one; from the start of a
 process to the first token of an answer, against transformers; how many greedy tokens of an answer
 change in fewer bits does not depend on time, and is told by `python eval.py --quantize`.
@@ -44,6 +47,8 @@ SIDES = ("ours-fp32", "ours-bf16", "ours-int8", "ours-int4", "transformers-fp32"
          "transformers-bf16", "llama.cpp-bf16", "llama.cpp-q8_0")
 PROMPT, NEW = 228, 64  # tokens
 ROWS, ROWS_NEW = 16, 32
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+now = time.perf_counter  # --clock chooses
 
 
 # ---------------------------------------------------------------- the same weights for all
@@ -129,20 +134,20 @@ def ours(place: Path, numbers: str):
                         and not model.language.config.tie_word_embeddings))
 
     def ask() -> list[float]:
-        clock = [time.perf_counter()]
+        clock = [now()]
         for _ in generate(model, ids, pixels, max_new_tokens=NEW):
-            clock.append(time.perf_counter())
+            clock.append(now())
         return [later - clock[0] for later in clock[1:]]
 
     def batch() -> list[float]:
         """Seconds of all in one batch, and of one by one."""
         prompts = [question(template, PROMPT - 2 * row) for row in range(ROWS)]
-        began = time.perf_counter()
+        began = now()
         generate_batch(model, prompts, [pixels] * ROWS, ROWS_NEW, ())
-        together = time.perf_counter()
+        together = now()
         for prompt in prompts:
             list(generate(model, prompt, pixels, max_new_tokens=ROWS_NEW))
-        return [together - began, time.perf_counter() - together]
+        return [together - began, now() - together]
 
     return ask, batch, read
 
@@ -162,14 +167,14 @@ def transformers(place: Path, numbers: str):
 
     class Clock:  # what generate calls a streamer: put gets the prompt, then each token
         def put(self, tokens):
-            self.times.append(time.perf_counter())
+            self.times.append(now())
 
         def end(self):
             pass
 
     def ask() -> list[float]:
         clock = Clock()
-        clock.times, began = [], time.perf_counter()
+        clock.times, began = [], now()
         model.generate(**given, do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW,
                        eos_token_id=[], pad_token_id=0, streamer=clock)
         return [later - began for later in clock.times[1:]]
@@ -189,7 +194,7 @@ def template_of(place: Path):
 
 
 def llama_cpp(place: Path, numbers: str):
-    """Its own clocks, which leave out the way there and back."""
+    """Asked twice, for one token and for all of them; what it remembers of a prompt is not used."""
     import xllamacpp
 
     parameters = xllamacpp.CommonParams()
@@ -200,15 +205,17 @@ def llama_cpp(place: Path, numbers: str):
     server = xllamacpp.Server(parameters)
     ids = [i % 1000 for i in range(PROMPT)]
 
-    def ask() -> list[float]:
+    def seconds(tokens: int) -> float:
+        began = now()
         answer = server.handle_completions({
-            "prompt": ids, "n_predict": NEW, "temperature": 0, "ignore_eos": True,
+            "prompt": ids, "n_predict": tokens, "temperature": 0, "ignore_eos": True,
             "cache_prompt": False})
         told = (answer if isinstance(answer, dict) else json.loads(answer))["timings"]
-        first, rest = told["prompt_ms"] / 1000, told["predicted_ms"] / 1000
-        steps = told["predicted_n"]
-        assert steps == NEW and told["prompt_n"] == PROMPT, told
-        return [first + rest * step / steps for step in range(1, steps + 1)]
+        assert (told["prompt_n"], told["predicted_n"]) == (PROMPT, tokens), told
+        return now() - began
+
+    def ask() -> list[float]:
+        return [seconds(1), seconds(NEW)]
 
     return ask, None, 0
 
@@ -217,9 +224,9 @@ def bandwidth() -> float:
     """Bytes a second that a sum reads; the best of three."""
     numbers, best = torch.ones(64 * 2**20), 0.0
     for _ in range(3):
-        began = time.perf_counter()
+        began = now()
         numbers.sum()
-        best = max(best, numbers.nbytes / (time.perf_counter() - began))
+        best = max(best, numbers.nbytes / (now() - began))
     return best
 
 
@@ -260,11 +267,17 @@ print(model.generate(**given, do_sample=False, max_new_tokens=1)[0, -1])
 """
 
 
-def start(code: str, place: Path) -> float:
-    began = time.perf_counter()
+def start(code: str, place: Path, clock: str) -> float:
+    def spent() -> float:
+        import resource  # here: Windows has none
+
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return now() if clock == "wall" else children.ru_utime + children.ru_stime
+
+    began = spent()
     subprocess.run([sys.executable, "-c", code, str(place)], cwd=ROOT, check=True,
                    capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    return time.perf_counter() - began
+    return spent() - began
 
 
 # ---------------------------------------------------------------- the whole
@@ -273,11 +286,11 @@ def start(code: str, place: Path) -> float:
 class Side:
     """A process that answers when it is asked."""
 
-    def __init__(self, name: str, place: Path):
+    def __init__(self, name: str, place: Path, clock: str):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.answer", "--serve", name, "--place", str(place)],
-            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.read = self.hear()["read"]
+            [sys.executable, "-m", "benchmarks.answer", "--serve", name, "--place", str(place),
+             "--clock", clock], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.read = 0  # bytes of weights for each token; known when it is ready
 
     def hear(self):
         line = self.process.stdout.readline()
@@ -345,13 +358,16 @@ def machine() -> str:
 
 
 def main(arguments=None) -> None:
+    global now
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", choices=MODELS, default="smollm2")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--place", type=Path, help="keep the files here, or use those there")
     parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     flags = parser.parse_args(arguments)
+    now = CLOCKS[flags.clock]
     if flags.serve:
         serve(flags.serve, flags.place)
         return
@@ -363,8 +379,10 @@ def main(arguments=None) -> None:
         here = {"transformers": "transformers", "llama.cpp": "xllamacpp"}
         names = [name for name in flags.sides if name.startswith("ours")
                  or importlib.util.find_spec(here[name.rpartition("-")[0]])]
-        sides = {name: Side(name, place) for name in names}
-        print(f"{machine()}\n")
+        sides = {name: Side(name, place, flags.clock) for name in names}  # they load together
+        for side in sides.values():
+            side.read = side.hear()["read"]
+        print(f"{machine()}; seconds of {flags.clock}\n")
         asked, read = measure(sides, flags.repeats)
         print(f"{MODELS[flags.model]} + {EYES}: {PROMPT} tokens asked, {NEW} answered; memory is "
               f"read at {read / 1e9:.1f} GB/s\n\n{table(asked, sides, read)}\n\n{ratios(asked)}")
@@ -377,7 +395,8 @@ def main(arguments=None) -> None:
         for side in sides.values():
             side.process.kill()
         if "transformers-fp32" in names:
-            pairs = [(start(START_OURS, place), start(START_TRANSFORMERS, place))
+            pairs = [(start(START_OURS, place, flags.clock),
+                      start(START_TRANSFORMERS, place, flags.clock))
                      for _ in range(flags.repeats)]
             ratio = statistics.median(o / t for o, t in pairs)
             print(f"process start to first token: ours {min(o for o, _ in pairs):.1f} s, "

@@ -194,12 +194,15 @@ def load_checkpoint(directory, dtype: torch.dtype | None = torch.float32,
                   config["pixel_shuffle"]))
     if config["lora"]:
         add_lora(model.language, **config["lora"])
-    put_tensors(model, tensors, directory)
+    put_tensors(model, tensors, directory, dtype)
     return (model if dtype is None else model.to(dtype)).eval()
 
 
-def put_tensors(model, tensors: dict, directory: Path) -> None:
-    """Put the checkpoint's tensors in the model's place; every one must have its place there."""
+def put_tensors(model, tensors: dict, directory: Path, dtype: torch.dtype | None = None) -> None:
+    """Put the checkpoint's tensors in the model's place; every one must have its place there.
+
+    dtype: of fractions; None: as the file holds them.
+    """
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
@@ -213,7 +216,9 @@ def put_tensors(model, tensors: dict, directory: Path) -> None:
         if problem:
             raise ValueError(f"{directory / 'model.safetensors'}: {name} holds {problem}")
         # Not copied into what is there: a base in bf16 would round what was trained in float32.
-        parameters[name].data = tensor.clone()  # and not the mapped file, which --keep may delete
+        # Nor the mapped file itself, which --keep may delete: copied once, in the wanted dtype.
+        wanted = tensor.dtype if whole_numbers or dtype is None else dtype
+        parameters[name].data = tensor.to(wanted, copy=True)
     missing = [name for name in own_names(model) if name not in tensors]
     if missing:
         raise ValueError(f"{directory / 'model.safetensors'} lacks {missing[0]}"
