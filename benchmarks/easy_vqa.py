@@ -43,7 +43,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ["--preset", "emoji", "--model", "none", "--train_vision", "--train_language", "all",
-          "--epochs", "1", "--batch_size", "32", "--learning_rate", "0.001", "--workers", "1"]
+          "--epochs", "2", "--batch_size", "32", "--learning_rate", "0.001", "--workers", "1"]
 COPIES = 8  # of a training picture: itself and seven with the shape elsewhere
 TOGETHER = 4  # questions in a training conversation
 
@@ -129,8 +129,8 @@ def find_shape(pixels: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int, int
 
     The largest shape is a third of the picture's pixels, so the commonest colour is the ground's.
     """
-    colours, count = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
-    ground = colours[count.argmax()]
+    _, ground = max(Image.fromarray(pixels).getcolors(pixels.size))  # (count, colour)
+    ground = np.array(ground, np.uint8)
     rows, columns = np.nonzero((pixels != ground).any(axis=-1))
     if len(rows) == 0:
         return ground, (0, *pixels.shape[:1], 0, *pixels.shape[1:2])
@@ -194,6 +194,7 @@ def prepare(data: Path, out: Path, hold_out: int, copies: int, seed: int) -> dic
     else:
         scored = read_split(data, "test")
     (out / "pictures").mkdir(parents=True, exist_ok=True)
+    (out / "result.json").unlink(missing_ok=True)  # of an earlier run, should this one fail
     return {"split": split, "pictures": len(scored),
             "questions": write_scored(scored, data / split / "images", split, out),
             "training_pictures": len(asked), "training_questions": sum(map(len, asked.values())),
@@ -208,6 +209,9 @@ def main(arguments=None) -> None:
     pictures = ["--images", str(out / "pictures")]
     run(["train_sft.py", *RECIPE, "--data", str(out / "train.jsonl"), *pictures,
          "--out", str(out / "run"), "--seed", str(flags.seed), *others])
+    if not (out / "run" / "summary.json").is_file():  # stopped by a signal, it ends well too
+        raise SystemExit("training did not come to its end, so there is nothing to score yet; the "
+                         "same command with --resume goes on")
     trained = clock()
     run(["eval.py", "--model", str(out / "run"), "--data", str(out / "scored.jsonl"), *pictures,
          "--report", str(out)])

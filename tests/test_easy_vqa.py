@@ -160,15 +160,23 @@ def test_the_whole_command_and_that_its_score_can_fail(package, tmp_path, monkey
     assert all(a["right"] for a in rows_of(out / "answers.jsonl"))
 
 
-def test_a_question_that_was_not_asked_is_no_score(package, tmp_path, monkeypatch):
+def test_half_a_training_or_a_question_that_was_not_asked_is_no_score(package, tmp_path,
+                                                                      monkeypatch):
+    def stopped(command):
+        assert command[0] == "train_sft.py", "it was scored all the same"
+
     def all_but_one(command):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "summary.json").write_text("{}")
         lines = rows_of(tmp_path / "scored.jsonl")[1:]
         easy_vqa.write_lines(tmp_path / "answers.jsonl", [{"right": True} for _ in lines])
 
-    monkeypatch.setattr(easy_vqa, "run", all_but_one)
-    with pytest.raises(SystemExit, match="7 questions were to be asked and 6 were answered"):
-        easy_vqa.main(["--data", str(package), "--out", str(tmp_path)])
-    assert not (tmp_path / "result.json").exists()
+    for outcome, told in ((stopped, "same command with --resume goes on"),
+                          (all_but_one, "7 questions were to be asked and 6 were answered")):
+        monkeypatch.setattr(easy_vqa, "run", outcome)
+        with pytest.raises(SystemExit, match=told):
+            easy_vqa.main(["--data", str(package), "--out", str(tmp_path)])
+        assert not (tmp_path / "result.json").exists()
 
 
 def test_what_is_missing_is_said(monkeypatch):
