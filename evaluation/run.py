@@ -133,7 +133,8 @@ def about_questions(flags, metric: str, questions: list, template, model) -> dic
     return {"data": files, "questions": text.hexdigest(), "images": flags.images,
             "system": template.default_system, "cut": cuts(metric),
             "batch_size": flags.batch_size, "max_new_tokens": flags.max_new_tokens,
-            "dtype": str(weight.dtype), "device": weight.device.type}
+            "dtype": str(weight.dtype), "quantize": flags.quantize,
+            "device": weight.device.type}
 
 
 def model_files(flags, checkpoint) -> dict:

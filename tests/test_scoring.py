@@ -227,7 +227,8 @@ def test_what_changed_is_named_and_all_is_asked_anew(world, monkeypatch, capsys,
     for change, named in (
         (["--model", world / "pretrain"], "model was {"), (["--batch_size", "5"], "batch_size was"),
         (["--system", "Be kind."], "system was null"), (["--limit", "9"], "questions was"),
-        (["--dtype", "bf16"], "dtype was torch.float32, now it is torch.bfloat16")):
+        (["--dtype", "bf16"], "dtype was torch.float32, now it is torch.bfloat16"),
+        (["--quantize", "int8"], "quantize was null, now it is int8")):
         before = journal.read_text()
         _, err = run(monkeypatch, capsys, "--model", world / "sft", *flags, *change)
         assert f"{journal} holds answers to something else: " in err and named in err
