@@ -181,6 +181,11 @@ def test_chunked_logits_are_the_plain_ones(monkeypatch, how, tied):
     for name, parameter in plain.named_parameters():
         if parameter.requires_grad:
             size = parameter.grad.abs().max().item()
+            if name.startswith("vision") and name.endswith("k_proj.bias"):
+                # Softmax does not notice what is added to all of a row's scores alike: without
+                # RoPE this gradient is zero, and what is left is rounding.
+                assert max(size, gradients[name].abs().max().item()) < 1e-6, name
+                continue
             assert_close(gradients[name] / size, parameter.grad / size, 1e-5, name)
 
 

@@ -95,7 +95,7 @@ def test_a_run_with_a_tail_equals_the_run_by_hand(world, tmp_path):
     losses = []
     for step, rate in enumerate(rates):
         chosen = micro[5 * step:5 * step + 5]
-        loss = sum(model(b.ids, b.labels, b.pixels)[0] for b in chosen)
+        loss = sum(model(b.ids, b.labels, b.pixels, b.order)[0] for b in chosen)
         loss = loss / sum(b.supervised for b in chosen)
         optimizer.zero_grad()
         loss.backward()
