@@ -4,7 +4,7 @@
     python -m benchmarks.growth --steps 1 --out /tmp/growth.png
 
     a small decoder (4 layers, 256 wide) and a tiny vision tower, the projector trained, one row
-    -> for each point and each side a process of its own -> seconds, peak over what it began with
+    -> a process for each side -> at each point seconds, and the peak over what it began with
 
 Only one of the three is changed at a time; the others are those of START. Ours stands beside
 transformers. Straight lines through the points would be the best there is: attention's share, which
@@ -38,20 +38,18 @@ def work_at(axis: str, value: int) -> Work:
                 ((at["tokens of a row"],),), at["supervised tokens"])
 
 
-def measure(work: Work, steps: int, threads: int, clock: str) -> dict[str, tuple[float, float]]:
+def measure(work: Work, sides: dict[str, Side], steps: int,
+            clock: str) -> dict[str, tuple[float, float]]:
     """-> {side: (seconds of a step, MB at the peak of it beyond what stood there before)}."""
     with tempfile.TemporaryDirectory() as directory:
         write_weights(work, Path(directory))
-        sides = {side: Side(side, work, directory, "fp32", threads) for side in ("ours", "theirs")}
-        told = {side: [] for side in sides}
+        began = {name: side.begin(work, directory, "fp32") for name, side in sides.items()}
+        told = {name: [] for name in sides}
         for _ in range(steps + 1):  # the first one warms up
-            for side, process in sides.items():
-                told[side].append(process.step(0))
-        for process in sides.values():
-            process.end()
-        return {side: (median(step[clock] for step in steps[1:]),
-                       (steps[-1]["peak"] - sides[side].began) / 1e6)
-                for side, steps in told.items()}
+            for name, side in sides.items():
+                told[name].append(side.step(0))
+        return {name: (median(step[clock] for step in steps[1:]),
+                       (steps[-1]["peak"] - began[name]) / 1e6) for name, steps in told.items()}
 
 
 def draw(found: dict, out: Path) -> None:
@@ -100,19 +98,21 @@ def beyond_linear(points: list) -> dict[str, float]:
 def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--steps", type=int, default=3, help="counted steps of each point (default: %(default)s)")
+    add("--steps", type=int, default=2, help="counted steps of each point (default: %(default)s)")
     add("--axes", nargs="+", choices=POINTS, default=[*POINTS], metavar="AXIS")
     add("--threads", type=int, default=1)
     add("--clock", choices=("seconds", "busy"), default="seconds", help="as in benchmarks.train")
     add("--out", default="docs/growth.png", help="the figure (default: %(default)s)")
     flags = parser.parse_args(arguments)
-    found = {}
+    found, sides = {}, {name: Side(name, flags.threads) for name in ("ours", "theirs")}
     for axis in flags.axes:
         found[axis] = []
         for value in POINTS[axis]:
-            told = measure(work_at(axis, value), flags.steps, flags.threads, flags.clock)
+            told = measure(work_at(axis, value), sides, flags.steps, flags.clock)
             found[axis].append((value, told))
             print(json.dumps({axis: value, **told}), flush=True)
+    for side in sides.values():
+        side.end()
     print(table(found))
     for axis, points in found.items():
         print(axis, {side: f"{times:.2f} x linear"

@@ -2,7 +2,7 @@
 
     Work -> random weights in the published shapes -> ours.safetensors; a LLaVA for transformers
     Work -> batches, ids labels pixels             -> our Batch;        its dictionary of tensors
-    start(side, ...) -> a process of its own, that makes a step when it is told to
+    Side(...) -> a process of its own, that makes a step when it is told to
 
 Each side is written as its own documentation would have it. Ours is the training loop's: backward,
 clipping, AdamW from training/. Theirs is LlavaForConditionalGeneration with its default attention,
@@ -11,12 +11,15 @@ weights, so that their first losses must agree; who prints them prints a proof t
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -204,20 +207,29 @@ def peak_bytes(reset: bool = False) -> int:
     return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 
-def serve(job: dict) -> None:
-    """In the side's own process: make the step that each line of stdin names."""
+def serve(side: str, threads: int) -> None:
+    """In the side's own process. Each line of stdin is a job to get ready for, or the number of the
+    batch to make a step with; each is answered by a line."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(job["threads"])
-    work, directory = Work(**job["work"]), Path(job["directory"])
-    if job["side"] == "theirs":
-        step = theirs(work, directory, job["numbers"], device)
-    else:
-        step = ours(work, directory, job["numbers"], device, job["side"] == "cached")
-    peak_bytes(reset=True)
-    print(json.dumps(peak_bytes()), flush=True)
+    torch.set_num_threads(threads)
+    step = None
     for line in sys.stdin:
+        told = json.loads(line)
+        if isinstance(told, dict):
+            step = None  # let the last model go, and its memory
+            gc.collect()
+            with suppress(OSError, AttributeError):  # Linux's C library
+                ctypes.CDLL("libc.so.6").malloc_trim(0)
+            work, directory = Work(**told["work"]), Path(told["directory"])
+            if side == "theirs":
+                step = theirs(work, directory, told["numbers"], device)
+            else:
+                step = ours(work, directory, told["numbers"], device, side == "cached")
+            peak_bytes(reset=True)
+            print(json.dumps(peak_bytes()), flush=True)
+            continue
         began, busy = time.perf_counter(), time.process_time()
-        loss = step(int(line))
+        loss = step(told)
         if device.type == "cuda":
             torch.cuda.synchronize()
         print(json.dumps({"seconds": time.perf_counter() - began, "loss": loss,
@@ -227,25 +239,26 @@ def serve(job: dict) -> None:
 class Side:
     """A side's process, as seen from outside."""
 
-    def __init__(self, side: str, work: Work, directory: str, numbers: str, threads: int):
-        job = {"side": side, "work": vars(work), "directory": directory, "numbers": numbers,
-               "threads": threads}
+    def __init__(self, side: str, threads: int):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.sides", json.dumps(job)], cwd=ROOT, text=True,
+            [sys.executable, "-m", "benchmarks.sides", side, str(threads)], cwd=ROOT, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"})
-        self.began = self.answer()  # bytes that it holds before the first step
 
-    def answer(self):
+    def ask(self, message):
+        self.process.stdin.write(json.dumps(message) + "\n")
+        self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit(f"a side ended with {self.process.wait()}; its reason stands above")
         return json.loads(line)
 
+    def begin(self, work: Work, directory: str, numbers: str) -> int:
+        """-> bytes that it holds before the first step."""
+        return self.ask({"work": vars(work), "directory": directory, "numbers": numbers})
+
     def step(self, number: int) -> dict:
-        self.process.stdin.write(f"{number}\n")
-        self.process.stdin.flush()
-        return self.answer()
+        return self.ask(number)
 
     def end(self) -> None:
         self.process.stdin.close()
@@ -261,7 +274,9 @@ def race(sides: list[tuple[str, Work]], numbers: str, rounds: int, threads: int)
     """
     with tempfile.TemporaryDirectory() as directory:
         write_weights(sides[0][1], Path(directory))
-        running = [(Side(side, work, directory, numbers, threads), work) for side, work in sides]
+        running = [(Side(side, threads), work) for side, work in sides]
+        for process, work in running:
+            process.begin(work, directory, numbers)
         told = [{"seconds": [], "busy": []} for _ in running]
         for turn in range(rounds + 1):
             for (process, work), one in zip(running, told):
@@ -277,4 +292,4 @@ def race(sides: list[tuple[str, Work]], numbers: str, rounds: int, threads: int)
 
 
 if __name__ == "__main__":
-    serve(json.loads(sys.argv[1]))
+    serve(sys.argv[1], int(sys.argv[2]))

@@ -146,8 +146,9 @@ def leave(error: BaseException, rank: int) -> None:
     """Say why this rank fails, and end its process on the spot.
 
     Said while the others are still waiting, so it is the first error on the screen; those that
-    then lose the connection come after it. They stay a little longer, so that torchrun too sees
-    who was first, and names that rank as the cause in its summary.
+    then lose the connection come after it. They stay a little longer before they leave their error
+    for torchrun, which takes the earliest one for the cause: a rank that the system has killed
+    leaves none, and counts from when torchrun finds it gone.
     """
     plain = isinstance(error, SystemExit)  # its text is written for people
     told = str(error.code) if plain else "".join(traceback.format_exception(error))
@@ -156,8 +157,6 @@ def leave(error: BaseException, rank: int) -> None:
     lost = "distributed" in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts
     if lost and not plain:  # raised by a collective: most likely the echo of another rank's error
         time.sleep(3)
-    # Only now: a rank that was killed has written no time, and torchrun takes the earliest that it
-    # finds for the cause.
     get_error_handler().record_exception(error)
     # A usual exit would take leave of the process group, which under nccl can wait for the others.
     os._exit(1)
