@@ -16,18 +16,20 @@ circle, nor read "triangle"; so all three parts are trained.
 
 What takes thought with any data:
 
-- Questions about one picture stand in one conversation, so that it is looked at once for several.
-  But only some of them: later questions can be answered from earlier answers, without looking.
-- The score asks each question by itself, for the same reason: no answer has been told before it.
-- 4,000 pictures are few. Each comes several times, as it is and with its shape mirrored or at
-  another place, which changes no answer: the questions never ask where. Training pictures only.
+- A row for each question. Several in one conversation would share the cost of a picture, but the
+  later ones could be answered from the earlier answers, without looking. For the same reason the
+  score asks each question by itself.
+- There is one thing in a picture and nobody asks where, so the mean of its patches says enough
+  (--features pooled): one image token, and nothing to search for.
+- 4,000 pictures are few. The questions about one are dealt out to several copies of it, the first
+  as it is, the others with the shape mirrored or at another place. That changes no answer.
+  Training pictures only.
 
-An answer counts when it is freely generated, greedily, and is the truth to the letter; no list of
-the 13 answers helps. Every flag that is not listed by --help goes to train_sft.py.
+An answer counts when it is freely generated, greedily, and equal to the truth; no list of the 13
+answers helps. Every flag that is not listed by --help goes to train_sft.py.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import random
@@ -35,26 +37,29 @@ import shlex
 import subprocess
 import sys
 import time
-from itertools import cycle, islice
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPE = ["--preset", "emoji", "--model", "none", "--train_vision", "--train_language", "all",
-          "--epochs", "2", "--batch_size", "32", "--learning_rate", "0.001", "--workers", "1"]
+RECIPE = ["--preset", "emoji", "--model", "none", "--features", "pooled", "--train_vision",
+          "--train_language", "all", "--epochs", "3", "--batch_size", "32",
+          "--learning_rate", "0.001", "--workers", "1"]
 COPIES = 8  # of a training picture: itself and seven with the shape elsewhere
-TOGETHER = 4  # questions in a training conversation
 
 
 def package_data() -> Path:
-    """Where the installed package easy-vqa keeps its two splits."""
-    found = importlib.util.find_spec("easy_vqa")
-    if found is None:
+    """Where the installed package easy-vqa keeps its two splits.
+
+    Asked by the package's name and not imported: as a script, this very file is "easy_vqa" too.
+    """
+    try:
+        return Path(distribution("easy-vqa").locate_file("easy_vqa/data"))
+    except PackageNotFoundError:
         raise SystemExit("the package easy-vqa is not installed: pip install easy-vqa (3 MB), or "
-                         "give --data DIR, a directory with train/ and test/")
-    return Path(found.origin).parent / "data"
+                         "give --data DIR, a directory with train/ and test/") from None
 
 
 def read_split(data: Path, split: str) -> dict[int, list[tuple[str, str]]]:
@@ -69,37 +74,33 @@ def read_split(data: Path, split: str) -> dict[int, list[tuple[str, str]]]:
     return dict(sorted(asked.items()))
 
 
-def as_row(picture: str, pairs: list[tuple[str, str]]) -> dict:
-    """A picture and its (question, answer) pairs -> a line of minimind-v's JSON Lines."""
-    turns = []
-    for question, answer in pairs:
-        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    turns[0]["content"] = "<image>\n" + turns[0]["content"]
-    return {"conversations": turns, "image": picture}
+def as_row(picture: str, question: str, answer: str) -> dict:
+    """A line of minimind-v's JSON Lines; kind is what eval.py counts its scores by."""
+    return {"conversations": [{"role": "user", "content": f"<image>\n{question}"},
+                              {"role": "assistant", "content": answer}],
+            "image": picture, "kind": kind_of(question)}
 
 
 def kind_of(question: str) -> str:
-    """What eval.py counts its scores by."""
     words = question.split()
     return "yes or no" if words[0] != "what" else "colour" if "color" in words else "shape"
 
 
 def write_training(asked: dict, source: Path, out: Path, copies: int, seed: int) -> int:
-    """Write OUT/train.jsonl and its pictures; return the number of rows.
+    """Write OUT/train.jsonl, a row for each question, and the pictures; return the number of rows.
 
-    Over the copies of a picture each of its questions comes equally often, give or take one.
+    The questions about a picture are dealt out to its copies in turn.
     """
     dice, rows = random.Random(seed), []
     for number, pairs in asked.items():
         pixels = read_picture(source, number)
         shape = find_shape(pixels)
-        deck = cycle(dice.sample(pairs, len(pairs)))
-        for copy in range(copies):
+        for copy in range(min(copies, len(pairs))):
             name = f"train_{number}_{copy}.png"
             Image.fromarray(elsewhere(pixels, *shape, dice) if copy else pixels).save(
                 out / "pictures" / name)
-            hand = list(islice(deck, min(TOGETHER, len(pairs))))
-            rows.append(as_row(name, dice.sample(hand, len(hand))))
+        rows += [as_row(f"train_{number}_{place % copies}.png", *pair)
+                 for place, pair in enumerate(dice.sample(pairs, len(pairs)))]
     write_lines(out / "train.jsonl", rows)
     return len(rows)
 
@@ -110,7 +111,7 @@ def write_scored(asked: dict, source: Path, split: str, out: Path) -> int:
     for number, pairs in asked.items():
         name = f"{split}_{number}.png"
         Image.fromarray(read_picture(source, number)).save(out / "pictures" / name)
-        rows += [{**as_row(name, [pair]), "kind": kind_of(pair[0])} for pair in pairs]
+        rows += [as_row(name, *pair) for pair in pairs]
     write_lines(out / "scored.jsonl", rows)
     return len(rows)
 
@@ -132,8 +133,6 @@ def find_shape(pixels: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int, int
     _, ground = max(Image.fromarray(pixels).getcolors(pixels.size))  # (count, colour)
     ground = np.array(ground, np.uint8)
     rows, columns = np.nonzero((pixels != ground).any(axis=-1))
-    if len(rows) == 0:
-        return ground, (0, *pixels.shape[:1], 0, *pixels.shape[1:2])
     return ground, (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1)
 
 
@@ -197,8 +196,8 @@ def prepare(data: Path, out: Path, hold_out: int, copies: int, seed: int) -> dic
     (out / "result.json").unlink(missing_ok=True)  # of an earlier run, should this one fail
     return {"split": split, "pictures": len(scored),
             "questions": write_scored(scored, data / split / "images", split, out),
-            "training_pictures": len(asked), "training_questions": sum(map(len, asked.values())),
-            "training_rows": write_training(asked, data / "train" / "images", out, copies, seed)}
+            "training_pictures": len(asked), "copies": copies, "training_questions":
+            write_training(asked, data / "train" / "images", out, copies, seed)}
 
 
 def main(arguments=None) -> None:
@@ -222,8 +221,8 @@ def main(arguments=None) -> None:
     if len(lines) != facts["questions"]:
         raise SystemExit(f"{facts['questions']:,} questions were to be asked and {len(lines):,} "
                          "were answered: that is no score. Above it is said what was wrong.")
-    result = {"score": right / len(lines), "right": right, **facts, "copies": flags.copies,
-              "seed": flags.seed, "flags": others,
+    result = {"score": right / len(lines), "right": right, **facts, "seed": flags.seed,
+              "flags": others,
               "minutes": round((ended[0] - began[0]) / 60, 1),
               "minutes_of_scoring": round((ended[0] - trained[0]) / 60, 1),
               "cpu_seconds": round(ended[1] - began[1])}

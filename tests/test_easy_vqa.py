@@ -3,6 +3,9 @@ moved shapes keep their truth, and its score is what the model says freely, righ
 
 import json
 import random
+import shutil
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -12,6 +15,7 @@ from PIL import Image, ImageDraw
 import eval as eval_script
 import train_sft
 from benchmarks import easy_vqa
+from tests.tiny import ROOT, environment
 
 SHAPES = [("circle", "red"), ("rectangle", "blue"), ("triangle", "teal"), ("circle", "black")]
 SCRIPTS = {"train_sft.py": train_sft, "eval.py": eval_script}
@@ -55,36 +59,41 @@ def rows_of(file) -> list[dict]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def pairs_of(row: dict) -> list[tuple[str, str]]:
-    turns = row["conversations"]
-    assert [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
-    assert turns[0]["content"].startswith("<image>\n")
-    texts = [turn["content"].removeprefix("<image>\n") for turn in turns]
-    return list(zip(texts[::2], texts[1::2]))
+def pair_of(row: dict) -> tuple[str, str]:
+    """The one question of a row and its answer; nothing was said before it."""
+    asked, answered = row["conversations"]
+    assert (asked["role"], answered["role"]) == ("user", "assistant")
+    assert asked["content"].startswith("<image>\n")
+    return asked["content"].removeprefix("<image>\n"), answered["content"]
 
 
-def test_every_question_is_learned_with_its_picture_and_asked_alone(package, tmp_path):
+def test_every_question_is_learned_or_asked_once_with_its_own_picture(package, tmp_path):
     facts = easy_vqa.prepare(package, tmp_path / "out", 0, 4, seed=0)
-    asked = {split: easy_vqa.read_split(package, split) for split in ("train", "test")}
     assert facts == {"split": "test", "pictures": 2, "questions": 3 + 4, "training_pictures": 6,
-                     "training_questions": 3 + 4 + 5 + 6 + 3 + 4, "training_rows": 6 * 4}
-    found = {}
-    for row in rows_of(tmp_path / "out" / "train.jsonl"):
+                     "training_questions": 3 + 4 + 5 + 6 + 3 + 4, "copies": 4}
+    found, learned = {}, rows_of(tmp_path / "out" / "train.jsonl")
+    for row in learned:
         split, number, _ = row["image"].removesuffix(".png").split("_")
-        assert split == "train" and len(set(pairs_of(row))) == len(pairs_of(row)) <= 4
-        assert (tmp_path / "out" / "pictures" / row["image"]).is_file()
-        found.setdefault(int(number), Counter()).update(pairs_of(row))
-    for number, pairs in asked["train"].items():
-        assert set(found[number]) == set(pairs), number
-        assert max(found[number].values()) - min(found[number].values()) <= 1, found[number]
+        assert split == "train"
+        found.setdefault(int(number), []).append(pair_of(row))
+    for number, pairs in easy_vqa.read_split(package, "train").items():
+        assert sorted(found.pop(number)) == sorted(pairs), number
+    assert not found and len(learned) == facts["training_questions"]
+    for number in range(6):
+        copies = Counter(row["image"] for row in learned
+                         if row["image"].startswith(f"train_{number}_"))
+        assert len(copies) == min(4, copies.total()) and max(copies.values()) <= 2, copies
+
     scored = rows_of(tmp_path / "out" / "scored.jsonl")
-    assert [(pair, row["image"]) for row in scored for pair in pairs_of(row)] == [
-        (pair, f"test_{number}.png") for number, pairs in asked["test"].items() for pair in pairs]
-    assert all(len(pairs_of(row)) == 1 for row in scored), "an answer was told before a question"
+    assert [(pair_of(row), row["image"]) for row in scored] == [
+        (pair, f"test_{number}.png")
+        for number, pairs in easy_vqa.read_split(package, "test").items() for pair in pairs]
     assert [row["kind"] for row in scored[:3]] == ["shape", "colour", "yes or no"]
-    for number in range(2):  # what is scored is the published picture
-        with Image.open(tmp_path / "out" / "pictures" / f"test_{number}.png") as image:
-            assert np.array_equal(image, easy_vqa.read_picture(package / "test/images", number))
+    for split, name, copies in (("test", "test_{}.png", 2), ("train", "train_{}_0.png", 6)):
+        for number in range(copies):  # what is scored is the published picture, and learned too
+            with Image.open(tmp_path / "out" / "pictures" / name.format(number)) as image:
+                assert np.array_equal(image, easy_vqa.read_picture(
+                    package / split / "images", number))
 
 
 def test_the_seed_decides_and_nothing_else(package, tmp_path):
@@ -145,7 +154,7 @@ def test_the_whole_command_and_that_its_score_can_fail(package, tmp_path, monkey
     result, answers = json.loads((out / "result.json").read_text()), rows_of(out / "answers.jsonl")
     told = capsys.readouterr().out
     assert [a["truth"] for a in answers] == [
-        pairs_of(row)[0][1] for row in rows_of(out / "scored.jsonl")]
+        pair_of(row)[1] for row in rows_of(out / "scored.jsonl")]
     right = sum(a["answer"].strip() == a["truth"] for a in answers)
     assert (result["right"], result["questions"], result["seed"]) == (right, 7, 3)
     assert result["score"] == right / 7 < 1 and f"{right} of 7 questions of the test split" in told
@@ -179,8 +188,24 @@ def test_half_a_training_or_a_question_that_was_not_asked_is_no_score(package, t
         assert not (tmp_path / "result.json").exists()
 
 
+@pytest.mark.parametrize("command", [["benchmarks/easy_vqa.py"], ["-m", "benchmarks.easy_vqa"]])
+def test_both_ways_to_call_it_find_the_installed_package(package, tmp_path, command):
+    """As a script its own name hides the package's; a mistake of ours names what was found."""
+    installed = tmp_path / "site"
+    shutil.copytree(package, installed / "easy_vqa" / "data")
+    (installed / "easy_vqa-1.0.dist-info").mkdir()
+    (installed / "easy_vqa-1.0.dist-info" / "METADATA").write_text("Name: easy-vqa\nVersion: 1.0\n")
+    done = subprocess.run([sys.executable, *command, "--hold_out", "9", "--out", str(tmp_path)],
+                          cwd=ROOT, capture_output=True, text=True,
+                          env={**environment(), "PYTHONPATH": str(installed)})
+    assert done.returncode and "expected 1 to 5, for there are 6" in done.stderr, done.stderr
+
+
 def test_what_is_missing_is_said(monkeypatch):
-    monkeypatch.setattr(easy_vqa.importlib.util, "find_spec", lambda name: None)
+    def absent(name):
+        raise easy_vqa.PackageNotFoundError(name)
+
+    monkeypatch.setattr(easy_vqa, "distribution", absent)
     with pytest.raises(SystemExit, match="pip install easy-vqa"):
         easy_vqa.package_data()
     with pytest.raises(SystemExit, match="-c did not come to its end"):
