@@ -62,8 +62,7 @@ def echo(model, ids, pixels=None, stop_ids=(), **sampling):
 @pytest.fixture(scope="module")
 def server(world, models):
     """(address, the calls that left this machine); the model only tells what it was told."""
-    called, patch = [], pytest.MonkeyPatch()
-    connect = socket.socket.connect
+    called, connect = [], socket.socket.connect
 
     def local_only(self, place):
         if self.family != socket.AF_UNIX and place[0] not in LOCAL:
@@ -71,13 +70,13 @@ def server(world, models):
             raise OSError(f"the test has no internet for {place}")
         return connect(self, place)
 
-    echo.tokenizer = models.get(models.names()[0])[1].tokenizer
-    patch.setattr(talking, "generate", echo)
-    patch.setattr(socket.socket, "connect", local_only)
-    blocks, address = web.serve(flags_of(world, "--max_upload", "0.5"), wait=False)
-    yield address, called
-    blocks.close()
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:  # undone as well where the server does not start
+        echo.tokenizer = models.get(models.names()[0])[1].tokenizer
+        patch.setattr(talking, "generate", echo)
+        patch.setattr(socket.socket, "connect", local_only)
+        blocks, address = web.serve(flags_of(world, "--max_upload", "0.5"), wait=False)
+        yield address, called
+        blocks.close()
 
 
 @pytest.fixture
