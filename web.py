@@ -11,9 +11,12 @@ else.
 
 import argparse
 import os
+import socket
 import tempfile
 from pathlib import Path
 
+PORTS = range(7860, 7960)  # tried in turn, when none is named
+LOCAL = ("127.0.0.1", "localhost", "::1")  # names of this machine that nobody else can mean
 # What a browser may load for this page: what this server gives, and nothing else.
 POLICY = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' "
           "'unsafe-inline'; img-src 'self' data: blob:; media-src 'self' data: blob:; font-src "
@@ -63,19 +66,34 @@ class Closed:
             await send(message)
 
         host = dict(scope.get("headers", ())).get(b"host", b"").decode("latin-1")
-        if self.hosts and scope["type"] == "http" and host.rpartition(":")[0] not in self.hosts:
+        if self.hosts and scope["type"] == "http" and host_name(host) not in self.hosts:
             await send({"type": "http.response.start", "status": 403, "headers": []})
             await send({"type": "http.response.body", "body": b"not the name of this server"})
             return
         await self.app(scope, receive, send_closed)
 
 
-def serve(flags, wait: bool = True):
-    """Start the server -> (page, its address). wait: until Ctrl-C. OSError: the port is taken."""
+def host_name(header: str) -> str:
+    """"localhost:7860" -> "localhost", "[::1]:7860" -> "::1"."""
+    if header.startswith("["):
+        return header[1:].partition("]")[0]
+    return header.partition(":")[0]
+
+
+def prepare(flags, directory: str):
+    """-> (the server, a socket that listens, its address); server.run(sockets=[socket]) serves.
+
+    directory: for uploaded pictures. Left to itself, gradio puts them where every gradio on this
+    machine does, and each clears up there when it ends.
+    Gradio's own launch() would ask itself for the page first, through the proxy of the environment
+    if it names one, and fail where that knows no 127.0.0.1; so the server is uvicorn, plainly.
+    """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is loaded: it would ask for
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # its newest version's number
+    os.environ["GRADIO_TEMP_DIR"] = directory
     import gradio as gr
-    from starlette.middleware import Middleware
+    import uvicorn
+    from fastapi import FastAPI
 
     from evaluation.page import CSS, FONTS, Models, build
 
@@ -84,26 +102,38 @@ def serve(flags, wait: bool = True):
         raise FileNotFoundError(f"no run with a checkpoint below {flags.out}: train one, as README "
                                 "says, or give --model DIR or --out DIR")
     models.get(models.names()[0])  # now, so that what is wrong with it is told here
-    directory = Path(tempfile.mkdtemp(prefix="vlm_examples_"))
-    page = build(models, directory).queue(max_size=64)
-    own = ("127.0.0.1", "localhost", "[::1]") if flags.host in ("127.0.0.1", "localhost") else None
-    _, address, _ = page.launch(
-        server_name=flags.host, server_port=flags.port, share=False, quiet=True, inbrowser=False,
-        prevent_thread_lock=True, max_file_size=int(flags.max_upload * 1e6), footer_links=[],
+    listener = listen(flags.host, flags.port)
+    host, port = listener.getsockname()[:2]
+    page = build(models, Path(directory)).queue(max_size=64)
+    app = gr.mount_gradio_app(
+        FastAPI(docs_url=None, redoc_url=None, openapi_url=None), page, path="/", server_name=host,
+        server_port=port, max_file_size=int(flags.max_upload * 1e6), footer_links=[],
         run_history=False, enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False,
-        allowed_paths=[str(directory)], css=CSS,
-        theme=gr.themes.Default(font=FONTS, font_mono=["monospace"]),
-        app_kwargs={"middleware": [Middleware(Closed, hosts=own)]})
-    print(f"talk to it at {address} (Ctrl-C ends)", flush=True)
-    if wait:
-        page.block_thread()
-    return page, address
+        css=CSS, theme=gr.themes.Default(font=FONTS, font_mono=["monospace"]))
+    own = LOCAL if host in LOCAL else None
+    server = uvicorn.Server(uvicorn.Config(Closed(app, own), log_level="warning"))
+    name = f"[{host}]" if ":" in host else host
+    return server, listener, f"http://{name}:{port}/"
+
+
+def listen(host: str, port: int | None) -> socket.socket:
+    """port None: the first free one of PORTS. OSError: it is taken, or this is no address here."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for number in PORTS if port is None else (port,):
+        try:
+            return socket.create_server((host, number), family=family)
+        except OSError as error:
+            problem = OSError(f"cannot listen at {host}, port {number}: {error}")
+    raise problem
 
 
 def main(arguments=None) -> None:
     flags = read_flags(arguments)
     try:
-        serve(flags)
+        with tempfile.TemporaryDirectory(prefix="vlm_web_") as directory:  # nobody else's to read
+            server, listener, address = prepare(flags, directory)
+            print(f"talk to it at {address} (Ctrl-C ends)", flush=True)
+            server.run(sockets=[listener])
     except ImportError as error:
         raise SystemExit("web.py needs gradio: pip install gradio (requirements-extra.txt)"
                          f" [{error}]") from error

@@ -60,7 +60,7 @@ def echo(model, ids, pixels=None, stop_ids=(), **sampling):
 
 
 @pytest.fixture(scope="module")
-def server(world, models):
+def server(world, models, tmp_path_factory):
     """(address, the calls that left this machine); the model only tells what it was told."""
     called, connect = [], socket.socket.connect
 
@@ -74,9 +74,13 @@ def server(world, models):
         echo.tokenizer = models.get(models.names()[0])[1].tokenizer
         patch.setattr(talking, "generate", echo)
         patch.setattr(socket.socket, "connect", local_only)
-        blocks, address = web.serve(flags_of(world, "--max_upload", "0.5"), wait=False)
+        running, listener, address = web.prepare(flags_of(world, "--max_upload", "0.5"),
+                                                 str(tmp_path_factory.mktemp("uploads")))
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
         yield address, called
-        blocks.close()
+        running.should_exit = True
+        thread.join(10)
 
 
 @pytest.fixture
@@ -181,6 +185,12 @@ def test_flags_and_a_missing_model_are_explained(world, tmp_path, capsys):
         web.main(["--out", str(tmp_path)])
     with pytest.raises(SystemExit):
         web.read_flags(["--max_upload", "0"])
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(
+            SystemExit, match=f"cannot listen at 127.0.0.1, port {taken.getsockname()[1]}"):
+        web.main(["--out", str(world / "out"), "--device", "cpu", "--port",
+                  str(taken.getsockname()[1])])
+    assert [web.host_name(name) for name in ("localhost:78", "127.0.0.1", "[::1]:1", "")] == [
+        "localhost", "127.0.0.1", "::1", ""]
 
 
 # ---------------------------------------------------------------- through the server
@@ -359,6 +369,13 @@ def test_in_a_real_browser(server, browser, world):
     # By script, for the sentence may still lie over it.
     browser.execute_script("arguments[0].click()", find("#language label:nth-of-type(2) input"))
     until(lambda: find("#stop").text == "停止" and find("#reset").text == "新对话", "Chinese")
+
+    # The chat's own small button forgets as well, and does not only clear the view.
+    browser.execute_script("arguments[0].click()", find("#chat button[aria-label=Clear]"))
+    until(lambda: not find("#box textarea").get_attribute("value"), "an empty box, too")
+    assert not browser.find_elements("css selector", "#chat .bot")
+    say("last")
+    until(lambda: last_answer() == "0 pictures; you said: last", "it was forgotten")
 
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     asked = {event["params"]["request"]["url"] for event in events
