@@ -168,13 +168,22 @@ class Batches:
 
         Resuming costs nothing for the windows before: their samples are not even read.
         """
-        yield from DataLoader(
+        loader = iter(DataLoader(
             Order(self), batch_size=None, sampler=micro_batches, num_workers=self.workers,
             collate_fn=as_it_is, pin_memory=torch.cuda.is_available(),
             worker_init_fn=outlive_signals,
             # A loader draws a number from torch's global generator unless it has its own, and
             # dropout would then differ between a resumed run and an uninterrupted one.
-            generator=torch.Generator())
+            generator=torch.Generator()))
+        with suppress(StopIteration):
+            while True:
+                try:
+                    made = next(loader)
+                except (EOFError, ConnectionError):
+                    # A worker died with a batch on its way to us. A loader leaves no batch out:
+                    # asked again, it waits for that one, and says whose it was.
+                    made = next(loader)
+                yield made
 
 
 def as_it_is(item):

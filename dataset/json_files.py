@@ -48,7 +48,7 @@ class Pieces:
     def where(self, i: int) -> str:
         """"file:line", and the number of the entry where the line alone does not tell it."""
         where = f"{self.file}:{self.lines[i]}"
-        shared = self.lines[i] in (self.lines[max(i - 1, 0):i] + self.lines[i + 1:i + 2])
+        shared = self.lines[i] in [*self.lines[max(i - 1, 0):i], *self.lines[i + 1:i + 2]]
         return f"{where} entry {i + 1}" if shared else where
 
     def read(self, i: int) -> dict:

@@ -31,7 +31,8 @@ FEWEST = 8  # blocks of a window, however large the rows are: they have to be so
 
 def epoch_order(data, rng: np.random.Generator) -> np.ndarray:
     """-> the numbers 0 to len(data) - 1 in an order that the random numbers decide."""
-    order = rng.permutation(len(data))
+    # Every data worker of every process holds an order: 4 bytes a sample are enough for 4 billion.
+    order = rng.permutation(np.arange(len(data), dtype=np.min_scalar_type(len(data))))
     groups = row_groups(data)
     if sum(size for _, size in groups) > POOL:
         pooled = np.zeros(len(data), bool)

@@ -1,6 +1,6 @@
-"""Claims: an index is numbers, not objects, and workers share it; many shards hold one slice;
-each source comes as often as its weight says, on any number of ranks and workers; a worker that
-dies ends the run with the sample it was at."""
+"""Claims: an index is numbers, not objects; workers share it, and so do ranks; many shards hold
+one slice; each source comes as often as its weight says, on any number of ranks and workers; a
+worker that dies ends the run with the sample it was at."""
 
 import gc
 import json
@@ -11,16 +11,21 @@ import signal
 import sys
 from array import array
 from collections import Counter
+from multiprocessing import active_children, resource_sharer
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 import dataset.batching
 import train_pretrain
+import training.shared
 from dataset.batching import Batches
 from dataset.formats import open_data
 from dataset.json_files import Pieces
@@ -30,6 +35,7 @@ from model.checkpoint import newest_checkpoint
 from tests.test_training import prepare
 from tests.tiny import make_data, make_world, metrics, torchrun
 from training.setup import matching
+from training.shared import open_once
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +91,82 @@ def test_forked_workers_share_the_index(tmp_path):
                         multiprocessing_context="fork")
     for own in loader:
         assert own < 40e6, f"a worker has {own / 1e6:.0f} MB for itself"
+
+
+SHARING = """
+import hashlib, json, os, sys
+from dataset.mixture import open_mixture
+from tests.test_scale import private_bytes
+from training.distributed import start_ranks
+from training.shared import open_once
+
+def opened():
+    print("opened by", os.environ["RANK"], file=sys.stderr, flush=True)
+    return open_mixture(sys.argv[1:]), "and more"
+
+with start_ranks() as ranks:
+    ranks.sum(1)  # what the first message of all needs is not the index's
+    before = private_bytes()
+    data, more = open_once(opened, ranks)
+    grown = private_bytes() - before
+    told = [data[i].where for i in range(0, len(data), len(data) // 99)]
+    print(json.dumps([len(data), more, grown, told]), flush=True)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux tells it")
+def test_the_ranks_of_a_machine_share_one_index(tmp_path):
+    """Three kinds of file, 29 MB of index in all: one rank reads them, each gets the same samples,
+    and nobody has the index for itself or leaves it behind."""
+    row = '{"messages": [{"role": "user", "content": "u"}]}'
+    images = [{"id": number, "file_name": "a.png"} for number in range(1000)]
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    (tmp_path / "lines").write_text(f"{row}\n" * 600_000)
+    (tmp_path / "array").write_text(f"[{','.join([row] * 400_000)}]")
+    (tmp_path / "coco").write_text(json.dumps({"images": images, "annotations": [
+        {"image_id": n % 1000, "caption": "A cat."} for n in range(200_000)]}))
+    (tmp_path / "sharing.py").write_text(SHARING)
+    files = [str(tmp_path / name) for name in ("lines", "array", "coco")]
+    (tmp_path / "temporary").mkdir()
+    done = torchrun(["--standalone", "--nproc_per_node", "2"], tmp_path / "sharing.py", *files,
+                    TMPDIR=str(tmp_path / "temporary"))
+    assert done.returncode == 0, done.stderr
+    assert re.findall("opened by .", done.stderr) == ["opened by 0"]
+    alone = open_mixture(files)
+    told = [alone[i].where for i in range(0, len(alone), len(alone) // 99)]
+    for line in done.stdout.splitlines():
+        count, more, grown, found = json.loads(line)
+        assert (count, more, found) == (len(alone), "and more", told)
+        assert grown < 10e6, f"{grown / 1e6:.0f} MB of its own"
+    assert len(done.stdout.splitlines()) == 2
+    assert not list((tmp_path / "temporary").glob("vlm-index*"))
+
+
+@pytest.mark.parametrize("nodes, opens", [(1, ["0"]), (2, ["0", "2"])])
+def test_each_machine_opens_for_itself(monkeypatch, nodes, opens):
+    """Four ranks on one machine, or two on each of two; played by hand, one after the other."""
+    asked, told = [], {}
+
+    def answers(into, mine):  # what all_gather_object would bring from the others
+        told[rank] = mine
+        into[:] = [told.get(other, (b"", "", [])) for other in range(4)]
+
+    monkeypatch.setattr(training.shared.dist, "all_gather_object", answers)
+    monkeypatch.setattr(training.shared.os, "unlink", lambda name: None)
+    for rank in range(4):
+        monkeypatch.setenv("LOCAL_RANK", str(rank % (4 // nodes)))
+        ranks = SimpleNamespace(rank=rank, world_size=4, wait=lambda: None)
+
+        def data(rank=rank):
+            asked.append(str(rank))
+            return [str(rank), np.arange(5), array("q", [7, 8])]
+
+        name, numbers, places = open_once(data, ranks)
+        assert name == asked[-1] and numbers.tolist() == [0, 1, 2, 3, 4]
+        assert places.tolist() == [7, 8] and not places.flags.writeable
+    assert asked == opens
+    for _, name, _ in filter(None, told.values()):
+        Path(name).unlink()
 
 
 def test_many_shards_hold_one_slice(tmp_path):
@@ -168,6 +250,24 @@ def test_a_worker_that_dies_is_reported_with_its_sample(world, tmp_path, monkeyp
         monkeypatch.undo()
         train_pretrain.main(["--resume", "--steps", "12", "--out", str(tmp_path / "out")])
         assert len(metrics(tmp_path / "out")) == 12
+
+
+def test_a_worker_that_dies_while_its_batch_is_on_the_way(world, tmp_path, monkeypatch):
+    """Then it is the connection that breaks first."""
+    plain, calls = resource_sharer._resource_sharer.get_connection, []
+
+    def get_connection(place):
+        calls.append(place)
+        if len(calls) == 5:  # no longer the first batch's
+            newest = max(active_children(), key=lambda worker: worker.pid)
+            newest.kill()  # earlier tests may have left others behind
+            raise ConnectionResetError(104, "Connection reset by peer")
+        return plain(place)
+
+    monkeypatch.setattr(resource_sharer._resource_sharer, "get_connection", get_connection)
+    with pytest.raises(SystemExit) as stopped:
+        train_pretrain.main([*world, "--workers", "1", "--out", str(tmp_path)])
+    assert re.search(r"which prepares data, .* it was at \S+:\d+\.", str(stopped.value))
 
 
 DYING = """

@@ -101,10 +101,12 @@ def environment() -> dict:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def torchrun(options: list, *command, timeout: int = 1200) -> subprocess.CompletedProcess:
+def torchrun(options: list, *command, timeout: int = 1200,
+             **variables) -> subprocess.CompletedProcess:
+    """variables: of the environment."""
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *options, *map(str, command)],
-        env=environment(), capture_output=True, text=True, timeout=timeout)
+        env={**environment(), **variables}, capture_output=True, text=True, timeout=timeout)
 
 
 def metrics(out) -> list[dict]:

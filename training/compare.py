@@ -10,7 +10,7 @@ from pathlib import Path
 from training.charts import COLOURS, Curve, chart, last_mean, smooth
 from training.html import page, table, text
 from training.log import clock
-from training.past import Past, read_past
+from training.past import PastRun, read_past
 
 # Title, file, figure in its lines; on a logarithmic scale; jumps from step to step, so smoothed.
 CHARTS = (("loss for each supervised token", "metrics", "loss", True, True),
@@ -20,7 +20,7 @@ CHARTS = (("loss for each supervised token", "metrics", "loss", True, True),
           ("tokens a second", "metrics", "tokens_per_second", False, True))
 
 
-def names_of(runs: list[Past]) -> list[str]:
+def names_of(runs: list[PastRun]) -> list[str]:
     """The paths without what they share at their beginning; alike ones are numbered."""
     paths = [run.out.resolve().parts for run in runs]
     shared = 0
@@ -32,7 +32,7 @@ def names_of(runs: list[Past]) -> list[str]:
             for number, name in enumerate(names, start=1)]
 
 
-def overlay(runs: list[Past], names: list[str]) -> str:
+def overlay(runs: list[PastRun], names: list[str]) -> str:
     charts = []
     for title, file, key, log, jumps in CHARTS:
         if not any(m.get(key) is not None for run in runs for m in getattr(run, file)):
@@ -48,7 +48,7 @@ def overlay(runs: list[Past], names: list[str]) -> str:
     return f'<div class="charts">{"".join(charts)}</div>'
 
 
-def last_figures(run: Past) -> list:
+def last_figures(run: PastRun) -> list:
     last = next((e for e in reversed(run.evaluations) if e.get("eval_loss") is not None), {})
     losses = [m["loss"] for m in run.metrics]
     return [run.last_step, last_mean(losses), last.get("eval_loss"),
@@ -57,7 +57,7 @@ def last_figures(run: Past) -> list:
             run.outcome]
 
 
-def differences(runs: list[Past]) -> list[list]:
+def differences(runs: list[PastRun]) -> list[list]:
     """[setting, value in each run] of those that are not the same in all; "out" always differs."""
     names = sorted({name for run in runs for name in run.settings} - {"out", "resume"})
     rows = [[name, *(run.settings.get(name) for run in runs)] for name in names]

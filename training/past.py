@@ -1,6 +1,7 @@
-"""A run's directory, read again: its files of figures -> Past, for whoever draws or compares runs.
+"""A run's directory, read again: files of figures -> PastRun, for whoever draws or compares runs.
 
-    OUT/run.json, summary.json, metrics.jsonl, evaluations.jsonl, answers.jsonl, scores.json -> Past
+    OUT/run.json, summary.json, scores.json,
+        metrics.jsonl, evaluations.jsonl, answers.jsonl -> PastRun
 
 A run may have been killed at any moment, so every file may be missing, and the last line of one
 may be torn: what is there is used.
@@ -27,7 +28,7 @@ COMPARED = ("data", "batch_size", "accumulate", "steps", "epochs", "learning_rat
 
 
 @dataclass(frozen=True)
-class Past:
+class PastRun:
     out: Path
     run: dict = field(default_factory=dict)
     summary: dict = field(default_factory=dict)
@@ -52,15 +53,16 @@ class Past:
         return launches[-1]["outcome"] or "no end was written: it goes on, or it was killed"
 
 
-def read_past(out) -> Past:
+def read_past(out) -> PastRun:
     """Raises FileNotFoundError when OUT holds no run."""
     out = Path(out)
     if not any((out / name).exists() for name in ("metrics.jsonl", "run.json")):
         raise FileNotFoundError(f"{out} holds neither metrics.jsonl nor run.json: give the --out "
                                 "of a training run")
-    return Past(out, *(read_object(out / f"{name}.json") for name in ("run", "summary", "scores")),
-                *(read_whole_lines(out / f"{name}.jsonl")
-                  for name in ("metrics", "evaluations", "answers")))
+    return PastRun(out, *(read_object(out / f"{name}.json")
+                          for name in ("run", "summary", "scores")),
+                   *(read_whole_lines(out / f"{name}.jsonl")
+                     for name in ("metrics", "evaluations", "answers")))
 
 
 def read_object(path: Path) -> dict:
@@ -85,7 +87,7 @@ def read_whole_lines(path: Path) -> list[dict]:
     return [line for line in found if isinstance(line, dict) and "step" in line]
 
 
-def reference_of(past: Past) -> tuple[dict, list] | None:
+def reference_of(past: PastRun) -> tuple[dict, list] | None:
     """-> what the recipe's documented run was, and its curve; None where none is kept."""
     name = f"{past.settings.get('preset')}_{past.run.get('stage')}"
     try:
@@ -102,7 +104,7 @@ def unlike(settings: dict, others: dict) -> dict:
             if name in settings and name in others and settings[name] != others[name]}
 
 
-def unlike_preset(past: Past) -> dict:
+def unlike_preset(past: PastRun) -> dict:
     """{setting: the preset's value} where this run was told otherwise."""
     preset, stage = past.settings.get("preset"), past.run.get("stage")
     if preset not in PRESETS or stage not in ("pretrain", "sft"):
@@ -120,7 +122,7 @@ def means(metrics: list[dict], together: int = TOGETHER) -> list[dict]:
              "loss": round(sum(m["loss"] for m in group) / len(group), 4)} for group in groups]
 
 
-def keep_reference(past: Past, directory: Path = REFERENCES) -> Path:
+def keep_reference(past: PastRun, directory: Path = REFERENCES) -> Path:
     """Write the curve of this run where reference_of finds it."""
     about = {"recipe": f"{past.settings['preset']} {past.run['stage']}",
              "steps": past.last_step, "commit": past.run.get("commit"),

@@ -103,7 +103,7 @@ AI_CHALLENGER_FILES = Download(
 
 # Recipes that several presets begin with.
 
-EMOJI = Recipe(data="emoji", learning_rate=2e-3, batch_size=24, train_language="none", steps=600,
+EMOJI = Recipe(data="emoji", learning_rate=2e-3, batch_size=24, train_language="none", steps=500,
                max_length=256, save_every=100)
 # The write-up's numbers for both stages: 3e-4, warmup 2 %, decay 0.01, batch 40, 8 epochs.
 MINIMIND_DATA = Recipe(
@@ -130,7 +130,7 @@ PRESETS = {
         language="dataset/emoji/language", vision="dataset/emoji/vision",
         system="",  # the little language model has never read a system turn
         pretrain=EMOJI,
-        sft=replace(EMOJI, learning_rate=1e-3, train_language="all", steps=700)),
+        sft=replace(EMOJI, learning_rate=1e-3, train_language="all", steps=600)),
 
     "smollm2-dinov2": Preset(
         language="HuggingFaceTB/SmolLM2-135M-Instruct", vision="facebook/dinov2-small",

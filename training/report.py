@@ -16,7 +16,7 @@ from pathlib import Path
 from training.charts import Curve, chart, last_mean, smooth
 from training.html import figures, page, picture, table, text
 from training.log import clock
-from training.past import Past, read_past, reference_of, unlike, unlike_preset
+from training.past import PastRun, read_past, reference_of, unlike, unlike_preset
 
 OWN, WRONG, GREY = "#1f77b4", "#d62728", "#8a8a8a"
 NAMES = {"pretrain": "stage one, pretrain", "sft": "stage two, sft"}
@@ -53,7 +53,7 @@ def write_report(out) -> Path:
     return file
 
 
-def head_figures(past: Past) -> str:
+def head_figures(past: PastRun) -> str:
     last = next((e for e in reversed(past.evaluations) if e.get("eval_loss") is not None), {})
     losses = [m["loss"] for m in past.metrics]
     return figures([
@@ -65,7 +65,7 @@ def head_figures(past: Past) -> str:
         ("training time", clock(sum(m["seconds"] for m in past.metrics)))])
 
 
-def curves(past: Past) -> str:
+def curves(past: PastRun) -> str:
     steps = [m["step"] for m in past.metrics]
     losses = [m["loss"] for m in past.metrics]
     planned = past.settings.get("steps") or 0
@@ -93,7 +93,7 @@ def curves(past: Past) -> str:
             + f'<div class="charts">{"".join(charts)}</div>' + how_to_measure(past))
 
 
-def how_to_measure(past: Past) -> str:
+def how_to_measure(past: PastRun) -> str:
     if past.evaluations:
         return ('<p class="quiet">The gap between the two held-out losses is what the model sees: '
                 "with another picture it should know less.</p>")
@@ -101,7 +101,7 @@ def how_to_measure(past: Past) -> str:
             "that are never trained on, and shows answers to them.</p>")
 
 
-def normal(past: Past, reference) -> str:
+def normal(past: PastRun, reference) -> str:
     """Is my loss normal? Put beside the reference run's at the same steps."""
     if not reference or not past.metrics:
         return ""
@@ -126,7 +126,7 @@ def normal(past: Past, reference) -> str:
     return f'<p class="note">{told}</p>'
 
 
-def answers(past: Past) -> str:
+def answers(past: PastRun) -> str:
     """A card for each held-out question: the picture, the truth, and what was answered when."""
     asked = [line for line in past.answers if line.get("answers")]
     problems = [f"step {line['step']}: {line['problem']}" for line in past.answers
@@ -155,7 +155,7 @@ def answers(past: Past) -> str:
             + f'<div class="cards">{"".join(cards)}</div>')
 
 
-def scores(past: Past) -> str:
+def scores(past: PastRun) -> str:
     if not past.scores:
         return ""
     alone = [[name, value] for name, value in past.scores.items() if not isinstance(value, dict)]
@@ -166,7 +166,7 @@ def scores(past: Past) -> str:
     return f'<h2>Scores</h2><div class="figures">{"".join(tables)}</div>'
 
 
-def data(past: Past) -> str:
+def data(past: PastRun) -> str:
     s, about = past.summary, past.run.get("data", {})
     rows = [["files", name] for name in files_of(about)]
     rows.append(["samples in the data", about.get("samples")])
@@ -199,7 +199,7 @@ def gigabytes(size: int | None) -> str | None:
     return None if size is None else f"{size / 1e9:.2f} GB"
 
 
-def settings(past: Past) -> str:
+def settings(past: PastRun) -> str:
     if not past.settings:
         return ""
     others = unlike_preset(past)
@@ -211,7 +211,7 @@ def settings(past: Past) -> str:
             f"{table(rows, told=set(others))}</div>")
 
 
-def launches(past: Past) -> str:
+def launches(past: PastRun) -> str:
     if not past.run.get("launches"):
         return ""
     rows = [[launch["started"], launch["ended"], launch["first_step"], launch["last_step"],

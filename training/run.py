@@ -33,6 +33,7 @@ from training.setup import (
     saver,
     where_to_start,
 )
+from training.shared import open_once
 from training.signals import listen
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share, the file
@@ -49,10 +50,13 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
         raise SystemExit(f"cannot start: {error}") from error
     settings = resolve(flags, stage, earlier)
     check_installed(settings.log)
-    data, about_data = open_training_data(settings, emoji_kind)
-    unseen = open_held_out(settings, emoji_kind, data)
+
+    def open_all():
+        data, about = open_training_data(settings, emoji_kind)
+        return data, about, open_held_out(settings, emoji_kind, data)
 
     with start_ranks() as ranks:
+        data, about_data, unseen = open_once(open_all, ranks)
         settings.dtype, why = choose_dtype(settings.dtype, ranks.device)
         mesh = make_mesh(settings, ranks)
         with in_turn(ranks, wanted=mesh is not None):
@@ -91,6 +95,9 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
             log = Log(settings, steps, progress, ranks.main)
             log.say(introduction(parts.model, optimizer, settings, data, batches, steps, ranks))
             log.say(f"numbers   {settings.dtype}: {why}")
+            if unseen and settings.eval_answers and mesh is not None:
+                log.say("answers   none while it trains: under --parallel fsdp every process would "
+                        "have to go through each token; eval.py asks the checkpoints")
             if ranks.main and mesh is None:  # a prediction for shares of a model is not built
                 memory = predict(parts.model.config, settings, parts.processor.size,
                                  parts.template.image_tokens, ranks.device, ranks.world_size,

@@ -23,6 +23,7 @@ from dataset.emoji import texts
 from dataset.formats import Sample
 
 HERE = Path(__file__).resolve().parent
+SPRITES = HERE / "sprites.png"
 PICTURE_SIZE = 96  # pixels a side
 SPRITE_SIZE = 96  # pixels a side of one cell of sprites.png
 SPRITE_COLUMNS = 12
@@ -95,27 +96,30 @@ def scene(number: int, count: int | None = None) -> Scene:
     return Scene(number, (colours[0], colours[1], rng.random() < 0.5), placed)
 
 
-@lru_cache(maxsize=1)
-def sprite_sheet() -> Image.Image:
-    return Image.open(HERE / "sprites.png").convert("RGBA")
+@lru_cache(maxsize=2)
+def sprite_sheet(file: Path) -> Image.Image:
+    return Image.open(file).convert("RGBA")
 
 
 @lru_cache(maxsize=4096)
-def sprite(thing: int, size: int) -> Image.Image:
+def sprite(thing: int, size: int, sheet: Path = SPRITES) -> Image.Image:
     left, top = thing % SPRITE_COLUMNS * SPRITE_SIZE, thing // SPRITE_COLUMNS * SPRITE_SIZE
-    cell = sprite_sheet().crop((left, top, left + SPRITE_SIZE, top + SPRITE_SIZE))
+    cell = sprite_sheet(sheet).crop((left, top, left + SPRITE_SIZE, top + SPRITE_SIZE))
     return cell.resize((size, size), Image.Resampling.LANCZOS)
 
 
-def picture(what: Scene) -> Image.Image:
-    """The scene as an RGB picture: a background that fades from one colour to another, sprites."""
+def picture(what: Scene, sheet: Path = SPRITES) -> Image.Image:
+    """The scene as an RGB picture: a background that fades from one colour to another, sprites.
+
+    sheet: where the sprites are from. Another file draws the same scene in another style.
+    """
     start, end, downwards = what.background
     fade = np.linspace(0, 1, PICTURE_SIZE)[:, None]  # (96,1)
     line = np.array(start) * (1 - fade) + np.array(end) * fade  # (96,3)
     pixels = np.broadcast_to(line[:, None] if downwards else line[None], (PICTURE_SIZE,) * 2 + (3,))
     canvas = Image.fromarray(pixels.astype(np.uint8), "RGB")
     for placed in what.things:
-        image = sprite(placed.thing, placed.size)
+        image = sprite(placed.thing, placed.size, sheet)
         canvas.paste(image, (placed.left, placed.top), image)
     return canvas
 
