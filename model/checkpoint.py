@@ -193,7 +193,10 @@ def load_checkpoint(directory, dtype: torch.dtype | None = torch.float32,
         Projector(config["projector"], vision_config.hidden_size, language_config.hidden_size,
                   config["pixel_shuffle"]))
     if config["lora"]:
-        add_lora(model.language, **config["lora"])
+        try:
+            add_lora(model.language, **config["lora"])
+        except ValueError as error:
+            raise ValueError(f"{directory / 'config.json'}: {error}") from error
     put_tensors(model, tensors, directory, dtype)
     return (model if dtype is None else model.to(dtype)).eval()
 

@@ -129,6 +129,15 @@ def test_a_training_state_that_would_run_code_stops_the_resumed_run(world, check
     assert not (tmp_path / "ran").exists()
 
 
+def test_an_adapter_for_no_layer_is_told_with_its_file(checkpoint, tmp_path):
+    directory = tmp_path / "step_000001"
+    shutil.copytree(checkpoint, directory)
+    file = directory / "config.json"
+    file.write_text(file.read_text().replace('"gate_proj"', '"gate_pron"'))
+    with pytest.raises(ValueError, match="config.json: LoRA target 'gate_pron'"):
+        load_checkpoint(directory)
+
+
 def test_a_byte_of_a_checkpoint_gives_an_error_or_a_model(checkpoint, tmp_path):
     """config.json and the head of model.safetensors, of a checkpoint without a manifest."""
     directory = tmp_path / "step_000001"
