@@ -19,8 +19,9 @@ What takes thought with any data:
 - A row for each question. Several in one conversation would share the cost of a picture, but the
   later ones could be answered from the earlier answers, without looking. For the same reason the
   score asks each question by itself.
-- There is one thing in a picture and nobody asks where, so the mean of its patches says enough
-  (--features pooled): one image token, and nothing to search for.
+- The projector is the only part that starts from noise, so it learns ten times as fast as the
+  towers (--projector_learning_rate). With one rate for all, and the mean of the patches as the one
+  image token, 8,000 rows taught it to answer without looking: with wrong pictures it was as good.
 - 4,000 pictures are few. The questions about one are dealt out to several copies of it, the first
   as it is, the others with the shape mirrored or at another place. That changes no answer.
   Training pictures only.
@@ -44,9 +45,9 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPE = ["--preset", "emoji", "--model", "none", "--features", "pooled", "--train_vision",
-          "--train_language", "all", "--epochs", "3", "--batch_size", "32",
-          "--learning_rate", "0.001", "--workers", "1"]
+RECIPE = ["--preset", "emoji", "--model", "none", "--train_vision", "--train_language", "all",
+          "--epochs", "2", "--batch_size", "16", "--learning_rate", "0.0004",
+          "--projector_learning_rate", "0.003", "--workers", "1"]
 COPIES = 8  # of a training picture: itself and seven with the shape elsewhere
 
 

@@ -153,6 +153,7 @@ def test_one_process_then_two_with_shares_one_of_them_killed_then_one_again(
     assert "exitcode: -9" in done.stderr, done.stderr
     assert done.stdout.count("step 3/8") == 1, done.stdout
     assert done.stdout.count("8 steps of 4 samples") == 2, done.stdout
+    assert "answers   none while it trains: under --parallel fsdp" in done.stdout
 
     shutil.rmtree(out / "step_000008")
     train_pretrain.main(["--resume", "--parallel", "ddp", "--batch_size", "4", "--out", str(out)])
