@@ -221,11 +221,14 @@ def test_an_earlier_runs_page_is_moved_aside(world, unseen, tmp_path):
 
 def test_scores_are_kept_with_the_run(run, tmp_path):
     file = tmp_path / "scores.json"
-    file.write_text(json.dumps({"sft": 0.9375, "by_kind": {"count": 0.5}}))
+    file.write_text(json.dumps({
+        "sft": 0.9375, "pretrain": 0.5, "by_kind": {"count": 0.5},
+        "details": {"figures": {"sft": {"exact": {"value": 0.9375, "low": 0.91, "high": 0.96}}}}}))
     report.main([str(run), "--scores", str(file)])
     report.main([str(run)])
     shown = Page(run / "report.html").text
     assert "0.9375" in shown and "by_kind" in shown
+    assert "0.9100 to 0.9600" in shown and "details" not in shown
     with pytest.raises(SystemExit, match="holds neither metrics.jsonl nor run.json"):
         report.main([str(tmp_path / "nothing")])
 

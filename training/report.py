@@ -158,12 +158,22 @@ def answers(past: PastRun) -> str:
 def scores(past: PastRun) -> str:
     if not past.scores:
         return ""
-    alone = [[name, value] for name, value in past.scores.items() if not isinstance(value, dict)]
-    tables = [table(alone, ["score", ""])] if alone else []
+    alone = [[name, value, between(past.scores, name)] for name, value in past.scores.items()
+             if not isinstance(value, dict)]
+    tables = [table(alone, ["score", "", "95 % interval"])] if alone else []
     for name, values in past.scores.items():
-        if isinstance(values, dict):
+        if isinstance(values, dict) and name != "details":
             tables.append(table([[key, value] for key, value in values.items()], [name, ""]))
     return f'<h2>Scores</h2><div class="figures">{"".join(tables)}</div>'
+
+
+def between(scores: dict, name: str) -> str:
+    """The bootstrap interval that eval.py writes under "details"; "-" where there is none."""
+    try:
+        figure, = scores["details"]["figures"][name].values()
+        return f"{figure['low']:.4f} to {figure['high']:.4f}"
+    except (KeyError, TypeError, ValueError, AttributeError):  # of an older eval.py, or by hand
+        return "-"
 
 
 def data(past: PastRun) -> str:
