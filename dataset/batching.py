@@ -16,12 +16,22 @@ the next batch_size * world_size places, and place p is the work of rank p % wor
 batch size, or another number of ranks, cuts the same line of places at other points, and nobody is
 seen twice or left out.
 
+To sort a window, all its texts have to be read. Where windows are large and a run began on several
+ranks, a window is dealt out first, like cards, into as many hands; each hand is sorted, and a block
+takes its next rows from all hands in turn:
+
+    hand 0   a c e g ...    ->    places   a b c d | e f g h | ...     blocks of four
+    hand 1   b d f h ...          ranks    0 1 0 1 | 0 1 0 1 | ...
+
+So a rank reads its own hand alone, and its rows are of like length with each other.
+
 Every block fills its places; where rows turn out broken, or the samples are no whole number of
 blocks, some of its places are empty. So the number of batches depends on the number of samples
 alone, and no rank ever waits for a batch that another does not have.
 """
 
 import bisect
+import math
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -38,6 +48,7 @@ from dataset.order import blocks_in_window, epoch_order
 from dataset.whereabouts import Whereabouts
 
 UNSUPERVISED = -100  # what torch's cross entropy ignores
+DEALT = 1 << 14  # rows of a window from which it is dealt out: 6 seconds of rendering
 
 
 @dataclass
@@ -107,18 +118,20 @@ class Batches:
 
     batch_size: rows for one rank; a micro-batch has batch_size * world_size on all of them.
     block: rows of like length that stand together; of the run that is resumed, else a micro-batch.
+    hands: into how many a window is dealt; of the run that is resumed, else see above.
     window: at most so many blocks are sorted together. Waste falls as 1 / window; the price is
     that a window's texts are rendered (0.4 ms a row) before its first batch comes, and that its
     rows wait in memory. Where they bring their pictures along as bytes, it has fewer blocks.
-    Broken texts are reported by rank 0 alone, spread over the batches of their window, so that
-    the share of bad samples among those seen so far is the true one; broken pictures by the rank
-    that wanted them. So the ranks' lists add up to each bad sample once.
+    Broken texts are reported by the first rank that reads them, spread over the batches of their
+    window, so that the share of bad samples among those seen so far is the true one; broken
+    pictures by the rank that wanted them. So the ranks' lists add up to each bad sample once.
     features: FeatureFiles where features of pictures may be found; None: every picture is opened.
     """
 
     def __init__(self, data, template, image_processor, batch_size: int, max_length: int,
                  seed: int, rank: int = 0, world_size: int = 1, workers: int = 0,
-                 window: int = 256, block: int | None = None, features=None):
+                 window: int = 256, block: int | None = None, features=None,
+                 hands: int | None = None):
         if len(data) == 0:
             raise ValueError("the data holds no samples; nothing can be learned from it")
         self.data, self.template, self.image_processor = data, template, image_processor
@@ -133,6 +146,7 @@ class Batches:
         # Windows of equal size: a small one left over would waste more than the others.
         windows = -(-blocks // blocks_in_window(data, self.block, window))
         self.windows = [self.block * (blocks * w // windows) for w in range(windows + 1)]
+        self.hands = hands or (world_size if self.windows[1] >= DEALT else 1)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -202,7 +216,7 @@ def outlive_signals(_) -> None:
 class Order:
     """All epochs as one line of places; a DataLoader's worker holds a copy and asks for a piece.
 
-    Each worker renders the texts of a whole window and keeps it while it serves batches from it.
+    Each worker renders its rank's share of a window and keeps it while it serves batches from it.
     So the order is the same for any number of workers.
     """
 
@@ -218,8 +232,7 @@ class Order:
         while place < end:  # once, but for a micro-batch that reaches over the end of a window
             self._turn_to(epoch, bisect.bisect_right(b.windows, place) - 1)
             last = min(end, b.windows[self.window + 1])
-            if b.rank == 0:
-                bad += [sample for p, sample in self.refused if place <= p < last]
+            bad += [sample for p, sample in self.refused if place <= p < last]
             planned += [self.plan[p] for p in range(place, last) if p in self.plan]
             place = last
         rows, opened = [], {}
@@ -264,13 +277,33 @@ class Order:
             self.plan, self.refused = self._plan()
 
     def _plan(self) -> tuple[dict[int, Row], list[tuple[int, BadSample]]]:
-        """Read and render a window -> {place: row} of this rank, and what could not be used, each
-        with the place at which it is told."""
+        """Read and render this rank's hands of a window -> {place: row}, and what could not be
+        used, each with the place at which this rank tells it."""
         b = self.batches
         first, end = b.windows[self.window:self.window + 2]
+        count = (end - first) // b.block
+        # Mix long and short: the block that stands at each place.
+        mixed = list(range(count))
+        np.random.default_rng([b.seed, self.epoch, self.window]).shuffle(mixed)
+        # Place p is rank p % world_size's, and of hand p % hands: of every apart-th one.
+        plan, refused, apart = {}, [], math.gcd(b.hands, b.world_size)
+        for hand in range(b.rank % apart, b.hands, apart):
+            rows, broken = self._read(sorted(self.order[first + hand:end:b.hands].tolist()))
+            if b.rank < apart:  # other ranks read the same ones
+                refused += broken
+            # Spread what is left evenly over the promised number of blocks.
+            for number, block in enumerate(mixed):
+                start = first + number * b.block + hand
+                taken = rows[len(rows) * block // count:len(rows) * (block + 1) // count]
+                plan |= {start + at * b.hands: row for at, row in enumerate(taken)}
+        told = [(first + (end - first) * n // len(refused), bad) for n, bad in enumerate(refused)]
+        return {p: row for p, row in plan.items() if p % b.world_size == b.rank}, told
+
+    def _read(self, numbers: list[int]) -> tuple[list[Row], list[BadSample]]:
+        """Read and render samples -> rows by length, and what could not be used."""
         # Files are read front to back; the sort by index also settles ties between equal lengths.
-        rows, refused = [], []
-        for i in sorted(self.order[first:end].tolist()):
+        b, rows, refused = self.batches, [], []
+        for i in numbers:
             with b.whereabouts.at(place_of(self.data, i)):
                 try:
                     sample = self.data[i]
@@ -286,15 +319,7 @@ class Order:
                     rows.append(Row(*b.template.fit(ids, mask, b.max_length), sample))
                 except ValueError as error:
                     refused.append(BadSample(sample.where, str(error)))
-        rows.sort(key=lambda row: len(row.ids))
-        # Spread what is left evenly over the promised number of blocks, then mix long and short.
-        count = (end - first) // b.block
-        blocks = [rows[len(rows) * i // count:len(rows) * (i + 1) // count] for i in range(count)]
-        np.random.default_rng([b.seed, self.epoch, self.window]).shuffle(blocks)
-        plan = {first + number * b.block + at: row
-                for number, block in enumerate(blocks) for at, row in enumerate(block)}
-        told = [(first + (end - first) * n // len(refused), bad) for n, bad in enumerate(refused)]
-        return {p: row for p, row in plan.items() if p % b.world_size == b.rank}, told
+        return sorted(rows, key=lambda row: len(row.ids)), refused
 
 
 def place_of(data, i: int) -> str:

@@ -4,6 +4,7 @@ are shifted once; nothing broken is trained on, and nothing broken goes uncounte
 import io
 import json
 import pickle
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from conftest import needed, shared_dir, weights_dir
 from PIL import Image
 
+from dataset import batching
 from dataset.batching import Batches, Order, Row, collate
 from dataset.chat import ChatTemplate, Message
 from dataset.formats import BadSample, Sample, open_data
@@ -206,6 +208,44 @@ def test_pictures_stand_in_the_order_of_their_placeholders(template):
             assert reds == sum((expected[place] for place in batch.where), [])
 
 
+def dealt(template, world_size, batch_size, block=None, hands=None, window=5, count=100):
+    """An epoch on every rank -> [[places], ...] of each rank, which samples each read, all bad."""
+    epochs, read, bad = [], [], []
+    for rank in range(world_size):
+        data = Data(many(count))
+        data.samples[7] = BadSample("data:7", "broken")
+        told = list(batches(data, template, batch_size, rank=rank, world_size=world_size,
+                            window=window, block=block, hands=hands).epoch(1))
+        epochs.append([batch.where for batch, _ in told])
+        read.append(data.read)
+        bad += [sample.where for _, some in told for sample in some]
+    return epochs, read, bad
+
+
+def test_ranks_share_the_reading_of_a_large_window(template, monkeypatch):
+    """Four ranks: each reads a quarter, together every sample once, and the broken one is told by
+    the one that met it. Resumed by any other number of ranks: the same samples in each step."""
+    every = sorted(f"data:{i}" for i in range(100) if i != 7)
+    _, read, bad = dealt(template, 4, 2)
+    assert [len(numbers) for numbers in read] == [100] * 4 and bad == ["data:7"], "a small window"
+
+    monkeypatch.setattr(batching, "DEALT", 0)
+    epochs, read, bad = dealt(template, 4, 2)
+    assert sorted(sum(map(sum, epochs, [[]] * 4), [])) == every and bad == ["data:7"]
+    assert sorted(sum(read, [])) == list(range(100)), "each sample is read by one rank"
+    steps = [sorted(sum(step, [])) for step in zip(*epochs)]
+    assert len(steps) == 13
+    for world_size, batch_size, share in ((1, 8, 1), (2, 4, 2), (8, 1, 4), (3, 3, 1)):
+        others, read, bad = dealt(template, world_size, batch_size, block=8, hands=4)
+        assert bad == ["data:7"]
+        for numbers in read:
+            assert len(numbers) == pytest.approx(100 / share, abs=2)
+        if world_size * batch_size == 8:
+            assert [sorted(sum(step, [])) for step in zip(*others)] == steps
+        else:  # nine at a time cuts the same line elsewhere
+            assert sorted(sum(map(sum, others, [[]] * world_size), [])) == every
+
+
 def coco_like(folder):
     """A JSON Lines file with picture files, one line and one picture broken."""
     lines = []
@@ -258,14 +298,14 @@ def test_reading_leaves_torchs_random_numbers_alone(template):
     assert torch.equal(torch.rand(4), expected)
 
 
-def waste(loader):
+def waste(*ranks):
     wasted = total = 0
-    for batch, _ in loader.epoch(0):
+    for batch, _ in chain(*(loader.epoch(0) for loader in ranks)):
         wasted, total = wasted + batch.waste, total + batch.ids.numel()
     return wasted / total
 
 
-def test_less_than_one_percent_of_positions_is_padding(tiny_tokenizer_dir):
+def test_less_than_one_percent_of_positions_is_padding(tiny_tokenizer_dir, monkeypatch):
     # An image of 64 tokens and an answer of log-normal length, median 60, longest about 500.
     template = ChatTemplate(Tokenizer.from_directory(tiny_tokenizer_dir), image_tokens=64)
     words = np.random.default_rng(0).lognormal(np.log(60), 0.6, 3000).astype(int)
@@ -273,8 +313,13 @@ def test_less_than_one_percent_of_positions_is_padding(tiny_tokenizer_dir):
                       f"data:{i}") for i, w in enumerate(words)]
     share = waste(batches(samples, template, batch_size=16, max_length=2048))
     unsorted = waste(batches(samples, template, batch_size=16, max_length=2048, window=1))
-    print(f"wasted: {share:.2%}, in batches drawn at random {unsorted:.1%}")
+    monkeypatch.setattr(batching, "DEALT", 0)
+    dealt = waste(*(batches(samples, template, 8, 2048, rank=rank, world_size=2)
+                    for rank in (0, 1)))
+    print(f"wasted: {share:.2%}, in batches drawn at random {unsorted:.1%}, of two ranks that "
+          f"share the reading {dealt:.2%}")
     assert share < 0.01, f"{share:.2%} of the positions are padding"
+    assert dealt < 0.01, f"{dealt:.2%} of the positions are padding"
 
 
 def test_real_photos_end_to_end():

@@ -37,12 +37,13 @@ FEW = 10  # bad ones that may be chance: of 100 samples two are bad in 9 % of ru
 class Progress:
     """How far a run has come; with the optimizer's state all that a resume needs.
 
-    block and (epoch, place) are those of dataset/batching.py: they say which samples come next,
-    whatever the number of ranks and the size of a batch will be.
+    block, hands and (epoch, place) are those of dataset/batching.py: they say which samples come
+    next, whatever the number of ranks and the size of a batch will be.
     """
 
     step: int = 0  # optimizer steps made
     block: int | None = None  # what the first micro-batch was on all ranks; None: not begun
+    hands: int | None = None  # the ranks that a window was dealt out to; 1: each read all of it
     epoch: int = 0
     place: int = 0
     bad: int = 0  # samples skipped so far, on all ranks
@@ -98,7 +99,7 @@ def train(model, batches, optimizer, settings, ranks, log, save, progress: Progr
     steps = steps_of_run(settings, batches, progress)
     ahead = steps_ahead(settings, batches, progress)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    progress.block = batches.block
+    progress.block, progress.hands = batches.block, batches.hands
 
     def to_come():
         return batches.steps(progress.epoch, progress.place, places_of_step(settings, batches),

@@ -77,12 +77,12 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
 
         features = open_features(parts.model, parts.processor, settings, ranks)
 
-        def make_batches(samples, block=None):
+        def make_batches(samples, block=None, hands=None):
             return Batches(samples, parts.template, parts.processor, settings.batch_size,
                            settings.max_length, settings.seed, ranks.rank, ranks.world_size,
-                           settings.workers, block=block, features=features)
+                           settings.workers, block=block, features=features, hands=hands)
 
-        batches = make_batches(data, progress.block)
+        batches = make_batches(data, progress.block, progress.hands)
         held_out = None
         if unseen:
             answers = Answers(unseen, parts.template, parts.processor, settings)

@@ -283,7 +283,7 @@ def progress_of(saved: dict, run: dict) -> Progress:
         block = run["settings"]["batch_size"] * run["processes"]
         saved = {**saved, "block": block, "place": saved["batch"] * block}
         del saved["batch"]
-    return Progress(**saved)
+    return Progress(**{"hands": 1, **saved})  # and every rank once read whole windows
 
 
 def saver(parts: Parts, settings, ranks, facts: dict):
