@@ -24,7 +24,7 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from benchmarks.easy_vqa import clock, run, write_lines
+from benchmarks.easy_vqa import clock, run, train, write_lines
 from dataset.emoji import texts
 from dataset.emoji.world import CHAT_START, SPRITES, TEST_START, picture, scene
 from dataset.images import ImageProcessor
@@ -129,12 +129,10 @@ def main(arguments=None) -> None:
     towers = ["--language", flags.language, "--vision",
               str(small_pictures(find_base(flags.vision), out))]
     pictures, common = ["--images", str(out / "pictures")], ["--seed", str(flags.seed), *others]
-    run(["train_pretrain.py", *COMMON, *PRETRAIN, *towers, *pictures, "--data",
-         str(out / "captions.jsonl"), "--out", str(out / "pretrain"), *common])
-    run(["train_sft.py", *COMMON, *SFT, *pictures, "--data", str(out / "talks.jsonl"),
-         "--model", str(out / "pretrain"), "--out", str(out / "sft"), *common])
-    if not (out / "sft" / "summary.json").is_file():  # stopped by a signal, it ends well too
-        raise SystemExit("training did not come to its end, so there is nothing to score yet")
+    train(out / "pretrain", ["train_pretrain.py", *COMMON, *PRETRAIN, *towers, *pictures, "--data",
+                             str(out / "captions.jsonl"), *common])
+    train(out / "sft", ["train_sft.py", *COMMON, *SFT, *pictures, "--data",
+                        str(out / "talks.jsonl"), "--model", str(out / "pretrain"), *common])
     trained, scores = clock(), {}
     for style in STYLES:
         run(["eval.py", "--model", str(out / "sft"), "--data", str(out / f"{style}.jsonl"),

@@ -13,12 +13,13 @@ import pytest
 from PIL import Image, ImageDraw
 
 import eval as eval_script
+import train_pretrain
 import train_sft
 from benchmarks import easy_vqa
 from tests.tiny import ROOT, environment
 
 SHAPES = [("circle", "red"), ("rectangle", "blue"), ("triangle", "teal"), ("circle", "black")]
-SCRIPTS = {"train_sft.py": train_sft, "eval.py": eval_script}
+SCRIPTS = {"train_pretrain.py": train_pretrain, "train_sft.py": train_sft, "eval.py": eval_script}
 
 
 def draw(shape: str, colour: str, at=(20, 24)) -> Image.Image:
@@ -172,11 +173,12 @@ def test_the_whole_command_and_that_its_score_can_fail(package, tmp_path, monkey
 def test_half_a_training_or_a_question_that_was_not_asked_is_no_score(package, tmp_path,
                                                                       monkeypatch):
     def stopped(command):
-        assert command[0] == "train_sft.py", "it was scored all the same"
+        assert command[0] == "train_pretrain.py", "it went on all the same"
 
     def all_but_one(command):
-        (tmp_path / "run").mkdir(exist_ok=True)
-        (tmp_path / "run" / "summary.json").write_text("{}")
+        for stage in ("naming", "run"):
+            (tmp_path / stage).mkdir(exist_ok=True)
+            (tmp_path / stage / "summary.json").write_text("{}")
         lines = rows_of(tmp_path / "scored.jsonl")[1:]
         easy_vqa.write_lines(tmp_path / "answers.jsonl", [{"right": True} for _ in lines])
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 import eval as eval_script
 import train_pretrain
 import train_sft
-from benchmarks import transfer
+from benchmarks import easy_vqa, transfer
 from dataset.emoji.world import SPRITES
 from dataset.images import ImageProcessor
 from tests.test_easy_vqa import rows_of
@@ -60,7 +60,8 @@ def test_no_scene_that_is_asked_about_is_learned(prepared):
 def test_the_whole_command(tmp_path, monkeypatch, capsys):
     """One step teaches nothing; each style's score is that of its own answers."""
     monkeypatch.setattr(transfer, "draw_sheet", negative)
-    monkeypatch.setattr(transfer, "run", lambda command: SCRIPTS[command[0]].main(command[1:]))
+    for module in (transfer, easy_vqa):
+        monkeypatch.setattr(module, "run", lambda command: SCRIPTS[command[0]].main(command[1:]))
     monkeypatch.setattr(transfer, "SIDE", 32)
     language, vision = make_pair(tmp_path)
     out = tmp_path / "out"
