@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -159,9 +160,12 @@ def load_checkpoint(directory, dtype: torch.dtype | None = torch.float32,
     directory = Path(directory)
     config = read_config(directory)
     tensors = all_tensors(directory / "model.safetensors")
-    language_config = LanguageConfig.from_public(config["language"])
     features = config.get("features", "patches")  # the first checkpoints had no choice
-    vision_config = VisionConfig.from_public(config["vision"], config["vision_layer"], features)
+    with told_with(directory / "config.json"):
+        language_config = LanguageConfig.from_public(config["language"])
+        vision_config = VisionConfig.from_public(config["vision"], config["vision_layer"], features)
+        projector = Projector(config["projector"], vision_config.hidden_size,
+                              language_config.hidden_size, config["pixel_shuffle"])
     moved = {"language": language, "vision": vision}
 
     def tower(part, make, wanted, load):
@@ -190,15 +194,21 @@ def load_checkpoint(directory, dtype: torch.dtype | None = torch.float32,
         tower("vision", VisionTransformer, vision_config,
               lambda name: VisionTransformer.from_pretrained(
                   name, dtype, feature_layer=config["vision_layer"], features=features)),
-        Projector(config["projector"], vision_config.hidden_size, language_config.hidden_size,
-                  config["pixel_shuffle"]))
+        projector)
     if config["lora"]:
-        try:
+        with told_with(directory / "config.json"):
             add_lora(model.language, **config["lora"])
-        except ValueError as error:
-            raise ValueError(f"{directory / 'config.json'}: {error}") from error
     put_tensors(model, tensors, directory, dtype)
     return (model if dtype is None else model.to(dtype)).eval()
+
+
+@contextmanager
+def told_with(file: Path):
+    """What is wrong inside is wrong in this file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def put_tensors(model, tensors: dict, directory: Path, dtype: torch.dtype | None = None) -> None:

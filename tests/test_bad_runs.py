@@ -129,13 +129,21 @@ def test_a_training_state_that_would_run_code_stops_the_resumed_run(world, check
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_adapter_for_no_layer_is_told_with_its_file(checkpoint, tmp_path):
+@pytest.mark.parametrize("right, wrong, told", [
+    ('"gate_proj"', '"gate_pron"', "LoRA target 'gate_pron'"),
+    ('"patches"', '"patchas"', "features is 'patchas'"),
+    ('"mlp"', '"mlq"', "'mlq'"),
+    ('"silu"', '"sila"', "sila")])
+def test_what_a_checkpoint_cannot_be_is_told_with_its_file(checkpoint, tmp_path, right, wrong,
+                                                           told):
     directory = tmp_path / "step_000001"
     shutil.copytree(checkpoint, directory)
     file = directory / "config.json"
-    file.write_text(file.read_text().replace('"gate_proj"', '"gate_pron"'))
-    with pytest.raises(ValueError, match="config.json: LoRA target 'gate_pron'"):
+    assert right in file.read_text()
+    file.write_text(file.read_text().replace(right, wrong))
+    with pytest.raises(ValueError, match=told) as error:
         load_checkpoint(directory)
+    assert str(file) in str(error.value)
 
 
 def test_a_byte_of_a_checkpoint_gives_an_error_or_a_model(checkpoint, tmp_path):
