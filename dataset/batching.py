@@ -189,15 +189,16 @@ class Batches:
             # A loader draws a number from torch's global generator unless it has its own, and
             # dropout would then differ between a resumed run and an uninterrupted one.
             generator=torch.Generator()))
-        with suppress(StopIteration):
-            while True:
-                try:
-                    made = next(loader)
-                except (EOFError, ConnectionError):
-                    # A worker died with a batch on its way to us. A loader leaves no batch out:
-                    # asked again, it waits for that one, and says whose it was.
-                    made = next(loader)
-                yield made
+        while True:
+            try:
+                made = next(loader)
+            except StopIteration:
+                return
+            except (EOFError, ConnectionError):
+                # A worker died with batches on their way to us. A loader leaves no batch out:
+                # asked again, it waits for the first of them, and then says whose it was.
+                continue
+            yield made
 
 
 def as_it_is(item):

@@ -252,8 +252,9 @@ def test_a_worker_that_dies_is_reported_with_its_sample(world, tmp_path, monkeyp
         assert len(metrics(tmp_path / "out")) == 12
 
 
-def test_a_worker_that_dies_while_its_batch_is_on_the_way(world, tmp_path, monkeypatch):
-    """Then it is the connection that breaks first."""
+@pytest.mark.parametrize("lost", [1, 2])
+def test_a_worker_that_dies_while_its_batch_is_on_the_way(world, tmp_path, monkeypatch, lost):
+    """Then it is the connection that breaks first, for each batch that it had sent."""
     plain, calls = resource_sharer._resource_sharer.get_connection, []
 
     def get_connection(place):
@@ -261,6 +262,7 @@ def test_a_worker_that_dies_while_its_batch_is_on_the_way(world, tmp_path, monke
         if len(calls) == 5:  # no longer the first batch's
             newest = max(active_children(), key=lambda worker: worker.pid)
             newest.kill()  # earlier tests may have left others behind
+        if 5 <= len(calls) < 5 + lost:
             raise ConnectionResetError(104, "Connection reset by peer")
         return plain(place)
 
