@@ -94,7 +94,7 @@ def test_forked_workers_share_the_index(tmp_path):
 
 
 SHARING = """
-import hashlib, json, os, sys
+import json, os, sys
 from dataset.mixture import open_mixture
 from tests.test_scale import private_bytes
 from training.distributed import start_ranks
