@@ -25,9 +25,11 @@ What takes thought with any data:
   questions that name a colour or a shape, and stage two all of them.
 - The projector is the only part that starts from noise, so it learns ten times as fast as the
   towers (--projector_learning_rate).
-- 4,000 pictures are few. The questions about one are dealt out to several copies of it, the first
-  as it is, the others with the shape mirrored or at another place. That changes no answer.
-  Training pictures only.
+- 4,000 pictures are few, and 3,579 of them have a ground of their own: who knows the pale colour
+  by heart needs no look at the shape. So each row has a picture of its own, its shape drawn anew on
+  the ground of another training picture, mirrored or not, at another place and a little larger or
+  smaller. That changes no answer. With shapes that only moved, 7 of 100 shapes of pictures that
+  were not trained on were told wrongly while the training loss was 0.001.
 
 An answer counts when it is freely generated, greedily, and equal to the truth; no list of the 13
 answers helps. Every flag that is not listed by --help goes to both training scripts.
@@ -50,9 +52,10 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = ["--preset", "emoji", "--train_vision", "--train_language", "all", "--learning_rate",
           "0.0003", "--projector_learning_rate", "0.003", "--workers", "1"]
-NAMING = ["--epochs", "3", "--batch_size", "8"]
+NAMING = ["--epochs", "1", "--batch_size", "8"]
 ALL = ["--epochs", "1", "--batch_size", "16"]
-COPIES = 8  # of a training picture: itself and seven with the shape elsewhere
+COPIES = 3  # of each question of stage one, every one about a picture of its own
+SIZES = 0.8, 1.25  # of a shape that is drawn anew, beside what it was
 
 
 def package_data() -> Path:
@@ -92,23 +95,24 @@ def kind_of(question: str) -> str:
 
 
 def write_training(asked: dict, source: Path, out: Path, copies: int, seed: int) -> int:
-    """Write OUT/train.jsonl, a row for each question, and the pictures; return the number of rows.
+    """Write OUT/naming.jsonl and OUT/train.jsonl with their pictures; return the latter's rows.
 
-    The questions about a picture are dealt out to its copies in turn. OUT/naming.jsonl: those rows
-    of them that ask for a colour or a shape.
+    train.jsonl has a row for each question, naming.jsonl those of them that ask for a colour or a
+    shape, copies times. Each row has a picture of its own; the first about a picture is as it is.
     """
-    dice, rows = random.Random(seed), []
+    dice, rows, naming = random.Random(seed), [], []
+    shapes = {number: find_shape(read_picture(source, number)) for number in asked}
+    grounds = [ground for _, _, ground, _ in shapes.values()]
     for number, pairs in asked.items():
-        pixels = read_picture(source, number)
-        shape = find_shape(pixels)
-        for copy in range(min(copies, len(pairs))):
-            name = f"train_{number}_{copy}.png"
-            Image.fromarray(elsewhere(pixels, *shape, dice) if copy else pixels).save(
-                out / "pictures" / name)
-        rows += [as_row(f"train_{number}_{place % copies}.png", *pair)
-                 for place, pair in enumerate(dice.sample(pairs, len(pairs)))]
+        named = [pair for pair in pairs if kind_of(pair[0]) != "yes or no"]
+        for place, pair in enumerate(pairs + named * copies):
+            name = f"train_{number}_{place}.png"
+            pixels = (draw_anew(*shapes[number], dice.choice(grounds), dice) if place
+                      else read_picture(source, number))
+            Image.fromarray(pixels).save(out / "pictures" / name)
+            (rows if place < len(pairs) else naming).append(as_row(name, *pair))
     write_lines(out / "train.jsonl", rows)
-    write_lines(out / "naming.jsonl", [row for row in rows if row["kind"] != "yes or no"])
+    write_lines(out / "naming.jsonl", naming)
     return len(rows)
 
 
@@ -132,27 +136,38 @@ def read_picture(source: Path, number: int) -> np.ndarray:
         return np.array(image.convert("RGB"))  # (H,W,3) uint8
 
 
-def find_shape(pixels: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int, int]]:
-    """(H,W,3) -> the colour of the ground, and the box (top, bottom, left, right) of all else.
+def find_shape(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple]:
+    """(H,W,3) -> how much of each pixel the shape covers (H,W), 0 to 1; its colour; the ground's;
+    and the box (top, bottom, left, right) of all that is not ground.
 
-    The largest shape is a third of the picture's pixels, so the commonest colour is the ground's.
+    The largest shape is a third of the picture's pixels, so the commonest colour is the ground's;
+    the next is the shape's. At its rim a pixel lies between the two, and is part of both.
     """
-    _, ground = max(Image.fromarray(pixels).getcolors(pixels.size))  # (count, colour)
-    ground = np.array(ground, np.uint8)
+    counts = sorted(Image.fromarray(pixels).getcolors(pixels.size), reverse=True)
+    ground, colour = (np.array(colour, np.float32) for _, colour in counts[:2])
+    way = colour - ground
+    cover = ((pixels - ground) @ way / (way @ way)).clip(0, 1)  # (H,W)
     rows, columns = np.nonzero((pixels != ground).any(axis=-1))
-    return ground, (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1)
+    return cover, colour, ground, (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1)
 
 
-def elsewhere(pixels: np.ndarray, ground: np.ndarray, box: tuple, dice) -> np.ndarray:
-    """(H,W,3) -> the same shape at a place that the dice choose, or where it was when it touches
-    the edge: part of it may lie outside. Mirrored, or not: none of the shapes minds."""
-    (H, W, _), (top, bottom, left, right) = pixels.shape, box
+def draw_anew(cover: np.ndarray, colour, ground, box: tuple, new_ground, dice) -> np.ndarray:
+    """The same shape in the same colour on another ground, (H,W,3) uint8: at a place and in a size
+    that the dice choose, mirrored or not; none of the shapes minds. One that touches the edge stays
+    as large and where it is: part of it may lie outside."""
+    (H, W), (top, bottom, left, right) = cover.shape, box
     if min(top, left, H - bottom, W - right) > 0:
-        y, x = dice.randint(0, H - (bottom - top)), dice.randint(0, W - (right - left))
-        moved = np.broadcast_to(ground, pixels.shape).copy()
-        moved[y:y + bottom - top, x:x + right - left] = pixels[top:bottom, left:right]
-        pixels = moved
-    return pixels[:, ::-1].copy() if dice.random() < 0.5 else pixels
+        size = dice.uniform(*SIZES)
+        height, width = (min(round(size * (bottom - top)), H), min(round(size * (right - left)), W))
+        shape = Image.fromarray(cover[top:bottom, left:right]).resize(
+            (width, height), Image.Resampling.BILINEAR)
+        y, x = dice.randint(0, H - height), dice.randint(0, W - width)
+        cover = np.zeros_like(cover)
+        cover[y:y + height, x:x + width] = shape
+    if dice.random() < 0.5:
+        cover = cover[:, ::-1]
+    cover = cover[..., None]
+    return (cover * colour + (1 - cover) * new_ground).round().astype(np.uint8)
 
 
 def run(command: list[str]) -> None:
@@ -180,12 +195,12 @@ def read_flags(arguments=None) -> tuple[argparse.Namespace, list[str]]:
     add("--data", type=Path, metavar="DIR", help="directory with train/ and test/ (default: "
         "that of the installed package)")
     add("--out", type=Path, default=Path("out/easy_vqa"), help="(default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the moved shapes, of the order of training and of "
-        "the new projector (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the shapes drawn anew, of the order of training "
+        "and of the new projector (default: %(default)s)")
     add("--hold_out", type=int, default=0, metavar="N", help="score the last N pictures of the "
         "train split, and train on the others")
-    add("--copies", type=int, default=COPIES, help="of each training picture, all but the first "
-        "with the shape elsewhere (default: %(default)s)")
+    add("--copies", type=int, default=COPIES, help="of each question of stage one, every one about "
+        "a picture of its own (default: %(default)s)")
     flags, others = parser.parse_known_args(arguments)
     if flags.copies < 1:
         parser.error(f"--copies {flags.copies}: expected at least 1")

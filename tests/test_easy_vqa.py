@@ -1,5 +1,5 @@
 """Claims: the benchmark turns the package's files into rows without losing or leaking a question,
-moved shapes keep their truth, and its score is what the model says freely, right or wrong."""
+shapes drawn anew keep their truth, and its score is what the model says freely, right or wrong."""
 
 import json
 import random
@@ -10,7 +10,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 
 import eval as eval_script
 import train_pretrain
@@ -72,18 +72,20 @@ def test_every_question_is_learned_or_asked_once_with_its_own_picture(package, t
     facts = easy_vqa.prepare(package, tmp_path / "out", 0, 4, seed=0)
     assert facts == {"split": "test", "pictures": 2, "questions": 3 + 4, "training_pictures": 6,
                      "training_questions": 3 + 4 + 5 + 6 + 3 + 4, "copies": 4}
-    found, learned = {}, rows_of(tmp_path / "out" / "train.jsonl")
-    for row in learned:
-        split, number, _ = row["image"].removesuffix(".png").split("_")
-        assert split == "train"
-        found.setdefault(int(number), []).append(pair_of(row))
-    for number, pairs in easy_vqa.read_split(package, "train").items():
-        assert sorted(found.pop(number)) == sorted(pairs), number
-    assert not found and len(learned) == facts["training_questions"]
-    for number in range(6):
-        copies = Counter(row["image"] for row in learned
-                         if row["image"].startswith(f"train_{number}_"))
-        assert len(copies) == min(4, copies.total()) and max(copies.values()) <= 2, copies
+    learned, naming = (rows_of(tmp_path / "out" / name) for name in ("train.jsonl", "naming.jsonl"))
+    pictures = [row["image"] for row in learned + naming]
+    assert len(set(pictures)) == len(pictures) and len(learned) == facts["training_questions"]
+    for rows, times, kinds in ((learned, 1, ("shape", "colour", "yes or no")),
+                               (naming, 4, ("shape", "colour"))):
+        found = {}
+        for row in rows:
+            split, number, _ = row["image"].removesuffix(".png").split("_")
+            assert split == "train" and row["kind"] in kinds
+            found.setdefault(int(number), []).append(pair_of(row))
+        for number, pairs in easy_vqa.read_split(package, "train").items():
+            asked = [pair for pair in pairs if easy_vqa.kind_of(pair[0]) in kinds]
+            assert Counter(found.pop(number)) == Counter(asked * times), number
+        assert not found
 
     scored = rows_of(tmp_path / "out" / "scored.jsonl")
     assert [(pair_of(row), row["image"]) for row in scored] == [
@@ -121,28 +123,40 @@ def test_what_is_held_out_is_not_trained_on_and_the_test_split_not_opened(packag
 
 
 @pytest.mark.parametrize("shape,colour", SHAPES[:3])
-def test_a_moved_shape_is_the_same_shape(shape, colour):
+def test_a_shape_drawn_anew_is_the_same_shape_in_the_same_colour(shape, colour):
     pixels, dice, seen = np.array(draw(shape, colour)), random.Random(0), set()
-    ground, (top, bottom, left, right) = easy_vqa.find_shape(pixels)
-    cut = pixels[top:bottom, left:right]
-    assert tuple(ground) == (232, 245, 246) and (cut != ground).any(axis=-1).mean() > 0.4
-    for _ in range(40):
-        moved = easy_vqa.elsewhere(pixels, ground, (top, bottom, left, right), dice)
-        new_ground, (t, b, le, r) = easy_vqa.find_shape(moved)
-        seen.add((t, le))
-        assert tuple(new_ground) == tuple(ground) and moved.shape == pixels.shape
-        assert any(np.array_equal(moved[t:b, le:r], same) for same in (cut, cut[:, ::-1]))
-    assert len(seen) > 30, "it hardly ever moves"
+    cover, solid, ground, box = easy_vqa.find_shape(pixels)
+    assert tuple(ground) == (232, 245, 246) and tuple(solid) == ImageColor.getrgb(colour)
+    assert np.array_equal(cover == 1, (pixels != ground).any(axis=-1))
+    filled = cover.sum() / cover.any(axis=0).sum() / cover.any(axis=1).sum()
+    new_ground = np.array((250, 240, 230), np.float32)
+    for _ in range(60):
+        drawn = easy_vqa.draw_anew(cover, solid, ground, box, new_ground, dice)
+        found, new_solid, its_ground, (top, bottom, left, right) = easy_vqa.find_shape(drawn)
+        assert drawn.shape == pixels.shape and drawn.dtype == np.uint8
+        assert tuple(its_ground) == tuple(new_ground) and tuple(new_solid) == tuple(solid)
+        height, width = bottom - top, right - left
+        assert found.sum() / height / width == pytest.approx(filled, abs=0.12), "another shape"
+        wide, high = width / (box[3] - box[2]), height / (box[1] - box[0])
+        assert 0.7 < wide < 1.35 and 0.7 < high < 1.35
+        seen.add((top, left, height, width))
+    assert len(seen) > 50 and len({size[2:] for size in seen}) > 4, "it hardly ever changes"
 
 
-def test_a_shape_at_the_edge_stays_there():
-    """Part of it may lie outside; in the middle it would be another shape."""
-    pixels, dice = np.array(draw("circle", "red", at=(-5, 20))), random.Random(0)
-    shape = easy_vqa.find_shape(pixels)
-    found = [easy_vqa.elsewhere(pixels, *shape, dice) for _ in range(20)]
-    assert all(any(np.array_equal(moved, same) for same in (pixels, pixels[:, ::-1]))
-               for moved in found)
-    assert len({moved.tobytes() for moved in found}) == 2, "never mirrored, or always"
+def test_the_rim_of_a_shape_is_mixed_with_the_new_ground():
+    pixels = np.array(draw("rectangle", "red", at=(-2, 20)))  # at the edge: not moved, not resized
+    pixels[30, 0:10] = (0.25 * np.array((255, 0, 0)) + 0.75 * pixels[0, 0]).round()
+    shape, new_ground = easy_vqa.find_shape(pixels), np.array((200, 250, 255), np.float32)
+    drawn = {easy_vqa.draw_anew(*shape, new_ground, random.Random(seed)).tobytes(): seed
+             for seed in range(20)}
+    assert len(drawn) == 2, "mirrored or not, and nothing else"
+    for flat in drawn:
+        picture = np.frombuffer(flat, np.uint8).reshape(pixels.shape)
+        if tuple(picture[22, 0]) != (255, 0, 0):
+            picture = picture[:, ::-1]
+        assert (picture[20:29, 0:16] == (255, 0, 0)).all()
+        assert tuple(picture[0, 0]) == (200, 250, 255)
+        assert np.abs(picture[30, 0:10] - (213.75, 187.5, 191.25)).max() <= 1
 
 
 def test_the_whole_command_and_that_its_score_can_fail(package, tmp_path, monkeypatch, capsys):
@@ -161,12 +175,14 @@ def test_the_whole_command_and_that_its_score_can_fail(package, tmp_path, monkey
     assert result["score"] == right / 7 < 1 and f"{right} of 7 questions of the test split" in told
     assert "picture withheld" in told and "picture of another sample" in told
 
+    short = ["--model", str(out / "run"), "--data", str(out / "scored.jsonl"), "--images",
+             str(out / "pictures"), "--report", str(out), "--max_new_tokens", "5"]
+    eval_script.main(short)
     echoed = rows_of(out / "scored.jsonl")
-    for row, answer in zip(echoed, answers):
+    for row, answer in zip(echoed, rows_of(out / "answers.jsonl")):
         row["conversations"][1]["content"] = answer["answer"]
     easy_vqa.write_lines(out / "scored.jsonl", echoed)
-    eval_script.main(["--model", str(out / "run"), "--data", str(out / "scored.jsonl"),
-                      "--images", str(out / "pictures"), "--report", str(out)])
+    eval_script.main(short)
     assert all(a["right"] for a in rows_of(out / "answers.jsonl"))
 
 
