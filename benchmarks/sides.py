@@ -19,12 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from dataset.batching import Batch
 from dataset.features import FeatureFiles
@@ -207,33 +208,53 @@ def peak_bytes(reset: bool = False) -> int:
     return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 
+def product_rate(numbers: torch.dtype, device) -> float:
+    """Floating-point operations a second in a product of two large matrices; the best of ten."""
+    a, best = torch.randn(1024, 1024, device=device, dtype=numbers), 0.0
+    for _ in range(10):
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = max(best, 2 * 1024**3 / (time.perf_counter() - began))
+    return best
+
+
 def serve(side: str, threads: int) -> None:
     """In the side's own process. Each line of stdin is a job to get ready for, or the number of the
-    batch to make a step with; each is answered by a line."""
+    batch to make a step with; each is answered by a line. count: the floating-point operations of
+    the step's products with weights are counted too, and how fast one large product is."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(threads)
     step = None
     for line in sys.stdin:
         told = json.loads(line)
-        if isinstance(told, dict):
+        if "work" in told:
             step = None  # let the last model go, and its memory
             gc.collect()
             with suppress(OSError, AttributeError):  # Linux's C library
                 ctypes.CDLL("libc.so.6").malloc_trim(0)
             work, directory = Work(**told["work"]), Path(told["directory"])
+            numbers = told["numbers"]
             if side == "theirs":
-                step = theirs(work, directory, told["numbers"], device)
+                step = theirs(work, directory, numbers, device)
             else:
-                step = ours(work, directory, told["numbers"], device, side == "cached")
+                step = ours(work, directory, numbers, device, side == "cached")
             peak_bytes(reset=True)
             print(json.dumps(peak_bytes()), flush=True)
             continue
+        counter = FlopCounterMode(display=False) if told["count"] else nullcontext()
         began, busy = time.perf_counter(), time.process_time()
-        loss = step(told)
+        with counter:
+            loss = step(told["step"])
         if device.type == "cuda":
             torch.cuda.synchronize()
-        print(json.dumps({"seconds": time.perf_counter() - began, "loss": loss,
-                          "busy": time.process_time() - busy, "peak": peak_bytes()}), flush=True)
+        answer = {"seconds": time.perf_counter() - began, "loss": loss,
+                  "busy": time.process_time() - busy, "peak": peak_bytes()}
+        if told["count"]:
+            # Attention is left out: PyTorch counts it on CUDA alone.
+            flops = sum(count for operation, count in counter.get_flop_counts()["Global"].items()
+                        if "attention" not in str(operation))
+            answer |= {"flops": flops, "rate": product_rate(NUMBERS[numbers], device)}
+        print(json.dumps(answer), flush=True)
 
 
 class Side:
@@ -257,8 +278,8 @@ class Side:
         """-> bytes that it holds before the first step."""
         return self.ask({"work": vars(work), "directory": directory, "numbers": numbers})
 
-    def step(self, number: int) -> dict:
-        return self.ask(number)
+    def step(self, number: int, count: bool = False) -> dict:
+        return self.ask({"step": number, "count": count})
 
     def end(self) -> None:
         self.process.stdin.close()
@@ -267,23 +288,31 @@ class Side:
 
 def race(sides: list[tuple[str, Work]], numbers: str, rounds: int, threads: int) -> list[dict]:
     """sides: what each is ("ours", "cached", "theirs") and its Work, whose weights are the same.
-    -> of each {"seconds", "busy": [round], sums over its batches; "peak"; "loss": the first}.
+    -> of each {"seconds", "busy": [round], sums over its batches; "peak"; "loss": the first;
+    "flops": operations of a round's products with weights; "rate": such a second, in a large one}.
 
     In turns, one round of each at a time: whatever else the machine does slows all of them. A round
-    before the first one warms up, and is not counted.
+    before the first one warms up and counts operations, and is not timed.
     """
     with tempfile.TemporaryDirectory() as directory:
         write_weights(sides[0][1], Path(directory))
         running = [(Side(side, threads), work) for side, work in sides]
-        for process, work in running:
-            process.begin(work, directory, numbers)
         told = [{"seconds": [], "busy": []} for _ in running]
-        for turn in range(rounds + 1):
+        for (side, _), (process, work), one in zip(sides, running, told):
+            process.begin(work, directory, numbers)
+            if side == "cached":  # the first epoch: features are computed, and kept on disk
+                one["loss"] = process.step(0)["loss"]
+                for number in range(1, len(work.batches)):
+                    process.step(number)
+        for turn in range(-1, rounds):
             for (process, work), one in zip(running, told):
-                steps = [process.step(number) for number in range(len(work.batches))]
+                steps = [process.step(number, turn < 0) for number in range(len(work.batches))]
                 one.setdefault("loss", steps[0]["loss"])
                 one["peak"] = steps[-1]["peak"]
-                if turn:
+                if turn < 0:
+                    one["flops"] = sum(step["flops"] for step in steps)
+                    one["rate"] = max(step["rate"] for step in steps)
+                else:
                     for name in ("seconds", "busy"):
                         one[name].append(sum(step[name] for step in steps))
         for process, _ in running:

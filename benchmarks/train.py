@@ -12,7 +12,8 @@
 Random weights in the published shapes, the same on both sides, as are the rows; the first losses,
 printed, agree. In each row 196 tokens are a picture, and the answer, 32 tokens, is supervised. Each
 side is a process of its own, so each peak is its own; the rounds are made in turns, and ratios are
-of medians. "cached" is ours with --cache_features, from the second epoch on.
+of medians. "cached" is ours with --cache_features, from the second epoch on. "of peak": the share
+of the seconds that the step's matrix products would take if they ran as fast as one large product.
 """
 
 import argparse
@@ -31,8 +32,8 @@ WORKS = {
     "language": Work(SMOLLM2, SIGLIP, "all", ((256,) * 4,), ANSWER),
     "lora": Work(QWEN, SIGLIP, "lora", ((256,) * 2,), ANSWER),
 }
-HEAD = ("| work | numbers | side | first loss | seconds | range | useful tokens/s | peak MB | "
-        "times as fast | memory |\n" + "| --- " * 10 + "|")
+HEAD = ("| work | numbers | side | first loss | seconds | range | useful tokens/s | of peak | "
+        "peak MB | times as fast | memory |\n" + "| --- " * 11 + "|")
 
 
 def length_mix(rows: int, batch_size: int) -> tuple[Work, Work]:
@@ -50,13 +51,14 @@ def length_mix(rows: int, batch_size: int) -> tuple[Work, Work]:
 
 def rows_of(name: str, numbers: str, told: dict[str, dict], works: dict[str, Work]) -> list[str]:
     """Markdown rows of one work; ratios to "theirs". Busy seconds where threads is 1: see main."""
-    theirs, lines = told["theirs"], []
+    theirs, lines, rate = told["theirs"], [], max(one["rate"] for one in told.values())
     for side, one in told.items():
         useful = sum(map(sum, works[side].batches))
         seconds, peak = one["clock"], one["peak"]
         lines.append(
             f"| {name} | {numbers} | {side} | {one['loss']:.4f} | {median(seconds):.2f} | "
             f"{min(seconds):.2f} to {max(seconds):.2f} | {useful / median(seconds):.0f} | "
+            f"{one['flops'] / median(seconds) / rate:.0%} | "
             f"{peak / 1e6:.0f} | {median(theirs['clock']) / median(seconds):.2f} | "
             f"{peak / theirs['peak']:.2f} |")
     return lines

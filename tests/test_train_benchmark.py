@@ -39,6 +39,22 @@ def test_both_sides_learn_the_same(trained, tmp_path):
         assert abs(told[0][0] - told[0][2]) > 1e-5, "something was learned in between"
 
 
+def test_operations_are_counted_and_a_share_of_the_peak_is_told():
+    """By hand: a product of (m,k) and (k,n) is m*k*n multiplications and as many additions. Frozen
+    weights need half of a backward pass, supervised positions alone a head, cached features no
+    vision tower."""
+    works = [("ours", tiny("projector")), ("cached", tiny("projector")), ("ours", tiny("all"))]
+    ours, cached, everything = sides.race(works, "fp32", 1, 1)
+    tokens, answers, patches = 2 * 12 + 3 * 20, 4 * 5 + 4, 5 * 4  # padding counts; one answer is 4
+    layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48  # q, o; k, v; gate, up, down
+    language = 2 * (tokens * 2 * layer + answers * 32 * 97)  # forward, and back to its input
+    projector = patches * (2 * 24 * 32 + 3 * 32 * 32)  # nothing below it wants a gradient
+    assert cached["flops"] == 2 * (language + projector)
+    weights = tokens * 2 * layer + answers * 32 * 97  # gradients of the weights
+    assert everything["flops"] - ours["flops"] == 2 * weights
+    assert ours["flops"] > cached["flops"] and min(ours["rate"], cached["rate"]) > 1e8
+
+
 def test_the_mix_has_the_same_rows_on_both_sides():
     like, as_they_come = train.length_mix(16, 4)
     rows = [sorted(sum(work.batches, ())) for work in (like, as_they_come)]
@@ -58,7 +74,7 @@ def test_the_commands_print_their_tables(monkeypatch, capsys, tmp_path):
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if "| fp32 |" in line]
     assert [row[3].strip() for row in rows] == ["theirs", "ours", "cached"]
     assert rows[0][4] == rows[1][4] == rows[2][4], "the first losses"
-    assert rows[0][9].strip() == rows[0][10].strip() == "1.00"
+    assert rows[0][10].strip() == rows[0][11].strip() == "1.00"
 
     monkeypatch.setattr(growth, "work_at", lambda axis, value: tiny("projector"))
     monkeypatch.setattr(growth, "POINTS", {axis: values[:1] for axis, values in
