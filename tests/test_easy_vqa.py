@@ -10,16 +10,26 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageColor, ImageDraw
 
 import eval as eval_script
 import train_pretrain
 import train_sft
-from benchmarks import easy_vqa
+from benchmarks import easy_vqa, easy_vqa_tower
+from model.weights import load_vision
 from tests.tiny import ROOT, environment
 
 SHAPES = [("circle", "red"), ("rectangle", "blue"), ("triangle", "teal"), ("circle", "black")]
 SCRIPTS = {"train_pretrain.py": train_pretrain, "train_sft.py": train_sft, "eval.py": eval_script}
+
+
+def carry_out(command: list[str]) -> None:
+    """In this process, what benchmarks/easy_vqa.py does in another."""
+    if command[:2] == ["-m", "benchmarks.easy_vqa_tower"]:
+        easy_vqa_tower.main(command[2:])
+    else:
+        SCRIPTS[command[0]].main(command[1:])
 
 
 def draw(shape: str, colour: str, at=(20, 24)) -> Image.Image:
@@ -161,8 +171,7 @@ def test_the_rim_of_a_shape_is_mixed_with_the_new_ground():
 
 def test_the_whole_command_and_that_its_score_can_fail(package, tmp_path, monkeypatch, capsys):
     """One step cannot teach it; and where its own words are the truth, all of them are right."""
-    monkeypatch.setattr(easy_vqa, "run",
-                        lambda command: SCRIPTS[command[0]].main(command[1:]))
+    monkeypatch.setattr(easy_vqa, "run", carry_out)
     out = tmp_path / "out"
     easy_vqa.main(["--data", str(package), "--out", str(out), "--copies", "1", "--seed", "3",
                    "--steps", "1", "--batch_size", "2", "--workers", "0"])
@@ -186,10 +195,28 @@ def test_the_whole_command_and_that_its_score_can_fail(package, tmp_path, monkey
     assert all(a["right"] for a in rows_of(out / "answers.jsonl"))
 
 
+def test_the_tower_learns_and_what_it_saves_is_what_it_learned(package, tmp_path, monkeypatch):
+    """On six pictures, again and again; the file is a public tower that loads as any other."""
+    easy_vqa.prepare(package, tmp_path, 0, 1, seed=0)
+    rows = easy_vqa_tower.read_rows(tmp_path / "naming.jsonl")
+    assert {row[1:] for row in rows} == {(kind, answer) for shape, colour in SHAPES for kind, answer
+                                         in (("shape", shape), ("colour", colour))}
+    monkeypatch.setattr(easy_vqa_tower, "PIXELS", 96)
+    monkeypatch.setattr(easy_vqa_tower, "LEARNING_RATE", 1e-3)
+    share = easy_vqa_tower.train(rows * 20, tmp_path / "pictures", tmp_path / "vision", seed=0)
+    assert share == 1.0
+    told = json.loads((tmp_path / "vision" / "preprocessor_config.json").read_text())
+    assert told["size"] == {"height": 96, "width": 96}
+    before, after = (load_vision(str(place))
+                     for place in (easy_vqa_tower.TOWER, tmp_path / "vision"))
+    assert before.config == after.config
+    assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
+
+
 def test_half_a_training_or_a_question_that_was_not_asked_is_no_score(package, tmp_path,
                                                                       monkeypatch):
     def stopped(command):
-        assert command[0] == "train_pretrain.py", "it went on all the same"
+        assert command[0] in ("-m", "train_pretrain.py"), "it went on all the same"
 
     def all_but_one(command):
         for stage in ("naming", "run"):
