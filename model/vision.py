@@ -91,9 +91,9 @@ class VisionTransformer(nn.Module):
         width, patch = config.hidden_size, config.patch_size
         self.patch_embedding = nn.Conv2d(3, width, patch, stride=patch, bias=config.patch_bias)
         self.position_embedding = nn.Parameter(
-            torch.randn(config.patches + config.class_token, width) * 0.02)
+            torch.normal(0.0, 0.02, (config.patches + config.class_token, width)))
         if config.class_token:
-            self.class_embedding = nn.Parameter(torch.randn(width) * 0.02)
+            self.class_embedding = nn.Parameter(torch.normal(0.0, 0.02, (width,)))
         if config.pre_norm:
             self.pre_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         # Blocks after the feature layer are never run, so they are never made.

@@ -203,7 +203,7 @@ def test_the_tower_learns_and_what_it_saves_is_what_it_learned(package, tmp_path
                                          in (("shape", shape), ("colour", colour))}
     monkeypatch.setattr(easy_vqa_tower, "PIXELS", 96)
     monkeypatch.setattr(easy_vqa_tower, "LEARNING_RATE", 1e-3)
-    share = easy_vqa_tower.train(rows * 20, tmp_path / "pictures", tmp_path / "vision", seed=0)
+    share = easy_vqa_tower.train(rows * 60, tmp_path / "pictures", tmp_path / "vision", seed=0)
     assert share == 1.0
     told = json.loads((tmp_path / "vision" / "preprocessor_config.json").read_text())
     assert told["size"] == {"height": 96, "width": 96}

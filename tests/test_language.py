@@ -1,6 +1,8 @@
 """Claim: the decoder computes what the public Qwen2, Qwen3 and Llama models compute, causally."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from families import LANGUAGE, assert_close, public_language, tiny_vlm
 
 from model.config import LanguageConfig
 from model.language import Gated, LanguageModel, kernel_shares_heads, rope_table
+from tests.tiny import ROOT
 
 FAMILIES = {
     "qwen2": ("Qwen2", {}),
@@ -224,3 +227,23 @@ def test_nothing_is_tied_to_the_cpu():
     model = tiny_vlm().language.to("meta")
     ids = torch.zeros(2, 9, dtype=torch.long, device="meta")
     assert model(ids).device.type == "meta"
+
+
+def test_making_a_model_without_weights_loads_no_compiler():
+    """eval.py makes its towers on the meta device. Some ways to random numbers load torch._dynamo
+    or sympy there: seconds before the first word of an answer."""
+    config = dict(model_type="qwen2", vocab_size=97, hidden_size=32, intermediate_size=48,
+                  num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                  tie_word_embeddings=True, max_position_embeddings=256)
+    code = ("import sys, torch\n"
+            "from model.config import LanguageConfig, VisionConfig\n"
+            "from model.language import LanguageModel\n"
+            "from model.vision import VisionTransformer\n"
+            "with torch.device('meta'):\n"
+            f"    LanguageModel(LanguageConfig.from_public({config}))\n"
+            "    VisionTransformer(VisionConfig.from_public({'model_type': 'clip_vision_model',\n"
+            "        'hidden_size': 24, 'intermediate_size': 48, 'num_hidden_layers': 2,\n"
+            "        'num_attention_heads': 2, 'image_size': 32, 'patch_size': 16}))\n"
+            "print([name for name in ('torch._dynamo', 'sympy') if name in sys.modules])\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
