@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from model.config import LanguageConfig
-from model.numbers import product_dtype
+from model.numbers import noise, product_dtype
 
 
 class RMSNorm(nn.Module):
@@ -160,10 +160,8 @@ class LanguageModel(nn.Module):
     def __init__(self, config: LanguageConfig):
         super().__init__()
         self.config = config
-        # Not nn.Embedding(V, D): where models are made before their weights are read, on the meta
-        # device, its way to random numbers loads PyTorch's compiler, which takes seconds.
         self.embed_tokens = nn.Embedding.from_pretrained(
-            torch.normal(0.0, 1.0, (config.vocab_size, config.hidden_size)), freeze=False)
+            noise(config.vocab_size, config.hidden_size, std=1.0), freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from model.config import VisionConfig
+from model.numbers import noise
 
 
 def quick_gelu(x):
@@ -91,9 +92,9 @@ class VisionTransformer(nn.Module):
         width, patch = config.hidden_size, config.patch_size
         self.patch_embedding = nn.Conv2d(3, width, patch, stride=patch, bias=config.patch_bias)
         self.position_embedding = nn.Parameter(
-            torch.normal(0.0, 0.02, (config.patches + config.class_token, width)))
+            noise(config.patches + config.class_token, width, std=0.02))
         if config.class_token:
-            self.class_embedding = nn.Parameter(torch.normal(0.0, 0.02, (width,)))
+            self.class_embedding = nn.Parameter(noise(width, std=0.02))
         if config.pre_norm:
             self.pre_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         # Blocks after the feature layer are never run, so they are never made.
