@@ -32,7 +32,8 @@ What takes thought with any data:
   smaller. That changes no answer.
 
 An answer counts when it is freely generated, greedily, and equal to the truth; no list of the 13
-answers helps. Every flag that is not listed by --help goes to both training scripts.
+answers helps. Every flag that is not listed by --help goes to both training scripts, not to the
+training of the tower.
 """
 
 import argparse
@@ -55,7 +56,6 @@ COMMON = ["--preset", "emoji", "--train_vision", "--train_language", "all", "--l
 NAMING = ["--epochs", "1", "--batch_size", "8"]
 ALL = ["--epochs", "1", "--batch_size", "16"]
 EYES = ["--pixel_shuffle", "2"]  # four patches are a token: 16 of them, as in the emoji world
-COPIES = 1  # of each question of stage one, every one about a picture of its own
 SIZES = 0.8, 1.25  # of a shape that is drawn anew, beside what it was
 
 
@@ -95,20 +95,21 @@ def kind_of(question: str) -> str:
     return "yes or no" if words[0] != "what" else "colour" if "color" in words else "shape"
 
 
-def write_training(asked: dict, source: Path, out: Path, copies: int, seed: int) -> int:
+def write_training(asked: dict, source: Path, out: Path, seed: int) -> int:
     """Write OUT/naming.jsonl and OUT/train.jsonl with their pictures; return the latter's rows.
 
     train.jsonl has a row for each question, naming.jsonl those of them that ask for a colour or a
-    shape, copies times. Each row has a picture of its own; the first about a picture is as it is.
+    shape, once more. Each row has a picture of its own; the first about a picture is as it is.
     """
     dice, rows, naming = random.Random(seed), [], []
     shapes = {number: find_shape(read_picture(source, number)) for number in asked}
-    grounds = [ground for _, _, ground, _ in shapes.values()]
+    grounds = [ground for *_, ground in shapes.values()]
     for number, pairs in asked.items():
         named = [pair for pair in pairs if kind_of(pair[0]) != "yes or no"]
-        for place, pair in enumerate(pairs + named * copies):
+        for place, pair in enumerate(pairs + named):
             name = f"train_{number}_{place}.png"
-            pixels = (draw_anew(*shapes[number], dice.choice(grounds), dice) if place
+            *shape, _ = shapes[number]
+            pixels = (draw_anew(*shape, dice.choice(grounds), dice) if place
                       else read_picture(source, number))
             Image.fromarray(pixels).save(out / "pictures" / name)
             (rows if place < len(pairs) else naming).append(as_row(name, *pair))
@@ -137,9 +138,9 @@ def read_picture(source: Path, number: int) -> np.ndarray:
         return np.array(image.convert("RGB"))  # (H,W,3) uint8
 
 
-def find_shape(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple]:
-    """(H,W,3) -> how much of each pixel the shape covers (H,W), 0 to 1; its colour; the ground's;
-    and the box (top, bottom, left, right) of all that is not ground.
+def find_shape(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple, np.ndarray]:
+    """(H,W,3) -> how much of each pixel the shape covers (H,W), 0 to 1; its colour; the box (top,
+    bottom, left, right) of all that is not ground; and the ground's colour.
 
     The largest shape is a third of the picture's pixels, so the commonest colour is the ground's;
     the next is the shape's. At its rim a pixel lies between the two, and is part of both.
@@ -149,10 +150,10 @@ def find_shape(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, 
     way = colour - ground
     cover = ((pixels - ground) @ way / (way @ way)).clip(0, 1)  # (H,W)
     rows, columns = np.nonzero((pixels != ground).any(axis=-1))
-    return cover, colour, ground, (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1)
+    return cover, colour, (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1), ground
 
 
-def draw_anew(cover: np.ndarray, colour, ground, box: tuple, new_ground, dice) -> np.ndarray:
+def draw_anew(cover: np.ndarray, colour, box: tuple, ground, dice) -> np.ndarray:
     """The same shape in the same colour on another ground, (H,W,3) uint8: at a place and in a size
     that the dice choose, mirrored or not; none of the shapes minds. One that touches the edge stays
     as large and where it is: part of it may lie outside."""
@@ -168,7 +169,7 @@ def draw_anew(cover: np.ndarray, colour, ground, box: tuple, new_ground, dice) -
     if dice.random() < 0.5:
         cover = cover[:, ::-1]
     cover = cover[..., None]
-    return (cover * colour + (1 - cover) * new_ground).round().astype(np.uint8)
+    return (cover * colour + (1 - cover) * ground).round().astype(np.uint8)
 
 
 def run(command: list[str]) -> None:
@@ -201,15 +202,10 @@ def read_flags(arguments=None) -> tuple[argparse.Namespace, list[str]]:
         "and of the new projector (default: %(default)s)")
     add("--hold_out", type=int, default=0, metavar="N", help="score the last N pictures of the "
         "train split, and train on the others")
-    add("--copies", type=int, default=COPIES, help="of each question of stage one, every one about "
-        "a picture of its own (default: %(default)s)")
-    flags, others = parser.parse_known_args(arguments)
-    if flags.copies < 1:
-        parser.error(f"--copies {flags.copies}: expected at least 1")
-    return flags, others
+    return parser.parse_known_args(arguments)
 
 
-def prepare(data: Path, out: Path, hold_out: int, copies: int, seed: int) -> dict:
+def prepare(data: Path, out: Path, hold_out: int, seed: int) -> dict:
     """Write all that train_sft.py and eval.py read; return what was found, for result.json.
 
     With hold_out the split "test" is not opened, and what is scored is not trained on.
@@ -227,14 +223,14 @@ def prepare(data: Path, out: Path, hold_out: int, copies: int, seed: int) -> dic
     (out / "result.json").unlink(missing_ok=True)  # of an earlier run, should this one fail
     return {"split": split, "pictures": len(scored),
             "questions": write_scored(scored, data / split / "images", split, out),
-            "training_pictures": len(asked), "copies": copies, "training_questions":
-            write_training(asked, data / "train" / "images", out, copies, seed)}
+            "training_pictures": len(asked),
+            "training_questions": write_training(asked, data / "train" / "images", out, seed)}
 
 
 def main(arguments=None) -> None:
     flags, others = read_flags(arguments)
     out, began = flags.out.resolve(), clock()
-    facts = prepare(flags.data or package_data(), out, flags.hold_out, flags.copies, flags.seed)
+    facts = prepare(flags.data or package_data(), out, flags.hold_out, flags.seed)
     print(" ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     pictures = ["--images", str(out / "pictures")]
     common = [*COMMON, *pictures, "--seed", str(flags.seed), *others]
