@@ -239,7 +239,7 @@ def test_scores_are_kept_with_the_run(run, tmp_path):
 def test_the_reference_of_the_recipe_is_drawn_behind(run, tmp_path, monkeypatch):
     monkeypatch.setattr(past, "REFERENCES", tmp_path)
     assert reference_of(read_past(run)) is None
-    file = keep_reference(read_past(run), tmp_path)
+    file = keep_reference(read_past(run))
     assert file.name == "emoji_pretrain.jsonl"
     about, points = reference_of(read_past(run))
     assert about["steps"] == 6 and points[0]["step"] == 3.5
@@ -250,6 +250,10 @@ def test_the_reference_of_the_recipe_is_drawn_behind(run, tmp_path, monkeypatch)
     about["settings"]["batch_size"] = 77
     file.write_text("\n".join(map(json.dumps, [about, *points])))
     assert "batch_size 2 instead of 77" in Page(report.write_report(run)).text
+    for name, rate in (("another", 0.3), ("like_it", about["settings"]["learning_rate"])):
+        about["settings"].update(batch_size=2, learning_rate=rate)
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, [about, *points[:1]])))
+    assert reference_of(read_past(run)) == (about, points[:1]), "the most alike of three"
 
 
 def test_the_documented_recipes_have_references():

@@ -6,9 +6,10 @@
 A run may have been killed at any moment, so every file may be missing, and the last line of one
 may be torn: what is there is used.
 
-`python -m training.past RUN` makes the reference curve of a documented recipe out of a run of it:
-docs/reference/PRESET_STAGE.jsonl, a first line that says which run it was, then the mean loss of
-every ten steps. report.py draws it behind the curve of every later run of that preset and stage.
+`python -m training.past RUN [NAME]` makes the reference curve of a documented recipe out of a run
+of it: docs/reference/NAME.jsonl (PRESET_STAGE, if not given), a first line that says which run it
+was, then the mean loss of every ten steps. report.py draws it behind the curve of later runs of
+that preset and stage; of several, the one whose settings are the most alike.
 """
 
 import json
@@ -87,15 +88,24 @@ def read_whole_lines(path: Path) -> list[dict]:
     return [line for line in found if isinstance(line, dict) and "step" in line]
 
 
+def recipe_of(past: PastRun) -> str:
+    return f"{past.settings.get('preset')} {past.run.get('stage')}"
+
+
+def compared(past: PastRun) -> dict:
+    """The run's settings that COMPARED names; of a data file the name, wherever it lies."""
+    found = {name: past.settings[name] for name in COMPARED if name in past.settings}
+    return {**found, "data": Path(str(found.get("data"))).name}
+
+
 def reference_of(past: PastRun) -> tuple[dict, list] | None:
     """-> what the recipe's documented run was, and its curve; None where none is kept."""
-    name = f"{past.settings.get('preset')}_{past.run.get('stage')}"
-    try:
-        about, *curve = (json.loads(line) for line in
-                         (REFERENCES / f"{name}.jsonl").read_text(encoding="utf-8").splitlines())
-    except (OSError, ValueError):
-        return None
-    return about, curve
+    kept = []
+    for file in sorted(REFERENCES.glob("*.jsonl")):
+        about, *curve = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        if about["recipe"] == recipe_of(past):
+            kept.append((about, curve))
+    return min(kept, key=lambda one: len(unlike(compared(past), one[0]["settings"])), default=None)
 
 
 def unlike(settings: dict, others: dict) -> dict:
@@ -122,16 +132,15 @@ def means(metrics: list[dict], together: int = TOGETHER) -> list[dict]:
              "loss": round(sum(m["loss"] for m in group) / len(group), 4)} for group in groups]
 
 
-def keep_reference(past: PastRun, directory: Path = REFERENCES) -> Path:
+def keep_reference(past: PastRun, name: str | None = None) -> Path:
     """Write the curve of this run where reference_of finds it."""
-    about = {"recipe": f"{past.settings['preset']} {past.run['stage']}",
-             "steps": past.last_step, "commit": past.run.get("commit"),
-             "settings": {name: past.settings.get(name) for name in COMPARED}}
-    file = directory / f"{past.settings['preset']}_{past.run['stage']}.jsonl"
+    about = {"recipe": recipe_of(past), "steps": past.last_step, "commit": past.run.get("commit"),
+             "settings": compared(past)}
+    file = REFERENCES / f"{name or recipe_of(past).replace(' ', '_')}.jsonl"
     lines = [about, *means(past.metrics)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return file
 
 
 if __name__ == "__main__":
-    print(keep_reference(read_past(sys.argv[1])))
+    print(keep_reference(read_past(sys.argv[1]), *sys.argv[2:3]))

@@ -16,7 +16,7 @@ from pathlib import Path
 from training.charts import Curve, chart, last_mean, smooth
 from training.html import figures, page, picture, table, text
 from training.log import clock
-from training.past import PastRun, read_past, reference_of, unlike, unlike_preset
+from training.past import PastRun, compared, read_past, reference_of, unlike, unlike_preset
 
 OWN, WRONG, GREY = "#1f77b4", "#d62728", "#8a8a8a"
 NAMES = {"pretrain": "stage one, pretrain", "sft": "stage two, sft"}
@@ -118,7 +118,7 @@ def normal(past: PastRun, reference) -> str:
     mine, theirs = sum(near) / len(near), shared[-1]["loss"]
     told = (f"Around step {place:.0f} the loss is {mine:.3f}; the reference run of "
             f"{text(about['recipe'])} ({about['steps']:,} steps, dashed) had {theirs:.3f} there.")
-    others = unlike(past.settings, about["settings"])
+    others = unlike(compared(past), about["settings"])
     if others:
         told += (" This run differs from it, so its curve may too: " + "; ".join(
             f"{name} {text(mine)} instead of {text(theirs)}"
