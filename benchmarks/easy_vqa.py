@@ -11,25 +11,26 @@
 4,000 pictures of 64 x 64 pixels to learn from and 1,000 to be asked about, each with one shape of
 one colour: 38,575 and 9,673 questions, 13 answers (Victor Zhou, 2019). The scripts that train and
 score are the ones that you would call, with the flags that are printed, and the towers are the
-embedded ones of the emoji world. They have never seen a plain circle, nor read "triangle"; so all
-three parts are trained, the eyes first.
+embedded ones of the emoji world. They have never seen a plain circle, nor read "triangle"; so the
+eyes are trained first, by themselves, then the projector and the language model.
 
 What takes thought with any data:
 
 - A row for each question. Several in one conversation would share the cost of a picture, but the
   later ones could be answered from the earlier answers, without looking. For the same reason the
   score asks each question by itself.
-- First eyes: the tower learns to tell shapes and colours by itself (easy_vqa_tower.py says why).
-  Then what is there, then all that can be asked of it. Three quarters of the questions want yes or
-  no, and can be half answered without looking; a model that learned from all of them at once told
-  every colour after 31,000 rows, and called every shape a circle. So the tower and stage one are
-  given the questions that name a colour or a shape, and stage two all of them.
-- The projector is the only part that starts from noise, so it learns ten times as fast as the
-  towers (--projector_learning_rate).
+- First eyes: the tower learns to tell shapes and colours by itself (easy_vqa_tower.py says why),
+  and is frozen then, which makes a step of the others half as long. Then what is there, then all
+  that can be asked of it. Three quarters of the questions want yes or no, and can be half answered
+  without looking; a model that learned from all of them at once told every colour after 31,000
+  rows, and called every shape a circle. So the tower and stage one are given the questions that
+  name a colour or a shape, and stage two all of them.
+- The projector is the only part that starts from noise, so it learns ten times as fast as
+  the language model (--projector_learning_rate).
 - 4,000 pictures are few, and 3,579 of them have a ground of their own: who knows the pale colour
   by heart needs no look at the shape. So each row has a picture of its own, its shape drawn anew on
-  the ground of another training picture, mirrored or not, at another place and a little larger or
-  smaller. That changes no answer.
+  the ground of another training picture, mirrored or not and at another place. That changes no
+  answer. In size it stays as it is, for a small circle made smaller is no circle any more.
 
 An answer counts when it is freely generated, greedily, and equal to the truth; no list of the 13
 answers helps. Every flag that is not listed by --help goes to both training scripts, not to the
@@ -51,12 +52,12 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMON = ["--preset", "emoji", "--train_vision", "--train_language", "all", "--learning_rate",
+COMMON = ["--preset", "emoji", "--train_language", "all", "--learning_rate",
           "0.0003", "--projector_learning_rate", "0.003", "--workers", "1"]
 NAMING = ["--epochs", "1", "--batch_size", "8"]
 ALL = ["--epochs", "1", "--batch_size", "16"]
 EYES = ["--pixel_shuffle", "2"]  # four patches are a token: 16 of them, as in the emoji world
-SIZES = 0.8, 1.25  # of a shape that is drawn anew, beside what it was
+LOOKS = 3  # pictures for each question that the tower learns from
 
 
 def package_data() -> Path:
@@ -96,26 +97,28 @@ def kind_of(question: str) -> str:
 
 
 def write_training(asked: dict, source: Path, out: Path, seed: int) -> int:
-    """Write OUT/naming.jsonl and OUT/train.jsonl with their pictures; return the latter's rows.
+    """Write train.jsonl, naming.jsonl and looks.jsonl into OUT; return the number of train.jsonl's.
 
     train.jsonl has a row for each question, naming.jsonl those of them that ask for a colour or a
-    shape, once more. Each row has a picture of its own; the first about a picture is as it is.
+    shape, once more, and looks.jsonl the same LOOKS times. Each row has a picture of its own, drawn
+    anew; only the first about a picture is as it is.
     """
-    dice, rows, naming = random.Random(seed), [], []
+    dice, rows = random.Random(seed), {"train": [], "naming": [], "looks": []}
     shapes = {number: find_shape(read_picture(source, number)) for number in asked}
     grounds = [ground for *_, ground in shapes.values()]
     for number, pairs in asked.items():
         named = [pair for pair in pairs if kind_of(pair[0]) != "yes or no"]
-        for place, pair in enumerate(pairs + named):
+        files = ["train"] * len(pairs) + ["naming"] * len(named) + ["looks"] * len(named) * LOOKS
+        *shape, _ = shapes[number]
+        for place, (file, pair) in enumerate(zip(files, pairs + named * (1 + LOOKS), strict=True)):
             name = f"train_{number}_{place}.png"
-            *shape, _ = shapes[number]
             pixels = (draw_anew(*shape, dice.choice(grounds), dice) if place
                       else read_picture(source, number))
             Image.fromarray(pixels).save(out / "pictures" / name)
-            (rows if place < len(pairs) else naming).append(as_row(name, *pair))
-    write_lines(out / "train.jsonl", rows)
-    write_lines(out / "naming.jsonl", naming)
-    return len(rows)
+            rows[file].append(as_row(name, *pair))
+    for name, found in rows.items():
+        write_lines(out / f"{name}.jsonl", found)
+    return len(rows["train"])
 
 
 def write_scored(asked: dict, source: Path, split: str, out: Path) -> int:
@@ -154,18 +157,13 @@ def find_shape(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple, np.nd
 
 
 def draw_anew(cover: np.ndarray, colour, box: tuple, ground, dice) -> np.ndarray:
-    """The same shape in the same colour on another ground, (H,W,3) uint8: at a place and in a size
-    that the dice choose, mirrored or not; none of the shapes minds. One that touches the edge stays
-    as large and where it is: part of it may lie outside."""
+    """The same shape in the same colour on another ground, (H,W,3) uint8: where the dice say,
+    mirrored or not; none of the shapes minds. One that touches the edge stays where it is, for part
+    of it may lie outside."""
     (H, W), (top, bottom, left, right) = cover.shape, box
     if min(top, left, H - bottom, W - right) > 0:
-        size = dice.uniform(*SIZES)
-        height, width = (min(round(size * (bottom - top)), H), min(round(size * (right - left)), W))
-        shape = Image.fromarray(cover[top:bottom, left:right]).resize(
-            (width, height), Image.Resampling.BILINEAR)
-        y, x = dice.randint(0, H - height), dice.randint(0, W - width)
-        cover = np.zeros_like(cover)
-        cover[y:y + height, x:x + width] = shape
+        down, across = dice.randint(-top, H - bottom), dice.randint(-left, W - right)
+        cover = np.roll(cover, (down, across), axis=(0, 1))  # nothing of it passes the edge
     if dice.random() < 0.5:
         cover = cover[:, ::-1]
     cover = cover[..., None]
@@ -235,8 +233,8 @@ def main(arguments=None) -> None:
     pictures = ["--images", str(out / "pictures")]
     common = [*COMMON, *pictures, "--seed", str(flags.seed), *others]
     naming = ["--data", str(out / "naming.jsonl")]
-    run(["-m", "benchmarks.easy_vqa_tower", *naming, *pictures, "--out", str(out / "vision"),
-         "--seed", str(flags.seed)])
+    run(["-m", "benchmarks.easy_vqa_tower", "--data", str(out / "looks.jsonl"), *pictures,
+         "--out", str(out / "vision"), "--seed", str(flags.seed)])
     train(out / "naming", ["train_pretrain.py", *NAMING, *EYES, "--vision", str(out / "vision"),
                            *naming, *common])
     train(out / "run", ["train_sft.py", *ALL, "--data", str(out / "train.jsonl"),

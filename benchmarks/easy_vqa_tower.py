@@ -6,7 +6,7 @@
 A tower is trained before the model that reads it; SigLIP's saw pictures with texts, this one saw
 emoji. What its patches say already, the projector and the language model learn to read in a
 hundred steps; what they do not say comes slowly through a language model that cannot read yet.
-The linear layer is thrown away: the model has to answer in words.
+The linear layer is thrown away, and the tower is frozen: the model has to answer in words.
 
 The pictures become PIXELS wide, so that a patch is 8 of their own pixels and not 16, and less of an
 outline hides inside of one patch. The position grid stretches, as for any tower.
