@@ -53,9 +53,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = ["--preset", "emoji", "--train_language", "all", "--learning_rate",
-          "0.0003", "--projector_learning_rate", "0.003", "--workers", "1"]
-NAMING = ["--epochs", "1", "--batch_size", "8"]
-ALL = ["--epochs", "1", "--batch_size", "16"]
+          "0.0003", "--projector_learning_rate", "0.003", "--workers", "1", "--epochs", "1",
+          "--batch_size", "8"]
 EYES = ["--pixel_shuffle", "2"]  # four patches are a token: 16 of them, as in the emoji world
 LOOKS = 3  # pictures for each question that the tower learns from
 
@@ -235,9 +234,9 @@ def main(arguments=None) -> None:
     naming = ["--data", str(out / "naming.jsonl")]
     run(["-m", "benchmarks.easy_vqa_tower", "--data", str(out / "looks.jsonl"), *pictures,
          "--out", str(out / "vision"), "--seed", str(flags.seed)])
-    train(out / "naming", ["train_pretrain.py", *NAMING, *EYES, "--vision", str(out / "vision"),
+    train(out / "naming", ["train_pretrain.py", *EYES, "--vision", str(out / "vision"),
                            *naming, *common])
-    train(out / "run", ["train_sft.py", *ALL, "--data", str(out / "train.jsonl"),
+    train(out / "run", ["train_sft.py", "--data", str(out / "train.jsonl"),
                         "--model", str(out / "naming"), *common])
     trained = clock()
     run(["eval.py", "--model", str(out / "run"), "--data", str(out / "scored.jsonl"), *pictures,
