@@ -20,7 +20,7 @@ What takes thought with any data:
   later ones could be answered from the earlier answers, without looking. For the same reason the
   score asks each question by itself.
 - First eyes: the tower learns to tell shapes and colours by itself (easy_vqa_tower.py says why),
-  and is frozen then, which makes a step of the others half as long. Then what is there, then all
+  and is frozen then, which makes a step of the others a third shorter. Then what is there, then all
   that can be asked of it. Three quarters of the questions want yes or no, and can be half answered
   without looking; a model that learned from all of them at once told every colour after 31,000
   rows, and called every shape a circle. So the tower and stage one are given the questions that

@@ -243,10 +243,13 @@ def test_the_reference_of_the_recipe_is_drawn_behind(run, tmp_path, monkeypatch)
     assert file.name == "emoji_pretrain.jsonl"
     about, points = reference_of(read_past(run))
     assert about["steps"] == 6 and points[0]["step"] == 3.5
+    assert "/" not in about["settings"]["data"], "the name of the file; where it lay is nobody's"
     assert points[0]["loss"] == pytest.approx(sum(m["loss"] for m in metrics(run)) / 6, abs=1e-4)
     shown = Page(report.write_report(run)).text
     assert "reference run" in shown and f"had {points[0]['loss']:.3f} there" in shown
     assert "This run differs" not in shown
+    several = past.PastRun(run, run={"settings": {"data": ["a/b", "c/d"]}})
+    assert past.compared(several) == {"data": "b d"}
     about["settings"]["batch_size"] = 77
     file.write_text("\n".join(map(json.dumps, [about, *points])))
     assert "batch_size 2 instead of 77" in Page(report.write_report(run)).text

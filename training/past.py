@@ -93,9 +93,12 @@ def recipe_of(past: PastRun) -> str:
 
 
 def compared(past: PastRun) -> dict:
-    """The run's settings that COMPARED names; of a data file the name, wherever it lies."""
+    """The run's settings that COMPARED names; of data files the names, wherever they lie."""
     found = {name: past.settings[name] for name in COMPARED if name in past.settings}
-    return {**found, "data": Path(str(found.get("data"))).name}
+    if isinstance(files := found.get("data"), str | list):
+        names = [Path(file).name for file in ([files] if isinstance(files, str) else files)]
+        found["data"] = " ".join(names)
+    return found
 
 
 def reference_of(past: PastRun) -> tuple[dict, list] | None:
