@@ -18,7 +18,7 @@ from dataset.images import load_image
 from evaluation.score import Answered, by_tag
 
 PICTURE, MARGIN = 288, 12  # pixels a side; pixels between cards
-COLUMNS, MOST_CARDS = 5, 40
+COLUMNS, CARDS, MOST_CARDS = 5, 20, 40
 LINES, LINE_HEIGHT = 7, 21  # lines below a picture; pixels
 INK, GREY, RIGHT, WRONG = (40, 40, 40), (120, 120, 120), (20, 120, 40), (190, 30, 30)
 CHINESE = re.compile("([\u2e80-\uffef]+)")
@@ -30,22 +30,13 @@ CHINESE_FONTS = ("notosanscjk", "notosanssc", "sourcehansans", "pingfang", "msyh
 
 
 def contact_sheet(answered: list[Answered], path) -> bool:
-    """One card for each kind and language: the first such sample, right or wrong, and its last
-    question. False when Chinese cards were left out, because no font here can write them all.
+    """A card for each answer that choose_cards takes. False when Chinese cards were left out,
+    because no font here can write them all.
     """
-    cards = {}
-    for a in answered:
-        tags = a.question.tags
-        key = tags.get("kind"), tags.get("language"), None if tags else a.question.where
-        if key in cards:
-            if cards[key].question.where == a.question.where:
-                cards[key] = a
-        elif a.question.images and len(cards) < MOST_CARDS:
-            cards[key] = a
-    texts = ["".join(text for text, _ in words(card)) for card in cards.values()]
+    cards = choose_cards(answered)
+    texts = ["".join(text for text, _ in words(card)) for card in cards]
     fonts = find_fonts("".join(texts), 16)
-    chosen = [card for card, text in zip(cards.values(), texts)
-              if fonts[1] or not CHINESE.search(text)]
+    chosen = [card for card, text in zip(cards, texts) if fonts[1] or not CHINESE.search(text)]
     columns, rows = min(COLUMNS, len(chosen)), -(-len(chosen) // COLUMNS)
     width, height = PICTURE + MARGIN, PICTURE + LINES * LINE_HEIGHT + MARGIN
     sheet = Image.new("RGB", (columns * width + MARGIN, rows * height + MARGIN), "white")
@@ -55,6 +46,26 @@ def contact_sheet(answered: list[Answered], path) -> bool:
         write_card(ImageDraw.Draw(sheet), fonts, card, left, top + PICTURE + 4)
     sheet.save(path)
     return len(chosen) == len(cards)
+
+
+def choose_cards(answered: list[Answered]) -> list[Answered]:
+    """CARDS or a few less, and as many of each kind and language, at least one: the first ones,
+    right or wrong; those of a picture that another card shows come last. Of a talk, its end."""
+    kinds, shown, cards = {}, [], []
+    for a in answered:
+        if a.question.images:
+            kind = a.question.tags.get("kind"), a.question.tags.get("language")
+            kinds.setdefault(kind, {})[a.question.where] = a  # the last of a talk stays
+    wanted = max(1, CARDS // max(1, len(kinds)))
+    for of_kind in list(kinds.values())[:MOST_CARDS]:
+        fresh, others = [], []
+        for a in of_kind.values():
+            new = len(fresh) < wanted and a.question.images[-1] not in shown
+            (fresh if new else others).append(a)
+            if new:
+                shown.append(a.question.images[-1])
+        cards += (fresh + others)[:wanted]
+    return cards
 
 
 def enlarge(image: Image.Image) -> Image.Image:

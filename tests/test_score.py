@@ -168,6 +168,25 @@ def test_contact_sheet_has_a_card_for_each_kind_and_language(tmp_path):
     assert sheet.getpixel((report.MARGIN + 100, report.MARGIN + 100)) == (255, 0, 0)
 
 
+def test_cards_of_few_kinds_show_many_pictures():
+    def asked(number, kind, seen):
+        question = score.Question((Message("user", "<image>\nWhat?"),), (seen,), "a",
+                                  f"file:{number}", {"kind": kind} if kind else {})
+        return score.Answered(question, "a")
+
+    # two questions about each of 30 pictures, one of either kind
+    both = [asked(2 * n + i, kind, f"{n}.png") for n in range(30) for i, kind in enumerate("ab")]
+    cards = report.choose_cards(both)
+    pictures = [card.question.images[0] for card in cards]
+    assert [card.question.tags["kind"] for card in cards] == ["a"] * 10 + ["b"] * 10
+    assert pictures == [f"{n}.png" for n in range(20)]
+    # no kinds at all; too few pictures for all kinds; more kinds than there is room for
+    assert len(report.choose_cards([asked(n, None, f"{n}.png") for n in range(50)])) == 20
+    few = report.choose_cards(both[:4])
+    assert [card.question.where for card in few] == ["file:0", "file:2", "file:1", "file:3"]
+    assert len(report.choose_cards([asked(n, str(n), f"{n}.png") for n in range(50)])) == 40
+
+
 def test_what_no_font_here_can_write_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(report.font_manager, "findSystemFonts", lambda: [])
     odd = "\u9f98"  # a rare character, not in the embedded font
