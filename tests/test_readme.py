@@ -9,12 +9,13 @@ import pytest
 import eval as eval_script
 import export as export_script
 import web as web_script
+from benchmarks import easy_vqa
 from training.presets import PRESETS, read_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 LANGUAGES = ("README.md", "README_zh.md")
 OTHER_SCRIPTS = {"eval.py": eval_script, "export.py": export_script,
-                 "web.py": web_script}
+                 "web.py": web_script, "benchmarks/easy_vqa.py": easy_vqa}
 
 
 def text(name: str) -> str:
