@@ -242,8 +242,11 @@ def test_scene_shows_and_saves_an_unseen_scene(conversation, tmp_path, monkeypat
 
 
 needs_pty = pytest.mark.skipif(os.name == "nt", reason="Windows has no module pty")
-# Its terminal becomes the one that Ctrl-C comes from, then it becomes the command.
-TAKE_TERMINAL = ("import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+# Its terminal becomes the one that Ctrl-C comes from, and Ctrl-C is heeded again (a shell script
+# that starts the tests with "&" makes them ignore it, and all that they start); then it becomes
+# the command.
+TAKE_TERMINAL = ("import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+                 "signal.signal(signal.SIGINT, signal.SIG_DFL); "
                  "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])")
 
 
