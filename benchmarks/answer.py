@@ -2,16 +2,18 @@
 
     python -m benchmarks.answer                      SmolLM2-135M + SigLIP-B/16, all sides
     python -m benchmarks.answer --model qwen --repeats 3 --sides ours-bf16 transformers-bf16
+    python -m benchmarks.answer --model dinov2 --only starts          SmolLM2-135M + DINOv2-S
 
     random weights in the published shapes -> one step of train_pretrain.py -> a checkpoint
     checkpoint -> export.py -> a LLaVA for transformers; GGUF for llama.cpp -> the same weights
     each side in a process of its own, all asked in turn, round after round -> a Markdown table
 
-The question is one picture (196 tokens) and text, 228 tokens in all, and 64 tokens are answered,
-greedily, whatever they say. Time counts from the ready pixels to the last token; llama.cpp gets
-the same number of tokens without a picture. "while decoding" is what follows the first token. The
-share of read bandwidth takes the bytes of the language model's matrices (of the table only what
-the head reads, once) for each token, and a sum over 256 MB, measured in the same rounds.
+The question is one picture (196 tokens; DINOv2's 256) and 32 tokens of text, and 64 tokens are
+answered, greedily, whatever they say. Time counts from the ready pixels to the last token;
+llama.cpp gets the same number of tokens without a picture. "while decoding" is what follows the
+first token. The share of read bandwidth takes the bytes of the language model's matrices (of the
+table only what the head reads, once) for each token, and a sum over 256 MB, measured in the same
+rounds.
 
 --clock cpu counts the seconds that a processor worked, on one thread (OMP_NUM_THREADS=1): for
 ratios on a machine that has other work as well. Without it the seconds are a clock's.
@@ -41,11 +43,13 @@ from PIL import Image
 from dataset.chat import IMAGE, Message
 from training.preset_list import LANGUAGE, ROOT, VISION
 
-MODELS = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct", "qwen": "Qwen/Qwen2.5-0.5B"}
-EYES = "google/siglip-base-patch16-224"
+SMOLLM2, SIGLIP = "HuggingFaceTB/SmolLM2-135M-Instruct", "google/siglip-base-patch16-224"
+MODELS = {"smollm2": (SMOLLM2, SIGLIP), "qwen": ("Qwen/Qwen2.5-0.5B", SIGLIP),
+          "dinov2": (SMOLLM2, "facebook/dinov2-small")}
 SIDES = ("ours-fp32", "ours-bf16", "ours-int8", "ours-int4", "transformers-fp32",
          "transformers-bf16", "llama.cpp-bf16", "llama.cpp-q8_0")
-PROMPT, NEW = 228, 64  # tokens
+PARTS = ("answers", "batches", "starts")
+TEXT, NEW = 32, 64  # tokens of the question beside its picture, and of the answer
 ROWS, ROWS_NEW = 16, 32
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 now = time.perf_counter  # --clock chooses
@@ -63,10 +67,11 @@ def write_public(name: str, place: Path) -> None:
     from model.weights import save_language, save_vision
 
     torch.manual_seed(0)
+    language, vision = MODELS[name]
     for part, facts, make, save in (
-            ("language", LANGUAGE[MODELS[name]],
+            ("language", LANGUAGE[language],
              lambda f: LanguageModel(LanguageConfig.from_public(f)), save_language),
-            ("vision", VISION[EYES],
+            ("vision", VISION[vision],
              lambda f: VisionTransformer(VisionConfig.from_public(f)), save_vision)):
         with torch.device("meta"):
             model = make(facts)
@@ -106,12 +111,16 @@ def make_all(name: str, place: Path) -> None:
                              "--out", str(place / dtype)])
 
 
-def question(template, length: int = PROMPT) -> list[int]:
-    """The ids of a question with one picture, `length` tokens long."""
+def question(template, fewer: int = 0) -> list[int]:
+    """The ids of a question: one picture, and TEXT - fewer tokens of words and marks."""
     def ids(words: int) -> list[int]:
         return template.prompt([Message("user", f"{IMAGE}\n" + " cat" * words)])
 
+    length = template.image_tokens + TEXT - fewer
     words = length - len(ids(0))
+    if words < 0:
+        raise ValueError(f"the marks around a question take {len(ids(0))} tokens, more than the "
+                         f"{length} that it is to have")
     while len(ids(words)) > length:
         words -= 1
     return ids(words)
@@ -141,7 +150,7 @@ def ours(place: Path, numbers: str):
 
     def batch() -> list[float]:
         """Seconds of all in one batch, and of one by one."""
-        prompts = [question(template, PROMPT - 2 * row) for row in range(ROWS)]
+        prompts = [question(template, row) for row in range(ROWS)]
         began = now()
         generate_batch(model, prompts, [pixels] * ROWS, ROWS_NEW, ())
         together = now()
@@ -203,7 +212,7 @@ def llama_cpp(place: Path, numbers: str):
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = (
         torch.get_num_threads())
     server = xllamacpp.Server(parameters)
-    ids = [i % 1000 for i in range(PROMPT)]
+    ids = [i % 1000 for i in range(len(question(template_of(place))))]
 
     def seconds(tokens: int) -> float:
         began = now()
@@ -211,7 +220,7 @@ def llama_cpp(place: Path, numbers: str):
             "prompt": ids, "n_predict": tokens, "temperature": 0, "ignore_eos": True,
             "cache_prompt": False})
         told = (answer if isinstance(answer, dict) else json.loads(answer))["timings"]
-        assert (told["prompt_n"], told["predicted_n"]) == (PROMPT, tokens), told
+        assert (told["prompt_n"], told["predicted_n"]) == (len(ids), tokens), told
         return now() - began
 
     def ask() -> list[float]:
@@ -357,12 +366,36 @@ def machine() -> str:
             + ", ".join(map(found, ("torch", "transformers", "xllamacpp"))))
 
 
+def answers(model: str, sides: dict[str, Side], repeats: int) -> None:
+    asked, read = measure(sides, repeats)
+    print(f"{' + '.join(MODELS[model])}: {TEXT} tokens and a picture asked, {NEW} answered; memory "
+          f"is read at {read / 1e9:.1f} GB/s\n\n{table(asked, sides, read)}\n\n{ratios(asked)}")
+
+
+def batches(sides: dict[str, Side], repeats: int) -> None:
+    for name, side in sides.items():
+        if name.startswith("ours"):
+            together, alone = zip(*(side.ask("batch") for _ in range(repeats)))
+            ratio = statistics.median(a / t for t, a in zip(together, alone))
+            print(f"{name}: {ROWS} answers of {ROWS_NEW} in one batch {min(together):.1f} s, "
+                  f"one by one {min(alone):.1f} s: {ratio:.2f}x", flush=True)
+
+
+def starts(place: Path, clock: str, repeats: int) -> None:
+    pairs = [(start(START_OURS, place, clock), start(START_TRANSFORMERS, place, clock))
+             for _ in range(repeats)]
+    ratio = statistics.median(o / t for o, t in pairs)
+    print(f"process start to first token: ours {min(o for o, _ in pairs):.1f} s, "
+          f"transformers {min(t for _, t in pairs):.1f} s: {ratio:.2f} of it")
+
+
 def main(arguments=None) -> None:
     global now
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", choices=MODELS, default="smollm2")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--place", type=Path, help="keep the files here, or use those there")
     parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
@@ -379,28 +412,19 @@ def main(arguments=None) -> None:
         here = {"transformers": "transformers", "llama.cpp": "xllamacpp"}
         names = [name for name in flags.sides if name.startswith("ours")
                  or importlib.util.find_spec(here[name.rpartition("-")[0]])]
-        sides = {name: Side(name, place, flags.clock) for name in names}  # they load together
-        for side in sides.values():
-            side.read = side.hear()["read"]
         print(f"{machine()}; seconds of {flags.clock}\n")
-        asked, read = measure(sides, flags.repeats)
-        print(f"{MODELS[flags.model]} + {EYES}: {PROMPT} tokens asked, {NEW} answered; memory is "
-              f"read at {read / 1e9:.1f} GB/s\n\n{table(asked, sides, read)}\n\n{ratios(asked)}")
-        for name in names:
-            if name.startswith("ours"):
-                together, alone = zip(*(sides[name].ask("batch") for _ in range(3)))
-                ratio = statistics.median(a / t for t, a in zip(together, alone))
-                print(f"{name}: {ROWS} answers of {ROWS_NEW} in one batch {min(together):.1f} s, "
-                      f"one by one {min(alone):.1f} s: {ratio:.2f}x")
-        for side in sides.values():
-            side.process.kill()
-        if "transformers-fp32" in names:
-            pairs = [(start(START_OURS, place, flags.clock),
-                      start(START_TRANSFORMERS, place, flags.clock))
-                     for _ in range(flags.repeats)]
-            ratio = statistics.median(o / t for o, t in pairs)
-            print(f"process start to first token: ours {min(o for o, _ in pairs):.1f} s, "
-                  f"transformers {min(t for _, t in pairs):.1f} s: {ratio:.2f} of it")
+        if {"answers", "batches"} & set(flags.only):
+            sides = {name: Side(name, place, flags.clock) for name in names}  # they load together
+            for side in sides.values():
+                side.read = side.hear()["read"]
+            if "answers" in flags.only:
+                answers(flags.model, sides, flags.repeats)
+            if "batches" in flags.only:
+                batches(sides, min(flags.repeats, 3))
+            for side in sides.values():
+                side.process.kill()
+        if "starts" in flags.only and "transformers-fp32" in names:
+            starts(place, flags.clock, flags.repeats)
 
 
 if __name__ == "__main__":

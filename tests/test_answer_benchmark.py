@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.answer import NEW, PROMPT, question, ratios, table
+from benchmarks.answer import NEW, ROWS, TEXT, question, ratios, table
 from dataset.chat import ChatTemplate
 from dataset.tokenizer import Tokenizer
 from training.preset_list import ROOT
@@ -30,8 +30,13 @@ def test_by_hand():
         "ours-int8 against ours-fp32: 1.39x, decoding alone 2.00x"]
 
 
-@pytest.mark.parametrize("length", [PROMPT, PROMPT - 30])
-def test_the_question_is_as_long_as_it_says(length):
+@pytest.mark.parametrize("fewer", [0, ROWS - 1])
+def test_the_question_is_as_long_as_it_says(fewer):
     tokenizer = Tokenizer.from_directory(ROOT / "dataset/emoji/language")
-    ids = question(ChatTemplate(tokenizer, 196 - 30, None), length)
-    assert len(ids) == length
+    assert len(question(ChatTemplate(tokenizer, 196, None), fewer)) == 196 + TEXT - fewer
+
+
+def test_no_question_is_shorter_than_its_marks():
+    template = ChatTemplate(Tokenizer.from_directory(ROOT / "dataset/emoji/language"), 196, None)
+    with pytest.raises(ValueError, match="the marks around a question take .* more than the 196"):
+        question(template, TEXT)
