@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from model.config import LanguageConfig
+from model.linear import Linear, product
 from model.numbers import noise, product_dtype
 
 
@@ -72,10 +73,10 @@ class Attention(nn.Module):
         self.num_key_value_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
         width, bias = config.hidden_size, config.qkv_bias
-        self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, self.num_key_value_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, self.num_key_value_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=False)
+        self.q_proj = Linear(width, self.num_heads * self.head_dim, bias=bias)
+        self.k_proj = Linear(width, self.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = Linear(width, self.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = Linear(self.num_heads * self.head_dim, width, bias=False)
         if config.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
@@ -126,9 +127,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: LanguageConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
         return self.down_proj(Gated.apply(self.gate_proj(x), self.up_proj(x)))
@@ -165,7 +166,7 @@ class LanguageModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @classmethod
     def from_pretrained(cls, name: str,
@@ -218,7 +219,7 @@ class LanguageModel(nn.Module):
         if not self.config.tie_word_embeddings:
             return self.lm_head(hidden)
         if isinstance(self.embed_tokens, nn.Embedding):
-            return F.linear(hidden, self.embed_tokens.weight)
+            return product(hidden, self.embed_tokens.weight)
         return self.embed_tokens(hidden)  # in fewer bits (quantize.py) the table does it itself
 
     def forward(self, ids):

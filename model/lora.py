@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.layouts import LAYOUTS
+from model.linear import Linear
 from model.numbers import product_dtype
 
 
@@ -49,10 +50,10 @@ class LoRALinear(nn.Module):
         return out + (F.linear(thin, self.lora_b) * self.scale).to(out.dtype)
 
     @torch.no_grad()
-    def merged(self) -> nn.Linear:
+    def merged(self) -> Linear:
         """A plain layer with W + scale * B A: summed in float32, then rounded once to W's dtype."""
         rows, columns = self.weight.shape
-        linear = nn.Linear(columns, rows, bias=self.bias is not None, device="meta")
+        linear = Linear(columns, rows, bias=self.bias is not None, device="meta")
         total = self.weight.float() + self.scale * (self.lora_b @ self.lora_a)
         linear.weight = nn.Parameter(total.to(self.weight.dtype), requires_grad=False)
         linear.bias = self.bias
