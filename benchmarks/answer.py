@@ -18,9 +18,10 @@ rounds.
 --clock cpu counts the seconds that a processor worked, on one thread (OMP_NUM_THREADS=1): for
 ratios on a machine that has other work as well. Without it the seconds are a clock's.
 
-Further: 16 questions of unequal length in one batch against one by one; from the start of a
-process to the first token of an answer, against transformers; how many greedy tokens of an answer
-change in fewer bits does not depend on time, and is told by `python eval.py --quantize`.
+Further: 16 questions of unequal length in one batch, about 16 pictures or about one, against one by
+one; from the start of a process to the first token of an answer, against transformers; how many
+greedy tokens of an answer change in fewer bits does not depend on time, and is told by
+`python eval.py --quantize`.
 """
 
 import argparse
@@ -149,14 +150,15 @@ def ours(place: Path, numbers: str):
         return [later - clock[0] for later in clock[1:]]
 
     def batch() -> list[float]:
-        """Seconds of all in one batch, and of one by one."""
-        prompts = [question(template, row) for row in range(ROWS)]
-        began = now()
-        generate_batch(model, prompts, [pixels] * ROWS, ROWS_NEW, ())
-        together = now()
+        """Seconds of 16 questions about one picture in one batch, about 16, and one by one."""
+        prompts, clock = [question(template, row) for row in range(ROWS)], [now()]
+        for shown in ([pixels] * ROWS, [pixels.clone() for _ in range(ROWS)]):
+            generate_batch(model, prompts, shown, ROWS_NEW, ())
+            clock.append(now())
         for prompt in prompts:
             list(generate(model, prompt, pixels, max_new_tokens=ROWS_NEW))
-        return [together - began, now() - together]
+        clock.append(now())
+        return [later - earlier for earlier, later in zip(clock, clock[1:])]
 
     return ask, batch, read
 
@@ -375,10 +377,11 @@ def answers(model: str, sides: dict[str, Side], repeats: int) -> None:
 def batches(sides: dict[str, Side], repeats: int) -> None:
     for name, side in sides.items():
         if name.startswith("ours"):
-            together, alone = zip(*(side.ask("batch") for _ in range(repeats)))
-            ratio = statistics.median(a / t for t, a in zip(together, alone))
-            print(f"{name}: {ROWS} answers of {ROWS_NEW} in one batch {min(together):.1f} s, "
-                  f"one by one {min(alone):.1f} s: {ratio:.2f}x", flush=True)
+            rounds = [side.ask("batch") for _ in range(repeats)]
+            one, many, alone = (statistics.median(each) for each in zip(*rounds))
+            print(f"{name}: {ROWS} answers of {ROWS_NEW} tokens, one by one {alone:.1f} s; in one "
+                  f"batch {many:.1f} s ({alone / many:.2f}x), about one picture {one:.1f} s "
+                  f"({alone / one:.2f}x)", flush=True)
 
 
 def starts(place: Path, clock: str, repeats: int) -> None:

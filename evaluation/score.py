@@ -7,6 +7,7 @@ with the picture of another one.
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -89,7 +90,8 @@ def with_wrong_picture(questions: list[Question]) -> list[Question]:
 def answer_all(model, template, processor, questions: list[Question], batch_size: int = 64,
                max_new_tokens: int = 256, progress=lambda done, of: None, cut: bool = True,
                journal=None) -> tuple[list[Answered], list[BadSample]]:
-    """Answer greedily, prompts of like length together; the order of the questions is kept.
+    """Answer greedily, questions about one picture together, which is then looked at once, and
+    prompts of like length; the order of the questions is kept.
 
     cut: stop a little behind the longest truth of a batch, because who says more is wrong anyway.
     journal: a Journal, whose answers are not asked for again; which questions stand together in
@@ -108,16 +110,19 @@ def answer_all(model, template, processor, questions: list[Question], batch_size
     answers, skipped, done = {}, {}, 0
     for window in windows(list(prompts), WINDOW * batch_size):
         pictures = None
-        order = sorted(window, key=lambda i: len(prompts[i]))
+        order = in_groups(window, prompts, questions)
         for batch in windows(order, batch_size):
             if journal and all(map(journal.has, batch)):
                 found = {i: journal.known[i] for i in batch if i in journal.known}
                 faults = {i: journal.skipped[i] for i in batch if i in journal.skipped}
             else:
                 # In the order of the file, which may hold them: once through, front to back.
-                pictures = pictures or {i: fetch(questions[i].images) for i in window}
+                if pictures is None:
+                    shown = {named(questions[i].images): questions[i].images for i in window}
+                    pictures = {name: fetch(images) for name, images in shown.items()}
                 found, faults = answer_batch(
-                    model, template, processor, {i: prompts[i] for i in batch}, pictures,
+                    model, template, processor, {i: prompts[i] for i in batch},
+                    {i: pictures[named(questions[i].images)] for i in batch},
                     longest_truth(template, [questions[i] for i in batch], max_new_tokens)
                     if cut else max_new_tokens)
                 if journal:
@@ -128,6 +133,21 @@ def answer_all(model, template, processor, questions: list[Question], batch_size
             progress(done, len(prompts))
     bad += [BadSample(questions[i].where, skipped[i]) for i in sorted(skipped)]
     return [Answered(questions[i], answers[i]) for i in sorted(answers)], bad
+
+
+def named(images: tuple) -> tuple:
+    """The same for the same pictures: a path and bytes are what they say, others are themselves."""
+    return tuple(each if isinstance(each, (str, Path, bytes)) else id(each) for each in images)
+
+
+def in_groups(window: list[int], prompts: dict, questions: list[Question]) -> list[int]:
+    """Questions about the same pictures behind each other, and groups by their longest prompt."""
+    group = {i: named(questions[i].images) or i for i in window}
+    longest, first = {}, {}
+    for i in window:
+        longest[group[i]] = max(longest.get(group[i], 0), len(prompts[i]))
+        first.setdefault(group[i], i)
+    return sorted(window, key=lambda i: (longest[group[i]], first[group[i]], i))
 
 
 def windows(items: list, size: int) -> list[list]:
@@ -153,11 +173,15 @@ def longest_truth(template, questions: list[Question], max_new_tokens: int) -> i
 
 def answer_batch(model, template, processor, prompts: dict, pictures: dict,
                  max_new_tokens: int) -> tuple[dict[int, str], dict[int, str]]:
-    """{number: ids} -> {number: answer} and {number: why it could not be asked}."""
-    pixels, skipped = {}, {}
+    """prompts {number: ids}, pictures {number: them} -> {number: answer}, and {number: why it
+    could not be asked}. Several numbers may have the very same pictures: then these are read once.
+    """
+    read, pixels, skipped = {}, {}, {}
     for i in prompts:
+        name = id(pictures[i])
         try:
-            pixels[i] = read_pixels(pictures[i], processor)
+            pixels[i] = read[name] = (read[name] if name in read
+                                      else read_pixels(pictures[i], processor))
         except (OSError, ValueError, BadSample) as error:  # damaged, or too long and thin
             skipped[i] = str(error)
     if not pixels:

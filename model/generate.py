@@ -191,37 +191,42 @@ def generate_batch(model, prompts: list[list[int]], pixels: list, max_new_tokens
                    stop_ids) -> list[list[int]]:
     """The greedy answer to each prompt, all at once, without the stop token.
 
-    pixels: for each prompt (N,3,H,W) or None. Prompts are padded on the LEFT, so that all rows
-    write their next token at the same place; the positions say where a row really is, and the
-    mask hides the padding.
+    pixels: for each prompt (N,3,H,W) or None. Prompts that begin alike up to the end of their
+    pictures, given as the same tensor, are questions about one thing: their beginning goes through
+    the decoder once for all of them. Beginnings and rests are padded on the LEFT, so that all rows
+    write their next token at the same place; the positions say where a row really is, and the mask
+    hides the padding.
 
-        ids  . . a b c | x      positions  0 0 0 1 2 | 3      looks at  . . 1 1 1 | 1
-             d e f g h | y                 0 1 2 3 4 | 5                1 1 1 1 1 | 1
+        ids  . a b | . c | x      positions  0 0 1 | 1 2 | 3      looks at  . 1 1 | . 1 | 1
+             d e f | g h | y                 0 1 2 | 3 4 | 5                1 1 1 | 1 1 | 1
     """
     decoder = decoder_of(model)
     device = decoder.embed_tokens.weight.device
-    lengths = torch.tensor([len(ids) for ids in prompts], device=device)
-    B, T = len(prompts), int(lengths.max())
-    max_new_tokens = min(max_new_tokens, room_left(decoder, T))
+    placeholder = getattr(model.config, "image_token_id", None)
+    max_new_tokens = min(max_new_tokens, room_left(decoder, max(map(len, prompts))))
+    cuts, firsts, owner = shared_beginnings(prompts, pixels, placeholder,
+                                            limit=decoder.config.max_position_embeddings)
     # Any id but the picture's placeholder will do: the mask hides these places.
-    padding = 1 if getattr(model.config, "image_token_id", None) == 0 else 0
-    ids = torch.tensor([[padding] * (T - len(row)) + list(row) for row in prompts], device=device)
-    given = [p for p in pixels if p is not None]
-    embeds = embed(model, ids, torch.cat(given).to(device) if given else None)  # (B,T,D)
+    padding = 1 if placeholder == 0 else 0
+    begins = padded([prompts[i][:cuts[i]] for i in firsts], padding, device)  # (G,P)
+    rests = padded([ids[cut:] for ids, cut in zip(prompts, cuts)], padding, device)  # (B,R)
+    P, T = begins.shape[1], begins.shape[1] + rests.shape[1]
 
+    cut, length = (torch.tensor(each, device=device)[:, None] for each in (
+        cuts, [len(ids) for ids in prompts]))  # (B,1)
     place = torch.arange(T + max_new_tokens, device=device)
-    start = (T - lengths)[:, None]  # (B,1) where each row's own tokens begin
-    positions = (place - start).clamp(min=0)  # (B,T+new)
-    real = place >= start  # (B,T+new) True where a row has a token
-    causal = place[:T, None] >= place[:T]  # (T,T)
-    # A padding place looks at itself: a softmax over nothing would be NaN, and NaN spreads.
-    itself = torch.eye(T, dtype=torch.bool, device=device)
-    mask = (causal & real[:, None, None, :T]) | itself  # (B,1,T,T)
+    # (B,T+new) True where a row has a token
+    real = torch.where(place < P, place >= P - cut, place >= T - (length - cut))
+    positions = (real.cumsum(1) - 1).clamp(min=0)  # (B,T+new)
 
     cache = KVCache(decoder.config.num_hidden_layers, T + max_new_tokens)
-    hidden = decoder.decode(embeds, positions[:, :T], mask, cache)
+    if P:
+        prefill(model, begins, [pixels[i] for i in firsts], positions[firsts], real[firsts], cache)
+        cache.keep_rows(torch.tensor(owner, device=device))
+        pixels = []
+    hidden = prefill(model, rests, pixels, positions, real, cache)  # (B,R,D)
     answers, ended = [[] for _ in prompts], set()  # ended: numbers of prompts
-    going = list(range(B))  # the prompt that each row of the batch answers
+    going = list(range(len(prompts)))  # the prompt that each row of the batch answers
     for end in range(T, T + max_new_tokens):
         tokens = decoder.logits(hidden[:, -1]).argmax(-1)  # (rows,)
         ended |= take(tokens.tolist(), going, answers, ended, stop_ids)
@@ -239,6 +244,52 @@ def generate_batch(model, prompts: list[list[int]], pixels: list, max_new_tokens
         hidden = decoder.decode(decoder.embed(tokens[:, None]), positions[:, end:end + 1],
                                 mask, cache)
     return answers
+
+
+def shared_beginnings(prompts, pixels, placeholder: int | None, limit: int):
+    """-> for each prompt how many of its tokens are such a beginning; the number of a prompt with
+    each beginning that there is; for each prompt which of these is its own.
+
+    No prompt has one (0) where nothing is gained: where all differ, or where the longest beginning
+    and the longest rest, of different prompts perhaps, would not fit in a row of `limit` tokens.
+    """
+    cuts, firsts, owner, known = [], [], [], {}
+    for number, (ids, shown) in enumerate(zip(prompts, pixels)):
+        ends = [place + 1 for place, token in enumerate(ids) if token == placeholder]
+        cut = ends[-1] if ends and shown is not None else 0
+        key = (id(shown), *ids[:cut]) if cut else number
+        if key not in known:
+            known[key] = len(firsts)
+            firsts.append(number)
+        cuts.append(cut)
+        owner.append(known[key])
+    longest = max(cuts) + max(len(ids) - cut for ids, cut in zip(prompts, cuts))
+    if len(firsts) == len(prompts) or longest >= limit:
+        return [0] * len(prompts), [], []
+    return cuts, firsts, owner
+
+
+def padded(rows: list[list[int]], padding: int, device) -> torch.Tensor:
+    """-> (B,T), each row on the right"""
+    T = max(map(len, rows), default=0)
+    return torch.tensor([[padding] * (T - len(row)) + list(row) for row in rows],
+                        dtype=torch.long, device=device).view(len(rows), T)
+
+
+def prefill(model, ids, pixels: list, positions, real, cache: KVCache):
+    """ids (B,T), after what the cache holds -> hidden (B,T,D), and the cache holds them too.
+
+    positions, real (B,T or more): of all places, those in the cache included; see generate_batch.
+    """
+    past, end = cache.length, cache.length + ids.shape[1]
+    place = torch.arange(end, device=ids.device)
+    causal = place[past:, None] >= place  # (T,Tk)
+    # A padding place looks at itself: a softmax over nothing would be NaN, and NaN spreads.
+    itself = place[past:, None] == place
+    mask = (causal & real[:, None, None, :end]) | itself  # (B,1,T,Tk)
+    given = [p for p in pixels if p is not None]
+    embeds = embed(model, ids, torch.cat(given).to(ids.device) if given else None)  # (B,T,D)
+    return decoder_of(model).decode(embeds, positions[:, past:end], mask, cache)
 
 
 def take(tokens: list[int], going: list[int], answers: list[list[int]], ended: set, stop_ids):

@@ -7,7 +7,16 @@ from conftest import needed, weights_dir
 from dataset.chat import ChatTemplate, Message
 from dataset.tokenizer import Tokenizer
 from model.config import LanguageConfig, VisionConfig, VLMConfig
-from model.generate import KVCache, Past, choose, distribution, generate, generate_batch, penalise
+from model.generate import (
+    KVCache,
+    Past,
+    choose,
+    distribution,
+    generate,
+    generate_batch,
+    penalise,
+    shared_beginnings,
+)
 from model.language import LanguageModel
 from model.projector import Projector
 from model.vision import VisionTransformer
@@ -122,6 +131,49 @@ def test_batch_equals_each_alone(vlm):
     together = generate_batch(vlm, [c[0] for c in cases], [c[1] for c in cases], 24, stop_ids=[])
     for (ids, pixels), answer in zip(cases, together):
         assert answer == list(generate(vlm, ids, pixels, max_new_tokens=24))
+
+
+def test_questions_about_one_picture_share_its_beginning(vlm, monkeypatch):
+    """Three pictures, two questions without one, one with two pictures: each answer as alone, each
+    picture encoded once, and the beginning of a prompt computed once for all that share it."""
+    cases = []
+    for seed, images, questions in ((40, 1, 4), (41, 2, 3), (42, 0, 2), (43, 1, 1)):
+        begin, pixels = random_prompt(seed, 3 + seed % 4, images)
+        begin = begin[:2 + 4 * images]  # up to the end of its pictures
+        cases += [(begin + random_prompt(100 * seed + q, 3 + 2 * q)[0], pixels)
+                  for q in range(questions)]
+    cases = cases[::2] + cases[1::2]  # in no order
+    alone = [list(generate(vlm, ids, pixels, max_new_tokens=12)) for ids, pixels in cases]
+    seen, rows = [], []
+    encode, decode = vlm.encode_images, vlm.language.decode
+    monkeypatch.setattr(vlm, "encode_images", lambda pixels, *rest: seen.append(len(pixels))
+                        or encode(pixels, *rest))
+    monkeypatch.setattr(vlm.language, "decode", lambda embeds, *rest: rows.append(embeds.shape[:2])
+                        or decode(embeds, *rest))
+    assert generate_batch(vlm, *zip(*cases), 12, stop_ids=[]) == alone
+    assert seen == [1 + 2 + 1], "each picture is encoded once"
+    # Beginnings: three with pictures, two empty ones. Rests: as long as the longest of them.
+    assert rows[:2] == [(5, 2 + 4 * 2), (10, 3 + 2 * 3)]
+
+
+def test_other_words_before_the_picture_are_another_beginning(vlm):
+    ids, pixels = random_prompt(50, 9, 1)
+    other = [7] + ids
+    both = [ids, other, ids + [3]]
+    assert generate_batch(vlm, both, [pixels] * 3, 10, stop_ids=[]) == [
+        list(generate(vlm, each, pixels, max_new_tokens=10)) for each in both]
+
+
+def test_nothing_is_shared_where_the_row_would_be_too_long():
+    """The longest beginning and the longest rest are of different prompts: together past the
+    last position, though each prompt has room."""
+    ids, pixels = random_prompt(60, 9, 1)
+    long_begin, long_rest = [5] * 20 + ids, ids + [5] * 25
+    cases = [long_begin, long_begin + [6], long_rest]
+    cuts, _, _ = shared_beginnings(cases, [pixels] * 3, IMAGE, limit=50)
+    assert cuts == [0, 0, 0]
+    cuts, firsts, owner = shared_beginnings(cases, [pixels] * 3, IMAGE, limit=60)
+    assert (cuts, firsts, owner) == ([26, 26, 6], [0, 2], [0, 0, 1])
 
 
 def test_batch_of_a_language_model_alone(language):

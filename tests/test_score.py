@@ -115,6 +115,28 @@ def test_answers_keep_their_order_and_equal_generate(parts):
         assert a.answer in [template.tokenizer.decode(alone[:n]) for n in range(10, 64)]
 
 
+def test_questions_about_one_picture_stand_together_and_read_it_once(parts, tmp_path, monkeypatch):
+    model, template, processor = parts
+    files = [tmp_path / f"{colour}.png" for colour in ("red", "green", "blue")]
+    for file in files:
+        picture(file.stem).save(file)
+    questions = [score.Question((Message("user", f"<image>\n{'long ' * (n % 4)}{n}?"),),
+                                (files[n % 3],), "t", f"f:{n}") for n in range(12)]
+    questions.append(score.Question((Message("user", "no picture? " * 9),), (), "t", "f:12"))
+    read, load = [], score.load_image
+    monkeypatch.setattr(score, "load_image", lambda file, *draft: read.append(file)
+                        or load(file, *draft))
+    found, bad = score.answer_all(*parts, questions, batch_size=4)
+    assert not bad and [a.question for a in found] == questions
+    assert sorted(read) == sorted(files)
+    for a in found:
+        ids, pixels = template.prompt(a.question.messages), None
+        if a.question.images:
+            pixels = processor(load(a.question.images[0]))[None]
+        alone = list(generate(model, ids, pixels, 12, template.stop_ids))
+        assert template.tokenizer.decode(alone).startswith(a.answer) and a.answer
+
+
 def test_questions_that_cannot_be_asked_are_told(parts, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
