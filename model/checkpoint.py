@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -180,7 +181,14 @@ def load_checkpoint(directory, dtype: torch.dtype | None = torch.float32,
             raise ValueError(f"{directory / 'model.safetensors'} lacks {part}.{lacking[0]} (and "
                              f"{len(lacking) - 1} more): the file is not complete, and no public "
                              f"one holds weights in {config['quantize']}")
-        model = load(str(verified_base(directory, part, config["bases"][part], moved[part])))
+        reference = config["bases"][part]
+        base = base_of(directory, part, reference, moved[part])
+        with ThreadPoolExecutor() as beside:  # one core hashes while another loads
+            check = beside.submit(check_base, base, directory, part, reference)
+            try:
+                model = load(str(base))
+            finally:
+                check.result()  # a file that is not the same is the cause of whatever else is wrong
         if model.config != wanted:
             raise ValueError(f"the config.json of the {part} tower says {model.config}, but "
                              f"{directory} was trained with {wanted}: get the same release")
@@ -305,25 +313,33 @@ def base_directory(base: Path) -> Path:
     return base.parent if base.is_file() else base
 
 
-def verified_base(directory: Path, part: str, reference: dict, moved: str | None) -> Path:
+def base_of(directory: Path, part: str, reference: dict, moved: str | None) -> Path:
     """The directory of the public weights that this checkpoint stands on, or an error."""
     name = moved or (directory / part if reference.get("copied") else reference["name"])
-    stands = f"{directory} stands on the {part} weights of {reference['name']!r}"
     try:
-        base = find_base(name)
+        return find_base(name)
     except Exception as error:
         raise FileNotFoundError(
-            f"{stands}, and {str(name)!r} was found neither here, nor in {ROOT}, nor on the hub "
-            f"({error}). Put the directory back, or say where it is now with --{part} DIR."
+            f"{stands_on(directory, part, reference)}, and {str(name)!r} was found neither here, "
+            f"nor in {ROOT}, nor on the hub ({error}). Put the directory back, or say where it is "
+            f"now with --{part} DIR."
         ) from error
-    found = file_hashes(base)  # raises when a file is missing
+
+
+def check_base(base: Path, directory: Path, part: str, reference: dict) -> None:
+    """Raise where a file of base is missing, or not the one that was trained with."""
+    found = file_hashes(base)
     for file, expected in reference["sha256"].items():
         if found.get(file) != expected:
             raise ValueError(
-                f"{stands}, but {base / file} differs from the file it was trained with: sha256 "
-                f"{str(found.get(file))[:16]}..., expected {expected[:16]}.... Get the same "
-                f"release of {reference['name']}, or give another place with --{part} DIR.")
-    return base
+                f"{stands_on(directory, part, reference)}, but {base / file} differs from the file "
+                f"it was trained with: sha256 {str(found.get(file))[:16]}..., expected "
+                f"{expected[:16]}.... Get the same release of {reference['name']}, or give "
+                f"another place with --{part} DIR.")
+
+
+def stands_on(directory: Path, part: str, reference: dict) -> str:
+    return f"{directory} stands on the {part} weights of {reference['name']!r}"
 
 
 # ---------------------------------------------------------------- finding checkpoints

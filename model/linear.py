@@ -33,5 +33,10 @@ def suits_batch(x, weight, threads: int) -> bool:
 
 
 class Linear(nn.Linear):
+    def reset_parameters(self):
+        """Random numbers to begin with; none on the meta device, as noise in numbers.py says."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, x):
         return product(x, self.weight, self.bias)

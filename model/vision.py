@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from model.config import VisionConfig
+from model.linear import Linear
 from model.numbers import noise
 
 
@@ -37,10 +38,10 @@ class Attention(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.num_heads = config.num_attention_heads
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
+        self.q_proj = Linear(width, width)
+        self.k_proj = Linear(width, width)
+        self.v_proj = Linear(width, width)
+        self.out_proj = Linear(width, width)
 
     def forward(self, x):
         N, P, width = x.shape
@@ -60,8 +61,8 @@ class EncoderLayer(nn.Module):
         self.layer_norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.self_attn = Attention(config)
         self.layer_norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.fc1 = nn.Linear(width, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, width)
+        self.fc1 = Linear(width, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, width)
         self.activation = ACTIVATIONS[config.hidden_act]
         if config.layer_scale:
             self.layer_scale1 = nn.Parameter(torch.ones(width))
