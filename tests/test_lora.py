@@ -4,6 +4,7 @@ import pytest
 import torch
 from families import assert_close, tiny_vlm
 
+from model.linear import Linear
 from model.lora import (
     LoRALinear,
     add_lora,
@@ -101,7 +102,7 @@ def test_merged_equals_unmerged_and_is_w_plus_ba():
     assert_close(logits(vlm), unmerged, 1e-4, "merged")
     for name in names:
         plain = vlm.language.get_submodule(name)
-        assert type(plain) is torch.nn.Linear
+        assert type(plain) is Linear, "as it was before"
         by_hand = base[f"{name}.weight"] + 8 / 4 * adapters[name].lora_b @ adapters[name].lora_a
         assert_close(plain.weight, by_hand, 1e-6, name)
 
