@@ -104,7 +104,7 @@ def make_all(name: str, place: Path) -> None:
             "--preset", "qwen2.5-siglip", "--language", str(place / "language"),
             "--vision", str(place / "vision"), "--vision_layer", "-2", "--data",
             str(place / "rows.jsonl"), "--images", str(place), "--steps", "1", "--batch_size", "1",
-            "--accumulate", "1", "--workers", "0", "--out", str(place / "run")])
+            "--accumulate", "1", "--workers", "0", "--system", "", "--out", str(place / "run")])
         export.main(["--model", str(place / "run"), "--out", str(place / "llava")])
         if importlib.util.find_spec("xllamacpp"):
             for dtype in ("bf16", "q8_0"):
