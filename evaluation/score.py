@@ -178,10 +178,11 @@ def answer_batch(model, template, processor, prompts: dict, pictures: dict,
     """
     read, pixels, skipped = {}, {}, {}
     for i in prompts:
-        name = id(pictures[i])
+        shown = id(pictures[i])
         try:
-            pixels[i] = read[name] = (read[name] if name in read
-                                      else read_pixels(pictures[i], processor))
+            if shown not in read:
+                read[shown] = read_pixels(pictures[i], processor)
+            pixels[i] = read[shown]
         except (OSError, ValueError, BadSample) as error:  # damaged, or too long and thin
             skipped[i] = str(error)
     if not pixels:

@@ -204,8 +204,8 @@ def generate_batch(model, prompts: list[list[int]], pixels: list, max_new_tokens
     device = decoder.embed_tokens.weight.device
     placeholder = getattr(model.config, "image_token_id", None)
     max_new_tokens = min(max_new_tokens, room_left(decoder, max(map(len, prompts))))
-    cuts, firsts, owner = shared_beginnings(prompts, pixels, placeholder,
-                                            limit=decoder.config.max_position_embeddings)
+    cuts, firsts, owner = shared_beginnings(
+        prompts, pixels, placeholder, decoder.config.max_position_embeddings - max_new_tokens)
     # Any id but the picture's placeholder will do: the mask hides these places.
     padding = 1 if placeholder == 0 else 0
     begins = padded([prompts[i][:cuts[i]] for i in firsts], padding, device)  # (G,P)
@@ -251,7 +251,7 @@ def shared_beginnings(prompts, pixels, placeholder: int | None, limit: int):
     each beginning that there is; for each prompt which of these is its own.
 
     No prompt has one (0) where nothing is gained: where all differ, or where the longest beginning
-    and the longest rest, of different prompts perhaps, would not fit in a row of `limit` tokens.
+    and the longest rest, of different prompts perhaps, take more than `limit` tokens.
     """
     cuts, firsts, owner, known = [], [], [], {}
     for number, (ids, shown) in enumerate(zip(prompts, pixels)):
@@ -264,7 +264,7 @@ def shared_beginnings(prompts, pixels, placeholder: int | None, limit: int):
         cuts.append(cut)
         owner.append(known[key])
     longest = max(cuts) + max(len(ids) - cut for ids, cut in zip(prompts, cuts))
-    if len(firsts) == len(prompts) or longest >= limit:
+    if len(firsts) == len(prompts) or longest > limit:
         return [0] * len(prompts), [], []
     return cuts, firsts, owner
 

@@ -14,7 +14,7 @@ SMALLEST = 2**18  # numbers in a matrix: 1 MB in float32, smaller ones lie in a 
 
 
 def product(x, weight, bias=None):
-    """x (...,in), weight (out,in), bias (out,) or None -> (...,out), rounded otherwise at most."""
+    """x (...,in), weight (out,in), bias (out,) or None -> (...,out): F.linear but for rounding."""
     threads = torch.get_num_threads()
     if not suits_batch(x, weight, threads):
         return F.linear(x, weight, bias)

@@ -170,9 +170,9 @@ def test_nothing_is_shared_where_the_row_would_be_too_long():
     ids, pixels = random_prompt(60, 9, 1)
     long_begin, long_rest = [5] * 20 + ids, ids + [5] * 25
     cases = [long_begin, long_begin + [6], long_rest]
-    cuts, _, _ = shared_beginnings(cases, [pixels] * 3, IMAGE, limit=50)
+    cuts, _, _ = shared_beginnings(cases, [pixels] * 3, IMAGE, limit=57)
     assert cuts == [0, 0, 0]
-    cuts, firsts, owner = shared_beginnings(cases, [pixels] * 3, IMAGE, limit=60)
+    cuts, firsts, owner = shared_beginnings(cases, [pixels] * 3, IMAGE, limit=58)
     assert (cuts, firsts, owner) == ([26, 26, 6], [0, 2], [0, 0, 1])
 
 
