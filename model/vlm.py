@@ -8,18 +8,16 @@ Follows LLaVA (Liu et al. 2023): to the decoder an image token is a token like a
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from model.config import VLMConfig
+from model.head_loss import head_loss
 from model.language import LanguageModel
 from model.lora import lora_parameters
 from model.projector import Projector
 from model.vision import VisionTransformer
 
 IGNORE = -100  # the label of a token that nobody is asked to predict
-CHUNK = 2**24  # logits that exist at a time: 64 MB of float32, about four times in the backward
 
 
 class VLM(nn.Module):
@@ -106,9 +104,9 @@ class VLM(nn.Module):
         pixels = torch.zeros(1, 3, side, side, device=self.projector.fc1.weight.device)
         return 0 * self.encode_images(pixels).sum()
 
-    def forward(self, ids, labels, pixels=None, order=None, features=None):
+    def forward(self, ids, labels, pixels=None, order=None, features=None, factor: float = 1.0):
         """ids (B,T), labels (B,T), pictures as embed takes them -> (summed loss, supervised
-        tokens).
+        tokens). factor: as head_loss takes it.
 
         labels[b,t] is the token after ids[b,t], or -100 where nobody is asked: they are shifted
         already. The loss is a sum and no mean, so that the training loop can divide by the
@@ -117,25 +115,8 @@ class VLM(nn.Module):
         hidden = self.language.decode(self.embed(ids, pixels, order, features))  # (B,T,D)
         supervised = labels != IGNORE  # (B,T)
         # With 150,000 words the head is the dearest layer; it runs only where a label asks.
-        return self.head_loss(hidden[supervised], labels[supervised]), supervised.sum()
-
-    def head_loss(self, hidden, labels):
-        """hidden (S,D), labels (S,) -> summed cross entropy, with never more than CHUNK logits.
-
-        All (S,V) of them would be most of a step's memory: 4,000 positions of 151,936 words are
-        2.4 GB in float32, and the backward pass wants them several times. So each chunk of rows
-        keeps its hidden states alone, and its logits are computed again in the backward pass. The
-        loss is a sum over rows, so the gradients are those of the plain form.
-        """
-        rows = max(1, CHUNK // self.language.config.vocab_size)
-        if len(hidden) <= rows:
-            return self.rows_loss(hidden, labels)
-        return sum(checkpoint(self.rows_loss, *chunk, use_reentrant=False)
-                   for chunk in zip(hidden.split(rows), labels.split(rows)))
-
-    def rows_loss(self, hidden, labels):
-        # In float32, because a sum over that many words loses its small terms in bf16.
-        return F.cross_entropy(self.language.logits(hidden).float(), labels, reduction="sum")
+        loss = head_loss(self.language, hidden[supervised], labels[supervised], factor)
+        return loss, supervised.sum()
 
 
 def set_trainable(vlm: VLM, projector: bool = True, vision: bool = False,

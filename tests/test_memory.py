@@ -10,7 +10,7 @@ import torch
 
 import train_sft
 from benchmarks.memory import longest_batch, random_model
-from model.vlm import CHUNK
+from model.head_loss import CHUNK
 from tests.tiny import ROOT, environment, make_world
 from training.distributed import start_ranks
 from training.loop import backward

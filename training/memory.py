@@ -11,7 +11,7 @@ Four things stand in memory, and a fifth comes and goes:
     optimizer     8 bytes: AdamW keeps two averages of each trained number's gradient
     activations   what each block keeps of its work until the backward pass comes back to it: in
                   proportion to rows x tokens x layers. With --checkpointing a block keeps its input
-    logits        words x positions, at most CHUNK of them (model/vlm.py), several times over
+    logits        words x positions, at most CHUNK of them (model/head_loss.py), several times over
 
 The first three are a sum over the parameters. The last two are counted on the model's own code: one
 step is made with tensors that have a shape and no numbers, and each operation's results are added
@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.checkpoint import own_names
+from model.head_loss import head_loss
 from model.language import LanguageModel
 from model.projector import Projector
 from model.vision import VisionTransformer
@@ -158,10 +159,11 @@ def step_of(model, settings, size, K: int) -> tuple[int, int, int]:
                     embeds = torch.cat([images.to(text.dtype), text], dim=1)  # (B,T,D)
                     hidden = model.language.decode(embeds)
                     del images, text, embeds
-                    hidden = hidden[:, K:].flatten(0, 1)  # (S,D): no more can be supervised
+                    # (S,D), copied as in the model: no more than these can be supervised
+                    asked = hidden[:, K:].clone().flatten(0, 1)
                     kept, earlier, alive.most = alive.now - before, alive.most, alive.now
-                    loss = model.head_loss(hidden, ids.flatten() % language.vocab_size)
-                    del hidden
+                    loss = head_loss(model.language, asked, ids.flatten() % language.vocab_size)
+                    del hidden, asked
                 first, alive.most = alive.most - alive.now, max(earlier, alive.most)
                 loss.backward()
                 del loss

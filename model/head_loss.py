@@ -1,0 +1,69 @@
+"""The decoder's head and its loss: hidden states (S,D), labels (S,) -> the summed cross entropy.
+
+    for each chunk of rows:  hidden (R,D) -> logits (R,V) -> loss
+                             and at once back: its gradients of the hidden states and of the head
+
+With 150,000 words the logits are the largest tensors of a step: 4,000 positions of 151,936 words
+are 2.4 GB in float32, and the backward pass wants them several times. So no more than CHUNK of them
+are there at a time. Left to the backward pass, a chunk's gradients would need its logits again, and
+with them the dearest product of the step. So they are computed while the logits are there: the loss
+is a sum over rows, and what a row adds to a gradient depends on no other row.
+"""
+
+import torch
+import torch.nn.functional as F
+
+CHUNK = 2**24  # logits that exist at a time: 64 MB of float32, about four times with gradients
+
+
+def head_loss(language, hidden, labels, factor: float = 1.0):
+    """hidden (S,D), labels (S,) -> summed cross entropy of language.logits(hidden), float32.
+
+    factor: what the loss will be multiplied by before its backward pass. In float32 it changes
+    nothing; but fp16 cannot hold gradients that are as small, or as large, as those of the bare
+    sum, so they are computed with it from the start.
+    """
+    rows = max(1, CHUNK // language.config.vocab_size)
+    if not torch.is_grad_enabled():
+        return sum(rows_loss(language, *chunk)
+                   for chunk in zip(hidden.split(rows), labels.split(rows)))
+    head = language.embed_tokens if language.config.tie_word_embeddings else language.lm_head
+    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    return HeadLoss.apply(language, labels, rows, factor, hidden, *trained)
+
+
+def rows_loss(language, hidden, labels):
+    # In float32, because a sum over that many words loses its small terms in bf16.
+    return F.cross_entropy(language.logits(hidden).float(), labels, reduction="sum")
+
+
+class HeadLoss(torch.autograd.Function):
+    """The loss whose backward pass has been made in its forward pass, but for one number."""
+
+    @staticmethod
+    def forward(ctx, language, labels, rows: int, factor: float, hidden, *trained):
+        total, of_hidden, of_trained = 0, torch.empty_like(hidden), None
+        for chunk, asked, place in zip(hidden.split(rows), labels.split(rows),
+                                       of_hidden.split(rows)):
+            with torch.enable_grad():
+                chunk = chunk.detach().requires_grad_()
+                loss = rows_loss(language, chunk, asked)
+            # A backward pass takes the numbers that it finds, as it does outside of autocast.
+            with torch.autocast(hidden.device.type, enabled=False):
+                found = torch.autograd.grad(loss, [chunk, *trained], loss.new_tensor(factor))
+            total = total + loss.detach()
+            place.copy_(found[0])
+            if of_trained is None:
+                of_trained = found[1:]
+            else:
+                for gradient, more in zip(of_trained, found[1:]):
+                    gradient += more
+        ctx.factor = factor
+        ctx.save_for_backward(of_hidden, *of_trained)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        rest = grad / ctx.factor  # 1 where the loss was multiplied as it was said
+        return None, None, None, None, *(found * rest for found in ctx.saved_tensors)
