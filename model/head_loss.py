@@ -13,7 +13,7 @@ is a sum over rows, and what a row adds to a gradient depends on no other row.
 import torch
 import torch.nn.functional as F
 
-CHUNK = 2**24  # logits that exist at a time: 64 MB of float32, about four times with gradients
+CHUNK = 2**24  # logits that exist at a time: 64 MB of float32, twice or three times over
 
 
 def head_loss(language, hidden, labels, factor: float = 1.0):
@@ -25,16 +25,16 @@ def head_loss(language, hidden, labels, factor: float = 1.0):
     """
     rows = max(1, CHUNK // language.config.vocab_size)
     if not torch.is_grad_enabled():
-        return sum(rows_loss(language, *chunk)
-                   for chunk in zip(hidden.split(rows), labels.split(rows)))
+        return sum(F.nll_loss(log_probabilities(language.logits(chunk)), asked, reduction="sum")
+                   for chunk, asked in zip(hidden.split(rows), labels.split(rows)))
     head = language.embed_tokens if language.config.tie_word_embeddings else language.lm_head
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
     return HeadLoss.apply(language, labels, rows, factor, hidden, *trained)
 
 
-def rows_loss(language, hidden, labels):
-    # In float32, because a sum over that many words loses its small terms in bf16.
-    return F.cross_entropy(language.logits(hidden).float(), labels, reduction="sum")
+def log_probabilities(logits):
+    """(R,V) -> (R,V) float32, because a sum over that many words loses its small terms in bf16."""
+    return F.log_softmax(logits, -1, dtype=torch.float32)
 
 
 class HeadLoss(torch.autograd.Function):
@@ -42,22 +42,27 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, language, labels, rows: int, factor: float, hidden, *trained):
-        total, of_hidden, of_trained = 0, torch.empty_like(hidden), None
+        total, of_hidden, of_trained = 0, torch.empty_like(hidden), []
         for chunk, asked, place in zip(hidden.split(rows), labels.split(rows),
                                        of_hidden.split(rows)):
             with torch.enable_grad():
                 chunk = chunk.detach().requires_grad_()
-                loss = rows_loss(language, chunk, asked)
+                logits = language.logits(chunk)  # (R,V)
+            logs = log_probabilities(logits.detach())
+            total = total + F.nll_loss(logs, asked, reduction="sum")
+            # The derivative of the loss by a logit: the word's probability, less 1 where it was
+            # the answer. Written over what it is made of: these tensors are the largest of all.
+            slope = logs.exp_()
+            slope[torch.arange(len(asked), device=asked.device), asked] -= 1
+            slope = slope.mul_(factor).to(logits.dtype)
             # A backward pass takes the numbers that it finds, as it does outside of autocast.
             with torch.autocast(hidden.device.type, enabled=False):
-                found = torch.autograd.grad(loss, [chunk, *trained], loss.new_tensor(factor))
-            total = total + loss.detach()
-            place.copy_(found[0])
-            if of_trained is None:
-                of_trained = found[1:]
+                found, *more = torch.autograd.grad(logits, [chunk, *trained], slope)
+            place.copy_(found)
+            if of_trained:
+                torch._foreach_add_(of_trained, more)
             else:
-                for gradient, more in zip(of_trained, found[1:]):
-                    gradient += more
+                of_trained = more
         ctx.factor = factor
         ctx.save_for_backward(of_hidden, *of_trained)
         return total
