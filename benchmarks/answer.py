@@ -42,6 +42,7 @@ import torch
 from PIL import Image
 
 from dataset.chat import IMAGE, Message
+from training.precision import NUMBERS
 from training.preset_list import LANGUAGE, ROOT, VISION
 
 SMOLLM2, SIGLIP = "HuggingFaceTB/SmolLM2-135M-Instruct", "google/siglip-base-patch16-224"
@@ -130,13 +131,13 @@ def question(template, fewer: int = 0) -> list[int]:
 # ---------------------------------------------------------------- one side each
 
 
-def ours(place: Path, numbers: str):
+def ours(place: Path, numbers: str, device: str):
     """-> ask() -> seconds of each token, and what one token reads of the weights, in bytes."""
     import eval as script
     from model.generate import generate, generate_batch
 
-    flags = {"fp32": [], "bf16": ["--dtype", "bf16"]}.get(numbers, ["--quantize", numbers])
-    flags = script.read_flags(["--device", "cpu", *flags])
+    flags = ["--dtype", numbers] if numbers in NUMBERS else ["--quantize", numbers]
+    flags = script.read_flags(["--device", device, *flags])
     model, template, processor = script.load(flags, str(place / "run"))
     ids, pixels = question(template), processor(Image.open(place / "picture.png"))[None]
     read = sum(p.nbytes for name, p in model.language.named_parameters() if p.ndim > 1
@@ -163,18 +164,18 @@ def ours(place: Path, numbers: str):
     return ask, batch, read
 
 
-def transformers(place: Path, numbers: str):
+def transformers(place: Path, numbers: str, device: str):
     from transformers import LlavaForConditionalGeneration
 
     from dataset.images import ImageProcessor
 
     model = LlavaForConditionalGeneration.from_pretrained(
-        place / "llava", dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[numbers]).eval()
+        place / "llava", dtype=NUMBERS[numbers]).eval().to(device)
     template = template_of(place)
     ids = torch.tensor([question(template)])
     pixels = ImageProcessor.from_directory(place / "llava")(Image.open(place / "picture.png"))
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids),
-             "pixel_values": pixels[None].to(model.dtype)}
+    given = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids, device=device),
+             "pixel_values": pixels[None].to(device, model.dtype)}
 
     class Clock:  # what generate calls a streamer: put gets the prompt, then each token
         def put(self, tokens):
@@ -204,7 +205,7 @@ def template_of(place: Path):
                         config["system"], config["image_token"], config["template"])
 
 
-def llama_cpp(place: Path, numbers: str):
+def llama_cpp(place: Path, numbers: str, device: str):
     """Asked twice, for one token and for all of them; what it remembers of a prompt is not used."""
     import xllamacpp
 
@@ -231,28 +232,28 @@ def llama_cpp(place: Path, numbers: str):
     return ask, None, 0
 
 
-def bandwidth() -> float:
+def bandwidth(device: str) -> float:
     """Bytes a second that a sum reads; the best of three."""
-    numbers, best = torch.ones(64 * 2**20), 0.0
+    numbers, best = torch.ones(64 * 2**20, device=device), 0.0
     for _ in range(3):
         began = now()
-        numbers.sum()
+        numbers.sum().item()
         best = max(best, numbers.nbytes / (now() - began))
     return best
 
 
-def serve(side: str, place: Path) -> None:
+def serve(side: str, place: Path, device: str) -> None:
     """Answer each line on stdin, "ask" or "batch" or "read", with a line of JSON on stdout."""
     name, _, numbers = side.rpartition("-")
     make = {"ours": ours, "transformers": transformers, "llama.cpp": llama_cpp}[name]
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    ask, batch, read = make(place, numbers)
+    ask, batch, read = make(place, numbers, device)
     ask()  # the first one finds its buffers
     print(json.dumps({"read": read}), file=out, flush=True)
+    known = {"ask": ask, "batch": batch, "bandwidth": lambda: bandwidth(device)}
     for line in sys.stdin:
-        answer = {"ask": ask, "batch": batch, "bandwidth": bandwidth}[line.strip()]()
-        print(json.dumps(answer), file=out, flush=True)
+        print(json.dumps(known[line.strip()]()), file=out, flush=True)
 
 
 # ---------------------------------------------------------------- from process start
@@ -262,7 +263,7 @@ START_OURS = """
 import sys
 import eval
 eval.main(["--model", sys.argv[1] + "/run", "--image", sys.argv[1] + "/picture.png", "--prompt",
-           "cat", "--max_new_tokens", "1", "--device", "cpu"])
+           "cat", "--max_new_tokens", "1", "--dtype", "fp32", "--device", sys.argv[2]])
 """
 START_TRANSFORMERS = """
 import sys
@@ -271,14 +272,16 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 processor = AutoProcessor.from_pretrained(sys.argv[1] + "/llava")
 model = LlavaForConditionalGeneration.from_pretrained(sys.argv[1] + "/llava", dtype=torch.float32)
+model.to(sys.argv[2])
 text = processor.apply_chat_template([{"role": "user", "content": "<image>\\ncat"}],
                                      add_generation_prompt=True)
 given = processor(text=text, images=Image.open(sys.argv[1] + "/picture.png"), return_tensors="pt")
+given = given.to(sys.argv[2])
 print(model.generate(**given, do_sample=False, max_new_tokens=1)[0, -1])
 """
 
 
-def start(code: str, place: Path, clock: str) -> float:
+def start(code: str, place: Path, clock: str, device: str) -> float:
     def spent() -> float:
         import resource  # here: Windows has none
 
@@ -286,7 +289,7 @@ def start(code: str, place: Path, clock: str) -> float:
         return now() if clock == "wall" else children.ru_utime + children.ru_stime
 
     began = spent()
-    subprocess.run([sys.executable, "-c", code, str(place)], cwd=ROOT, check=True,
+    subprocess.run([sys.executable, "-c", code, str(place), device], cwd=ROOT, check=True,
                    capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     return spent() - began
 
@@ -297,10 +300,11 @@ def start(code: str, place: Path, clock: str) -> float:
 class Side:
     """A process that answers when it is asked."""
 
-    def __init__(self, name: str, place: Path, clock: str):
+    def __init__(self, name: str, place: Path, clock: str, device: str):
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.answer", "--serve", name, "--place", str(place),
-             "--clock", clock], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+             "--clock", clock, "--device", device], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE)
         self.read = self.hear()["read"]  # when it is ready: bytes of weights for each token
 
     def hear(self):
@@ -355,14 +359,15 @@ def ratios(asked: dict) -> str:
     return "\n".join(lines)
 
 
-def machine() -> str:
+def machine(device: str) -> str:
     def found(package: str) -> str:
         try:
             return f"{package} {version(package)}"
         except PackageNotFoundError:
             return f"no {package}"
 
-    return (f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+    gpu = f"{torch.cuda.get_device_name(device)}; " if device.startswith("cuda") else ""
+    return (f"{gpu}{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
             f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads; load "
             f"{os.getloadavg()[0]:.1f}; Python {platform.python_version()}, "
             + ", ".join(map(found, ("torch", "transformers", "xllamacpp"))))
@@ -384,8 +389,8 @@ def batches(sides: dict[str, Side], repeats: int) -> None:
                   f"({alone / one:.2f}x)", flush=True)
 
 
-def starts(place: Path, clock: str, repeats: int) -> None:
-    pairs = [(start(START_OURS, place, clock), start(START_TRANSFORMERS, place, clock))
+def starts(place: Path, repeats: int, *how) -> None:
+    pairs = [(start(START_OURS, place, *how), start(START_TRANSFORMERS, place, *how))
              for _ in range(repeats)]
     ratio = statistics.median(o / t for o, t in pairs)
     print(f"process start to first token: ours {min(o for o, _ in pairs):.1f} s, "
@@ -402,10 +407,11 @@ def main(arguments=None) -> None:
     parser.add_argument("--place", type=Path, help="keep the files here, or use those there")
     parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     flags = parser.parse_args(arguments)
     now = CLOCKS[flags.clock]
     if flags.serve:
-        serve(flags.serve, flags.place)
+        serve(flags.serve, flags.place, flags.device)
         return
     with tempfile.TemporaryDirectory() as temporary:
         place = (flags.place or Path(temporary)).resolve()
@@ -415,10 +421,10 @@ def main(arguments=None) -> None:
         here = {"transformers": "transformers", "llama.cpp": "xllamacpp"}
         names = [name for name in flags.sides if name.startswith("ours")
                  or importlib.util.find_spec(here[name.rpartition("-")[0]])]
-        print(f"{machine()}; seconds of {flags.clock}\n")
+        print(f"{machine(flags.device)}; seconds of {flags.clock}\n")
         if {"answers", "batches"} & set(flags.only):
             # One after the other: eight at once, with all cores each, get nowhere.
-            sides = {name: Side(name, place, flags.clock) for name in names}
+            sides = {name: Side(name, place, flags.clock, flags.device) for name in names}
             if "answers" in flags.only:
                 answers(flags.model, sides, flags.repeats)
             if "batches" in flags.only:
@@ -426,7 +432,7 @@ def main(arguments=None) -> None:
             for side in sides.values():
                 side.process.kill()
         if "starts" in flags.only and "transformers-fp32" in names:
-            starts(place, flags.clock, flags.repeats)
+            starts(place, flags.repeats, flags.clock, flags.device)
 
 
 if __name__ == "__main__":

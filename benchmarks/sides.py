@@ -109,6 +109,12 @@ def make_batch(work: Work, number: int) -> Batch:
     return Batch(ids, labels, pixels, ["random"] * len(lengths), list(lengths))
 
 
+def make_batches(work: Work) -> list[Batch]:
+    """As a loader's workers would have them ready."""
+    made = [make_batch(work, number) for number in range(len(work.batches))]
+    return [batch.pin_memory() for batch in made] if torch.cuda.is_available() else made
+
+
 # ---------------------------------------------------------------- the two sides
 
 
@@ -129,9 +135,10 @@ def ours(work: Work, directory: Path, numbers: str, device, cached: bool):
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     ranks = argparse.Namespace(device=device)
     files = FeatureFiles(directory / "features", numbers, 1e12) if cached else None
+    batches = make_batches(work)
 
     def step(number: int) -> float:
-        batch = make_batch(work, number)
+        batch = batches[number]
         if cached:
             batch = found(batch, files)
         loss = backward(model, batch, batch.supervised, settings, ranks, files=files)
@@ -174,9 +181,10 @@ def theirs(work: Work, directory: Path, numbers: str, device):
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
+    batches = make_batches(work)
 
     def step(number: int) -> float:
-        batch = make_batch(work, number)
+        batch = batches[number]
         labels = torch.full_like(batch.labels, -100)
         labels[:, 1:] = batch.labels[:, :-1]  # transformers shifts them itself
         mask = torch.arange(labels.shape[1]) < torch.tensor(batch.lengths)[:, None]
@@ -210,11 +218,12 @@ def peak_bytes(reset: bool = False) -> int:
 
 def product_rate(numbers: torch.dtype, device) -> float:
     """Floating-point operations a second in a product of two large matrices; the best of ten."""
-    a, best = torch.randn(1024, 1024, device=device, dtype=numbers), 0.0
+    side = 8192 if device.type == "cuda" else 1024
+    a, best = torch.randn(side, side, device=device, dtype=numbers), 0.0
     for _ in range(10):
         began = time.perf_counter()
         (a @ a)[0, 0].item()
-        best = max(best, 2 * 1024**3 / (time.perf_counter() - began))
+        best = max(best, 2 * side**3 / (time.perf_counter() - began))
     return best
 
 

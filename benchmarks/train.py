@@ -2,6 +2,7 @@
 
     python -m benchmarks.train                             all works, in the numbers that are native
     python -m benchmarks.train --works lora --numbers bf16
+    python -m benchmarks.train --times 16                  on a GPU, which wants larger batches
 
     projector    SmolLM2-135M + SigLIP-B/16, the projector alone       4 rows x 256 tokens
     language     the same, everything but vision                       4 x 256
@@ -18,6 +19,7 @@ of the seconds that the step's matrix products would take if they ran as fast as
 
 import argparse
 import platform
+from dataclasses import replace
 from statistics import median
 
 import torch
@@ -66,10 +68,12 @@ def rows_of(name: str, numbers: str, told: dict[str, dict], works: dict[str, Wor
 
 def measure(name: str, numbers: str, flags) -> list[str]:
     if name == "mix":
-        sorted_rows, as_they_come = length_mix(flags.mix_rows, 4)
+        sorted_rows, as_they_come = length_mix(flags.mix_rows * flags.times, 4 * flags.times)
         works = {"theirs": as_they_come, "ours": sorted_rows, "cached": sorted_rows}
     else:
-        works = dict.fromkeys(("theirs", "ours", "cached"), WORKS[name])
+        work = replace(WORKS[name], batches=tuple(rows * flags.times
+                                                  for rows in WORKS[name].batches))
+        works = dict.fromkeys(("theirs", "ours", "cached"), work)
     found = race([*works.items()], numbers, 1 if name == "mix" else flags.rounds, flags.threads)
     told = dict(zip(works, found))
     for one in told.values():
@@ -81,7 +85,8 @@ def about(flags) -> str:
     import peft
     import transformers
 
-    return (f"{processor_name()}, {flags.threads} threads, {platform.system()}; Python "
+    gpu = f"{torch.cuda.get_device_name()}; " if torch.cuda.is_available() else ""
+    return (f"{gpu}{processor_name()}, {flags.threads} threads, {platform.system()}; Python "
             f"{platform.python_version()}, torch {torch.__version__} ("
             f"{torch.backends.cpu.get_cpu_capability()}), transformers {transformers.__version__}, "
             f"peft {peft.__version__}; {flags.clock} time")
@@ -94,6 +99,7 @@ def main(arguments=None) -> None:
     add("--numbers", nargs="+", choices=("fp32", "bf16"), default=None,
         help="default: bf16 where the hardware multiplies it natively, else fp32")
     add("--rounds", type=int, default=3, help="counted rounds (default: %(default)s)")
+    add("--times", type=int, default=1, help="as many times the rows of each batch")
     add("--mix_rows", type=int, default=16, help="rows of the length mix (default: %(default)s)")
     add("--threads", type=int, default=torch.get_num_threads())
     add("--clock", choices=("seconds", "busy"), default="seconds", help="busy: time that the "

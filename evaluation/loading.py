@@ -27,8 +27,10 @@ def load(flags, name: str | None):
     if device == "auto":
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    fp32 = flags.dtype == "fp32" or (flags.dtype is None and not device.startswith("cuda"))
-    dtype = torch.float32 if fp32 else torch.bfloat16
+    # A GPU without bf16 computes in float32: in fp16 some public models grow past 65,504.
+    native = (device.startswith("cuda")
+              and choose_dtype("auto", torch.device(device))[0] == "bf16")
+    dtype = NUMBERS[flags.dtype or ("bf16" if native else "fp32")]
     if name == "none":
         directory = find_base(flags.language or "dataset/emoji/language")
         model = LanguageModel.from_pretrained(str(directory), dtype).eval()

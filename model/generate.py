@@ -8,51 +8,7 @@ answers many prompts at once, greedily, for scoring.
 import torch
 
 from model.language import LanguageModel
-
-
-class KVCache:
-    """The keys and values of every token so far, for every layer, in one piece of memory.
-
-    capacity: tokens that it has room for. An answer knows beforehand how long it can grow, so the
-    memory is asked for once: joining two tensors at each token would copy the whole past for every
-    word.
-    """
-
-    def __init__(self, num_layers: int, capacity: int):
-        self.num_layers, self.capacity = num_layers, capacity
-        self.length = 0  # tokens that all layers hold
-        self.store = None  # (layers,2,B,Hkv,capacity,hd), keys and values; made at the first append
-
-    def append(self, layer: int, k, v):
-        """Take in k, v (B,Hkv,T,hd) of one layer; return all its keys and values (B,Hkv,Tk,hd).
-
-        The layers append in order, so the last one completes the step and moves `length` on: what
-        an interrupted step has written is beyond it, and nobody reads it.
-        """
-        end = self.length + k.shape[2]
-        if self.store is None:
-            B, Hkv, _, hd = k.shape
-            self.store = k.new_empty(self.num_layers, 2, B, Hkv, self.capacity, hd)
-        keys, values = self.store[layer]
-        keys[:, :, self.length:end] = k
-        values[:, :, self.length:end] = v
-        if layer == self.num_layers - 1:
-            self.length = end
-        return keys[:, :, :end], values[:, :, :end]
-
-    def longer(self, length: int, capacity: int) -> "KVCache":
-        """Another cache with the first `length` tokens of this one, and room for `capacity`."""
-        other = KVCache(self.num_layers, capacity)
-        if length:
-            other.store = self.store.new_empty(*self.store.shape[:4], capacity,
-                                               self.store.shape[5])
-            other.store[..., :length, :] = self.store[..., :length, :]
-            other.length = length
-        return other
-
-    def keep_rows(self, rows) -> None:
-        """rows: numbers of the rows of the batch that go on."""
-        self.store = self.store[:, :, rows]
+from model.step import KVCache, RecordedStep, Step
 
 
 class Past:
@@ -143,6 +99,18 @@ def embed(model, ids, pixels):
     return model.embed(ids)
 
 
+def step_of(model, cache: KVCache, real=None) -> Step:
+    """What takes one token of each row further. real: as Step takes it.
+
+    Recorded on a GPU; but not where the decoder's weights are converted for each product
+    (autocast) or gathered for each step (fsdp), as in the middle of training.
+    """
+    decoder = decoder_of(model)
+    fixed = (decoder.norm.weight.is_cuda and not torch.is_autocast_enabled("cuda")
+             and not getattr(model, "always_look", False))
+    return (RecordedStep if fixed else Step)(decoder, cache, real)
+
+
 def room_left(decoder: LanguageModel, length: int) -> int:
     """Tokens that may follow a prompt of `length`; past the trained positions all turns to noise"""
     limit = decoder.config.max_position_embeddings
@@ -175,15 +143,18 @@ def generate(model, ids: list[int], pixels=None, max_new_tokens: int = 256, stop
     capacity = len(ids) + max_new_tokens
     cache = (past.cache or KVCache(decoder.config.num_hidden_layers, 0)).longer(start, capacity)
     past.cache, past.ids, past.pixels = cache, ids, () if pixels is None else pixels
+    step, logits = None, None  # logits (1,V)
     for _ in range(max_new_tokens):
-        hidden = decoder.decode(embeds, cache=cache)
-        logits = decoder.logits(hidden[0, -1])  # (V,)
-        token = choose(logits, ids, temperature, top_k, top_p, repetition_penalty, generator)
+        if step is None:
+            logits = decoder.logits(decoder.decode(embeds, cache=cache)[:, -1])
+            step = step_of(model, cache)
+        else:
+            logits = step(torch.tensor(ids[-1:], device=device))
+        token = choose(logits[0], ids, temperature, top_k, top_p, repetition_penalty, generator)
         if token in stop_ids:
             return
         ids.append(token)
         yield token
-        embeds = decoder.embed(torch.tensor([[token]], device=device))  # (1,1,D)
 
 
 @torch.inference_mode()
@@ -225,24 +196,21 @@ def generate_batch(model, prompts: list[list[int]], pixels: list, max_new_tokens
         cache.keep_rows(torch.tensor(owner, device=device))
         pixels = []
     hidden = prefill(model, rests, pixels, positions, real, cache)  # (B,R,D)
+    step, logits = step_of(model, cache, real), decoder.logits(hidden[:, -1])  # (B,V)
     answers, ended = [[] for _ in prompts], set()  # ended: numbers of prompts
     going = list(range(len(prompts)))  # the prompt that each row of the batch answers
-    for end in range(T, T + max_new_tokens):
-        tokens = decoder.logits(hidden[:, -1]).argmax(-1)  # (rows,)
+    for left in reversed(range(max_new_tokens)):
+        tokens = logits.argmax(-1)  # (rows,)
         ended |= take(tokens.tolist(), going, answers, ended, stop_ids)
         rows = [row for row, prompt in enumerate(going) if prompt not in ended]
-        if not rows or end == T + max_new_tokens - 1:
+        if not rows or not left:
             break
-        # Rows that have ended cost as much as the others. Leaving them behind copies the cache,
-        # which costs about what a step does: so it waits until a quarter of them are idle.
-        if len(rows) <= 0.75 * len(going):
+        if len(rows) <= step.enough * len(going):  # leave those behind that have ended
             going = [going[row] for row in rows]
             rows = torch.tensor(rows, device=device)
-            tokens, real, positions = tokens[rows], real[rows], positions[rows]
-            cache.keep_rows(rows)
-        mask = real[:, None, None, :end + 1]  # (rows,1,1,Tk)
-        hidden = decoder.decode(decoder.embed(tokens[:, None]), positions[:, end:end + 1],
-                                mask, cache)
+            tokens = tokens[rows]
+            step.keep_rows(rows)
+        logits = step(tokens)
     return answers
 
 

@@ -188,8 +188,9 @@ class LanguageModel(nn.Module):
         """embeds (B,T,D) -> hidden states (B,T,D), after the final norm.
 
         positions (B,T): place of each token in its row; default: counted on from the cache.
-        mask (B,1,T,Tk) bool, True where token t may look at token k; default: causal. Rows padded
-        on the right need none, since no token looks to its right.
+        mask (B,1,T,Tk) bool, True where token t may look at token k, or numbers that are added to
+        the scores; default: causal. Rows padded on the right need none, since no token looks to
+        its right.
         cache: a KVCache that holds the earlier tokens and takes in these.
         Raises when rows grow longer than config.context_limit.
         """

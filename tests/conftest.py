@@ -1,6 +1,7 @@
 """What several test files need: where real data and weights may lie, and a tiny tokenizer."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,11 @@ import tokenizers
 import torch
 
 from dataset.tiktoken import PIECES, SPECIAL_TOKENS
+
+# The suite is about processors, several processes and numbers to the last bit. What a GPU does is
+# checked by tests/test_cuda.py, when it is asked for by name; everything else finds none.
+if not any("test_cuda" in argument for argument in sys.argv):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # tiny tensors: on a busy machine threads only wait for each other

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from model.checkpoint import newest_checkpoint
 from tests.ranks_worker import TRAINED, gradients
 from tests.tiny import ROOT, make_world, metrics, torchrun
-from training.distributed import start_ranks
+from training.distributed import own_gpu, start_ranks
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +60,13 @@ def test_torchrun_equals_one_process(world, two, tmp_path):
                for run in (tmp_path, two / "run")]
     difference = max((weights[0][n] - weights[1][n]).abs().max().item() for n in weights[0])
     assert difference < 1e-4, f"largest weight difference {difference}"
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    """Else each of them would tell of an invalid device ordinal."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert [own_gpu(rank, 2).index for rank in (0, 1)] == [0, 1]
+    with pytest.raises(SystemExit, match="started 4 processes .* sees 2 GPUs .*_per_node 2; or"):
+        own_gpu(2, 2)
+    with pytest.raises(SystemExit, match="sees 1 GPU for them"):
+        own_gpu(1, 1)

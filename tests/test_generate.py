@@ -4,11 +4,11 @@ import pytest
 import torch
 from conftest import needed, weights_dir
 
+import model.generate
 from dataset.chat import ChatTemplate, Message
 from dataset.tokenizer import Tokenizer
 from model.config import LanguageConfig, VisionConfig, VLMConfig
 from model.generate import (
-    KVCache,
     Past,
     choose,
     distribution,
@@ -19,6 +19,7 @@ from model.generate import (
 )
 from model.language import LanguageModel
 from model.projector import Projector
+from model.step import KVCache, RecordedStep
 from model.vision import VisionTransformer
 from model.vlm import VLM
 
@@ -227,6 +228,44 @@ def test_rows_that_ended_are_left_behind(language):
     assert rows[0] == 16 and sorted(rows, reverse=True) == rows
     assert all(there < 4 / 3 * needed + 1 for there, needed in zip(rows, going)), (rows, going)
     assert rows[-1] < 16
+
+
+class Rerun(RecordedStep):
+    """A recorded step without a GPU: what would be played again is run again. It begins with the
+    memory that nobody has written yet as bad as it can be."""
+
+    def prepare(self):
+        self.cache.store[..., self.cache.length:, :] = float("nan")
+        super().prepare()
+
+    def record(self):
+        self.graph = self
+
+    def replay(self):
+        self.logits = self.run()
+
+
+def test_a_recorded_step_is_the_step(language, vlm, monkeypatch):
+    """Alone, after a past, and in a batch of unequal rows that end one after the other."""
+    cases = [random_prompt(10, 3), random_prompt(11, 17, 1), random_prompt(12, 8, 2),
+             random_prompt(13, 30), random_prompt(14, 5, 1), random_prompt(15, 6)]
+
+    def answers():
+        alone = [list(generate(vlm, *case, max_new_tokens=24)) for case in cases]
+        past, (ids, _) = Past(), random_prompt(0, 9)
+        first = list(generate(language, ids, max_new_tokens=6, past=past))
+        second = list(generate(language, ids + first + [5], max_new_tokens=9, past=past))
+        stops = [answer[3 + 4 * i] for i, answer in enumerate(alone[:5])]
+        together = generate_batch(vlm, *zip(*cases), 24, stop_ids=stops)
+        return alone, first, second, together
+
+    plain, made = answers(), []
+    assert len(set(map(len, plain[-1]))) > 3
+    monkeypatch.setattr(model.generate, "step_of", lambda model, cache, real=None: (
+        made.append(Rerun(model if model is language else model.language, cache, real))
+        or made[-1]))
+    assert answers() == plain
+    assert made and all(step.graph for step in made), "each was played again"
 
 
 def test_yields_while_it_generates_and_stops_when_left(language):

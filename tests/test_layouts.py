@@ -20,13 +20,13 @@ from families import (
 from safetensors.torch import load_file, save_file
 
 from model.config import LanguageConfig, VisionConfig
-from model.generate import KVCache
 from model.language import LanguageModel
 from model.layouts import LAYOUTS, half_split
 from model.lora import LoRALinear, add_lora, lora_parameters, merge_lora, trainable_state
 from model.minimind import minimind_config
 from model.projector import Projector
 from model.published_projector import load_projector
+from model.step import KVCache
 from model.vision import VisionTransformer
 from model.weights import (
     file_hashes,

@@ -12,9 +12,10 @@ from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
 from evaluation.conversation import Conversation
 from model.config import VLMConfig
-from model.generate import KVCache, Past
+from model.generate import Past
 from model.language import LanguageModel
 from model.projector import Projector
+from model.step import KVCache
 from model.vision import VisionTransformer
 from model.vlm import VLM
 

@@ -100,7 +100,7 @@ def start_ranks():
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = own_gpu(int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count())
         torch.cuda.set_device(device)
     if not dist.is_torchelastic_launched():
         yield Ranks(rank, world_size, device)
@@ -119,6 +119,17 @@ def start_ranks():
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def own_gpu(local_rank: int, gpus: int) -> torch.device:
+    """Each process of a machine has a GPU to itself: nccl refuses two on one."""
+    if local_rank >= gpus:
+        raise SystemExit(
+            f"torchrun started {os.environ.get('LOCAL_WORLD_SIZE')} processes on this machine, and "
+            f"PyTorch sees {gpus} GPU{'s' if gpus > 1 else ''} for them, one each: give "
+            f"--nproc_per_node {gpus}; or set CUDA_VISIBLE_DEVICES= (empty), to train on the "
+            "processor")
+    return torch.device("cuda", local_rank)
 
 
 def store_of_this_try() -> dist.Store | None:
