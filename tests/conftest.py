@@ -11,8 +11,9 @@ import torch
 from dataset.tiktoken import PIECES, SPECIAL_TOKENS
 
 # The suite is about processors, several processes and numbers to the last bit. What a GPU does is
-# checked by tests/test_cuda.py, when it is asked for by name; everything else finds none.
-if not any("test_cuda" in argument for argument in sys.argv):
+# checked by tests/test_cuda.py, when it is asked for by name; everything else finds none. (Of
+# several processes the first one decides, the others inherit it.)
+if "PYTEST_XDIST_WORKER" not in os.environ and not any("test_cuda" in a for a in sys.argv):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 ROOT = Path(__file__).resolve().parent.parent

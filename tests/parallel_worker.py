@@ -106,7 +106,7 @@ def one_rank(rank: int, number: int, port: int, directory: str, flags: list) -> 
                       LOCAL_WORLD_SIZE=str(number), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
     torch.set_num_threads(1)
-    head_loss.CHUNK = 2**12  # a few rows at a time, where one process alone takes all of them
+    head_loss.CHUNK["cpu"] = 2**12  # a few rows at a time; one process alone takes all
     with start_ranks() as ranks:
         for _, way, case in [run for run in RUNS if run[0] == number]:
             told = two_steps(ranks, [*flags, "--batch_size", str(BATCH // number), *CASES[case],

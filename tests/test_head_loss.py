@@ -55,7 +55,7 @@ def assert_same_gradients(ours: dict, theirs: dict, limit: float) -> None:
 def test_chunked_logits_are_the_plain_ones(monkeypatch, how, tied):
     """27 supervised positions in chunks of 4, against one product and one cross entropy."""
     vlm, plain = trained(how, tied=tied), trained(how, tied=tied)
-    monkeypatch.setattr(head_loss, "CHUNK", 4 * WORDS)
+    monkeypatch.setitem(head_loss.CHUNK, "cpu", 4 * WORDS)
     with Widest() as seen:
         loss, gradients, _ = learn(vlm)
     assert 0 < seen.largest <= 4 * WORDS
@@ -73,7 +73,7 @@ def test_a_head_with_adapters(monkeypatch):
         set_trainable(vlm, language="lora")
         return vlm
 
-    monkeypatch.setattr(head_loss, "CHUNK", 4 * WORDS)
+    monkeypatch.setitem(head_loss.CHUNK, "cpu", 4 * WORDS)
     _, gradients, _ = learn(adapted())
     assert {"language.lm_head.lora_a", "language.lm_head.lora_b"} < gradients.keys()
     assert_same_gradients(gradients, all_at_once(adapted())[1], 1e-5)
@@ -84,7 +84,7 @@ def test_a_head_with_adapters(monkeypatch):
 def test_in_chunks_as_in_one_piece_under_autocast(monkeypatch, how, dtype):
     """The sums of a chunk are rounded to 16 bits before they are added: so much may differ."""
     loss, whole, _ = learn(trained(how), dtype)
-    monkeypatch.setattr(head_loss, "CHUNK", 4 * WORDS)
+    monkeypatch.setitem(head_loss.CHUNK, "cpu", 4 * WORDS)
     again, gradients, _ = learn(trained(how), dtype)
     assert again == pytest.approx(loss, rel=1e-6)
     assert_same_gradients(gradients, whole, 3e-2)
@@ -96,7 +96,7 @@ def test_no_logits_are_computed_twice(monkeypatch, language):
     set_trainable(vlm, language=language)
     torch.manual_seed(0)
     hidden, labels = torch.randn(27, 36, requires_grad=True), torch.randint(0, WORDS, (27,))
-    monkeypatch.setattr(head_loss, "CHUNK", 4 * WORDS)
+    monkeypatch.setitem(head_loss.CHUNK, "cpu", 4 * WORDS)
     with FlopCounterMode(display=False) as count:
         head_loss.head_loss(vlm.language, hidden, labels).backward()
     product = 2 * 27 * 36 * WORDS
@@ -129,7 +129,7 @@ def test_small_and_large_gradients_survive_fp16():
 
 def test_a_chunk_holds_at_least_one_row(monkeypatch):
     loss = learn(trained("projector"))[0]
-    monkeypatch.setattr(head_loss, "CHUNK", 1)
+    monkeypatch.setitem(head_loss.CHUNK, "cpu", 1)
     assert learn(trained("projector"))[0] == pytest.approx(loss, rel=1e-6)
 
 

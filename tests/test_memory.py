@@ -85,7 +85,7 @@ def test_logits_stop_at_a_chunk():
 
     few, many = logits("1"), logits("4")
     hidden = 4 * 4 * (512 - 196) * 896  # the supervised positions' hidden states
-    assert few > 4 * CHUNK / 2 and many - few < 2 * hidden
+    assert few > 4 * CHUNK["cpu"] / 2 and many - few < 2 * hidden
 
 
 def test_the_command_and_each_run_tell_it(tmp_path, capsys):

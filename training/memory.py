@@ -81,7 +81,7 @@ def predict(config, settings, size: tuple[int, int], K: int, device: torch.devic
     max_length long."""
     model = as_trained(config, settings, keep)
     weights, gradients, optimizer = standing(model)
-    kept, logits, peak = step_of(model.train(), settings, size, K)
+    kept, logits, peak = step_of(model.train(), settings, size, K, device.type)
     # Several ranks sum their gradients in one flat buffer (distributed.py).
     step = max(peak, gradients * (2 if processes > 1 else 1))
     gaps = round(step * GAPS.get(device.type, 0))
@@ -133,11 +133,12 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
-def step_of(model, settings, size, K: int) -> tuple[int, int, int]:
+def step_of(model, settings, size, K: int, kind: str) -> tuple[int, int, int]:
     """Go through one optimizer step on shapes -> bytes kept for the backward pass, bytes that the
     head adds to them, and the most at any time; gradients count, weights do not.
 
     The shapes are those of the CPU's kernels, whatever the run will use: so it needs no GPU.
+    kind: of device that it will use, "cpu" or "cuda".
     """
     device = torch.device("cpu")
     language = model.config.language
@@ -162,7 +163,8 @@ def step_of(model, settings, size, K: int) -> tuple[int, int, int]:
                     # (S,D), copied as in the model: no more than these can be supervised
                     asked = hidden[:, K:].clone().flatten(0, 1)
                     kept, earlier, alive.most = alive.now - before, alive.most, alive.now
-                    loss = head_loss(model.language, asked, ids.flatten() % language.vocab_size)
+                    loss = head_loss(model.language, asked, ids.flatten() % language.vocab_size,
+                                     device=kind)
                     del hidden, asked
                 first, alive.most = alive.most - alive.now, max(earlier, alive.most)
                 loss.backward()
