@@ -53,7 +53,7 @@ def read_flags(arguments=None) -> argparse.Namespace:
     add("--top_p", type=float, default=1.0, help="draw from the likeliest that reach this share")
     add("--repetition_penalty", type=float, default=1.0, help="above 1: repeat less")
     add("--seed", type=int, default=0, help="of the draws")
-    add("--dtype", choices=("fp32", "bf16"), help="default: bf16 on CUDA, else fp32")
+    add("--dtype", choices=("fp32", "bf16"), help="default: bf16 on a GPU that has it, else fp32")
     add("--quantize", choices=("int8", "int4"), help="the language model's weights in so many "
         "bits: less memory, and on a CPU faster; export.py can save them so")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")

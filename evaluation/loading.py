@@ -27,10 +27,7 @@ def load(flags, name: str | None):
     if device == "auto":
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    # A GPU without bf16 computes in float32: in fp16 some public models grow past 65,504.
-    native = (device.startswith("cuda")
-              and choose_dtype("auto", torch.device(device))[0] == "bf16")
-    dtype = NUMBERS[flags.dtype or ("bf16" if native else "fp32")]
+    dtype = numbers_of(device, flags.dtype)
     if name == "none":
         directory = find_base(flags.language or "dataset/emoji/language")
         model = LanguageModel.from_pretrained(str(directory), dtype).eval()
@@ -53,6 +50,15 @@ def load(flags, name: str | None):
         template.default_system = flags.system or None
     lighten(model, flags.quantize, dtype, device)
     return model.to(device), template, processor
+
+
+def numbers_of(device: str, wanted: str | None) -> torch.dtype:
+    """wanted: fp32, bf16, or None for what suits the device. A GPU without bf16 computes in
+    float32: in fp16 some public models grow past 65,504."""
+    suits = "fp32"
+    if device.startswith("cuda") and choose_dtype("auto", torch.device(device))[0] == "bf16":
+        suits = "bf16"
+    return NUMBERS[wanted or suits]
 
 
 def lighten(model, bits: str | None, dtype: torch.dtype, device: str) -> None:

@@ -13,6 +13,7 @@ import train_sft
 import training.loop
 import training.run
 from dataset.batching import Batches
+from evaluation.loading import numbers_of
 from model.checkpoint import load_checkpoint, newest_checkpoint
 from model.lora import LoRALinear
 from model.weights import load_language, load_vision, save_language, save_vision
@@ -280,3 +281,7 @@ def test_auto_on_cuda(monkeypatch, name, capability, expected, why):
     dtype, told = choose_dtype("auto", torch.device("cuda", 0))
     assert dtype == expected and name in told and why in told
     assert choose_dtype("fp32", torch.device("cuda", 0)) == ("fp32", "as asked")
+    # A chat takes float32 where training takes scaled fp16: it has no loss to scale.
+    suits = torch.bfloat16 if expected == "bf16" else torch.float32
+    assert numbers_of("cuda:0", None) == suits
+    assert numbers_of("cuda:0", "fp32") == numbers_of("cpu", None) == torch.float32
