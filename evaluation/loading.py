@@ -12,6 +12,7 @@ from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
 from model.checkpoint import base_directory, find_base, find_model, load_checkpoint, read_config
 from model.generate import decoder_of
+from model.joined import join
 from model.language import LanguageModel
 from model.lora import merge_lora
 from model.quantize import compute_in, is_quantized, quantize
@@ -49,7 +50,9 @@ def load(flags, name: str | None):
     if flags.system is not None:
         template.default_system = flags.system or None
     lighten(model, flags.quantize, dtype, device)
-    return model.to(device), template, processor
+    model.to(device)
+    join(decoder_of(model))
+    return model, template, processor
 
 
 def numbers_of(device: str, wanted: str | None) -> torch.dtype:

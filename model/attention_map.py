@@ -17,19 +17,14 @@ from math import sqrt
 
 import torch
 
-from model.language import Attention, LanguageModel, rope_table, rotate
+from model.language import Attention, LanguageModel, rope_table
 
 
 def attention_weights(attention: Attention, x, rope, places=None):
     """One layer's. x (B,T,D): its normed input; rope: of positions 0..T-1; places (R,): of the
     tokens that look, default all -> (B,H,R,T) float32."""
-    B, T, _ = x.shape
-    q = attention.q_proj(x).view(B, T, attention.num_heads, attention.head_dim)
-    k = attention.k_proj(x).view(B, T, attention.num_key_value_heads, attention.head_dim)
-    if attention.qk_norm:
-        q, k = attention.q_norm(q), attention.k_norm(k)
-    q = rotate(q.transpose(1, 2), *rope)  # (B,H,T,hd)
-    k = rotate(k.transpose(1, 2), *rope)  # (B,Hkv,T,hd)
+    T = x.shape[1]
+    q, k, _ = attention.heads(x, rope)  # (B,H,T,hd), (B,Hkv,T,hd)
     k = k.repeat_interleave(attention.num_heads // attention.num_key_value_heads, dim=1)
     if places is None:
         places = torch.arange(T, device=x.device)

@@ -36,20 +36,21 @@ class RMSNorm(nn.Module):
 def rope_table(positions: torch.Tensor, head_dim: int, theta: float):
     """The angles by which RoPE turns the pairs (i, i + hd/2) of every head.
 
-    positions (B,T) -> cos, sin (B,1,T,hd), float32. Pair i turns by position / theta^(2i/hd):
+    positions (B,T) -> cos, sin (B,T,1,hd), float32. Pair i turns by position / theta^(2i/hd):
     in bfloat16 position 4,001 would equal 4,000, so this is computed in float32 whatever the
-    model's dtype.
+    model's dtype. The first half of sin is negative, as rotate wants it.
     """
     pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    angle = positions[:, None, :, None].float() * (1.0 / theta ** (pair / head_dim))  # (B,1,T,hd/2)
-    angle = torch.cat([angle, angle], dim=-1)  # (B,1,T,hd)
-    return angle.cos(), angle.sin()
+    angle = positions[:, :, None, None].float() * (1.0 / theta ** (pair / head_dim))  # (B,T,1,hd/2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x[i], x[i + hd/2]) of x (B,heads,T,hd) by its angle."""
-    first, second = x.float().chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    """Turn each pair (a, b) = (x[i], x[i + hd/2]) of x (B,T,heads,hd) by its angle: a becomes
+    a cos - b sin, and b becomes b cos + a sin. Each number times cos, its partner times sin."""
+    wide = x.float()
+    return (wide * cos + wide.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 def kernel_shares_heads(q, k, v, mask) -> bool:
@@ -82,15 +83,19 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.qk_norm = config.qk_norm
 
-    def forward(self, x, rope, mask, cache, layer):
+    def heads(self, x, rope):
+        """x (B,T,D) -> q (B,H,T,hd), k and v (B,Hkv,T,hd), q and k turned to their places"""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim)
         k = self.k_proj(x).view(B, T, self.num_key_value_heads, self.head_dim)
-        v = self.v_proj(x).view(B, T, self.num_key_value_heads, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(B, T, self.num_key_value_heads, self.head_dim)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = rotate(q.transpose(1, 2), *rope)  # (B,H,T,hd)
-        k = rotate(k.transpose(1, 2), *rope)  # (B,Hkv,T,hd)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def forward(self, x, rope, mask, cache, layer):
+        q, k, v = self.heads(x, rope)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B,Hkv,Tk,hd): all tokens so far
         grouped = self.num_heads != self.num_key_value_heads
@@ -100,8 +105,8 @@ class Attention(nn.Module):
             grouped = False
         # Without a mask the kernel hides later tokens by itself; one new token may see them all.
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=grouped)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+            q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, enable_gqa=grouped)
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # (B,T,H,hd) -> (B,T,H*hd) -> (B,T,D)
 
 
 class Gated(torch.autograd.Function):
@@ -122,6 +127,11 @@ class Gated(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
 
 
+def gated(gate, up):
+    """silu(gate) * up; where nothing goes back there is nothing to keep"""
+    return Gated.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate) * up
+
+
 class MLP(nn.Module):
     """SwiGLU: one linear layer proposes, another opens or closes the gate."""
 
@@ -131,8 +141,11 @@ class MLP(nn.Module):
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
+    def gate_and_up(self, x):
+        return self.gate_proj(x), self.up_proj(x)
+
     def forward(self, x):
-        return self.down_proj(Gated.apply(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(gated(*self.gate_and_up(x)))
 
 
 class DecoderLayer(nn.Module):

@@ -18,6 +18,7 @@ from model.attention_map import look
 from model.checkpoint import newest_checkpoint
 from model.config import LanguageConfig
 from model.generate import Past, generate, generate_batch
+from model.joined import join
 from model.language import Attention, LanguageModel
 from model.quantize import BITS, quantize
 from model.step import RecordedStep
@@ -164,15 +165,18 @@ def recorded(monkeypatch):
     return count
 
 
-def test_answers_are_those_of_the_cpu(language, vlm, recorded):
+@pytest.mark.parametrize("joined", [False, True])
+def test_answers_are_those_of_the_cpu(language, vlm, recorded, joined):
     ids, _ = random_prompt(0, 40)
-    alone = there(language)
+    alone, model = there(language), there(vlm)
+    if joined:
+        join(alone)
+        join(model.language)
     assert list(generate(alone, ids, max_new_tokens=24)) == greedy_without_cache(
         language, ids, None, 24)
     cases = [random_prompt(10, 3), random_prompt(11, 17, 1), random_prompt(12, 8, 2)]
     cases.append((cases[1][0] + [5], cases[1][1]))  # two questions about one picture
     expected = [list(generate(vlm, *case, max_new_tokens=24)) for case in cases]
-    model = there(vlm)
     assert [list(generate(model, *case, max_new_tokens=24)) for case in cases] == expected
     assert len(recorded) == 5
     assert generate_batch(model, *zip(*cases), 24, stop_ids=[]) == expected

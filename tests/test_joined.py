@@ -1,0 +1,144 @@
+"""Claims: layers laid end to end give what they gave apart, in each kind of decoder and of numbers,
+for a prompt and for steps; they take the same memory and fewer operations; a chat has them."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from tiny import make_runs
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import eval as script
+from model.attention_map import each_layer
+from model.config import LanguageConfig
+from model.joined import JoinedAttention, JoinedMLP, join
+from model.language import LanguageModel
+from model.lora import add_lora, merge_lora
+from model.quantize import BITS, compute_in, quantize
+from model.step import KVCache
+
+KINDS = {
+    "biases, as Qwen2": dict(qkv_bias=True),
+    "norms of heads, as Qwen3": dict(qk_norm=True, head_dim=32),
+    "neither, as Llama": dict(num_key_value_heads=1),
+    "no heads shared": dict(num_key_value_heads=4),
+}
+
+
+def decoder(**facts) -> LanguageModel:
+    torch.manual_seed(0)
+    model = LanguageModel(LanguageConfig(**{**dict(
+        model_type="qwen2", vocab_size=97, hidden_size=64, intermediate_size=96,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        rope_theta=10000.0, rms_norm_eps=1e-6, tie_word_embeddings=True, qkv_bias=False,
+        qk_norm=False, max_position_embeddings=600), **facts}))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
+    return model.eval()
+
+
+def both(model) -> tuple[LanguageModel, LanguageModel]:
+    joined = copy.deepcopy(model)
+    join(joined)
+    for layer in joined.layers:
+        assert isinstance(layer.self_attn, JoinedAttention) and isinstance(layer.mlp, JoinedMLP)
+    return model, joined
+
+
+@torch.inference_mode()
+def answers(model):
+    """-> the logits of a prompt of two rows, and of five steps of one token each"""
+    ids = torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(1))
+    cache, told = KVCache(2, 12), []
+    for part in ids.split([7, 1, 1, 1, 1, 1], dim=1):
+        told.append(model.logits(model.decode(model.embed(part), cache=cache)))
+    return torch.cat(told, dim=1)
+
+
+@pytest.mark.parametrize("bits", [None, *BITS])
+@pytest.mark.parametrize("kind", KINDS)
+def test_joined_equals_apart(kind, bits):
+    apart = decoder(**KINDS[kind])
+    if bits:
+        quantize(apart, bits)
+    apart, joined = both(apart)
+    # Kernels that take x in bf16 round it to 8 bits: a last bit that differs becomes 1/256.
+    most = 1e-5 if bits is None else 0.03
+    wanted = answers(apart)
+    assert float((answers(joined) - wanted).abs().max()) < most * float(wanted.abs().max())
+    assert float(wanted.std()) > 0.3, "and it is no comparison of zeros"
+
+
+def test_in_pure_bf16_too():
+    apart = decoder(qk_norm=True, qkv_bias=True)
+    compute_in(apart, torch.bfloat16)
+    apart, joined = both(apart)
+    wanted = answers(apart).float()
+    assert float((answers(joined).float() - wanted).abs().max()) < 0.03 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("swapped", ["q_proj", "k_proj", "v_proj"])
+def test_the_comparison_tells_a_wrong_row(swapped):
+    apart, joined = both(decoder())
+    weight = apart.layers[1].self_attn.get_submodule(swapped).weight
+    with torch.no_grad():
+        weight[[3, 4]] = weight[[4, 3]]
+    wanted = answers(apart)
+    assert float((answers(joined) - wanted).abs().max()) > 1e-3 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("bits", [None, *BITS])
+def test_the_same_bytes(bits):
+    apart = decoder(qkv_bias=True)
+    if bits:
+        quantize(apart, bits)
+    sizes = [sum(p.numel() * p.element_size() for p in each.parameters()) for each in both(apart)]
+    assert sizes[0] == sizes[1]
+    assert not any(p.requires_grad for layer in both(apart)[1].layers
+                   for name, p in layer.named_parameters() if "qkv" in name or "gate_up" in name)
+
+
+class Counting(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.asked = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.asked[function.overloadpacket.__name__] += 1
+        return function(*args, **kwargs or {})
+
+
+def test_fewer_operations():
+    told = []
+    for model in both(decoder()):
+        with Counting() as counting, torch.no_grad():
+            model(torch.tensor([[5]]))
+        told.append(counting.asked)
+    apart, joined = told
+    assert apart["mm"] - joined["mm"] == 2 * 3  # in each of two layers: two of q, k, v; gate or up
+    assert joined["roll"] == 2 < apart["roll"] == 4
+
+
+def test_the_map_of_attention_is_the_same():
+    apart, joined = both(decoder(qk_norm=True))
+    embeds = apart.embed(torch.tensor([[1, 2, 3, 4, 5]]))
+    for (wanted, _), (found, _) in zip(each_layer(apart, embeds), each_layer(joined, embeds)):
+        assert float((found - wanted).abs().max()) < 1e-5
+
+
+def test_adapters_are_refused_before_anything_is_joined():
+    model = decoder()
+    add_lora(model, ["v_proj"], rank=2, alpha=4.0)
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.v_proj has an adapter"):
+        join(model)
+    assert not any(isinstance(layer.self_attn, JoinedAttention) for layer in model.layers)
+    merge_lora(model)
+    join(model)
+
+
+def test_a_chat_has_them(tmp_path):
+    make_runs(tmp_path)
+    flags = script.read_flags(["--device", "cpu"])
+    model, _, _ = script.load(flags, str(tmp_path / "sft"))  # its adapters merged
+    assert all(isinstance(layer.self_attn, JoinedAttention) for layer in model.language.layers)
