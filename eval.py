@@ -12,6 +12,7 @@ Flow: checkpoint directory -> load -> model, template, processor -> chat, one an
 """
 
 import argparse
+import gc
 import sys
 
 from dataset.chat import FAMILIES
@@ -105,4 +106,7 @@ def main(arguments=None) -> None:
 if __name__ == "__main__":
     for stream in (sys.stdin, sys.stdout, sys.stderr):  # Windows would choose a code page
         stream.reconfigure(encoding="utf-8", errors="replace")
+    # What was imported stays until the end. Python would look through all of it once more then for
+    # what may go, half a second for PyTorch.
+    gc.freeze()
     main()

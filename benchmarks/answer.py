@@ -260,10 +260,11 @@ def serve(side: str, place: Path, device: str) -> None:
 
 
 START_OURS = """
-import sys
-import eval
-eval.main(["--model", sys.argv[1] + "/run", "--image", sys.argv[1] + "/picture.png", "--prompt",
-           "cat", "--max_new_tokens", "1", "--dtype", "fp32", "--device", sys.argv[2]])
+import runpy, sys
+place, device = sys.argv[1:]
+sys.argv = ["eval.py", "--model", place + "/run", "--image", place + "/picture.png", "--prompt",
+            "cat", "--max_new_tokens", "1", "--dtype", "fp32", "--device", device]
+runpy.run_path("eval.py", run_name="__main__")
 """
 START_TRANSFORMERS = """
 import sys

@@ -21,6 +21,8 @@ A picture file comes from strangers. What becomes of the odd ones, as in the pub
     damaged, too large, no photo  OSError: SVG, PDF, PostScript, a pipe, a directory, a bomb
 """
 
+import contextlib
+import importlib
 import io
 import json
 import math
@@ -35,8 +37,11 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 # What pictures are published in. Pillow knows forty more formats, and for one of them, EPS, it
-# starts another program (Ghostscript) that runs what the file says.
-Image.init()
+# starts another program (Ghostscript) that runs what the file says. To load them all would take a
+# tenth of a second of every start.
+for plugin in ("Avif", "Bmp", "Gif", "Ico", "Jpeg", "Jpeg2K", "Mpo", "Png", "Ppm", "Tiff", "WebP"):
+    with contextlib.suppress(ImportError):  # an older Pillow has no AVIF
+        importlib.import_module(f"PIL.{plugin}ImagePlugin")
 FORMATS = tuple({"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "MPO",
                  "ICO"} & Image.OPEN.keys())
 MOST_PIXELS = 89_478_485  # 256 MB of RGB; Pillow's own limit, see open_image
