@@ -13,10 +13,9 @@ is a sum over rows, and what a row adds to a gradient depends on no other row.
 import torch
 import torch.nn.functional as F
 
-# Logits that exist at a time, in float32 and twice or three times over. 64 MB keep a processor
-# busy. A GPU must read the head for each chunk, which with chunks of 256 MB is little beside the
-# products: 4,096 positions of 151,936 words took an H100 14.4 ms and 1.1 GB, all of them at once
-# 14.0 ms and 7.5 GB.
+# Logits that exist at a time, in float32 and twice over. 64 MB keep a processor busy. A GPU must
+# read the head for each chunk, which with chunks of 256 MB is little beside the products: 4,096
+# positions of 151,936 words took an H100 14.4 ms, all of them at once 14.0 ms and 7.5 GB.
 CHUNK = {"cpu": 2**24, "cuda": 2**26}
 
 
@@ -51,19 +50,8 @@ class HeadLoss(torch.autograd.Function):
         total, of_hidden, of_trained = 0, torch.empty_like(hidden), []
         for chunk, asked, place in zip(hidden.split(rows), labels.split(rows),
                                        of_hidden.split(rows)):
-            with torch.enable_grad():
-                chunk = chunk.detach().requires_grad_()
-                logits = language.logits(chunk)  # (R,V)
-            logs = log_probabilities(logits.detach())
-            total = total + F.nll_loss(logs, asked, reduction="sum")
-            # The derivative of the loss by a logit: the word's probability, less 1 where it was
-            # the answer. Written over what it is made of: these tensors are the largest of all.
-            slope = logs.exp_()
-            slope[torch.arange(len(asked), device=asked.device), asked] -= 1
-            slope = slope.mul_(factor).to(logits.dtype)
-            # A backward pass takes the numbers that it finds, as it does outside of autocast.
-            with torch.autocast(hidden.device.type, enabled=False):
-                found, *more = torch.autograd.grad(logits, [chunk, *trained], slope)
+            loss, found, *more = one_chunk(language, chunk, asked, factor, trained)
+            total = total + loss
             place.copy_(found)
             if of_trained:
                 torch._foreach_add_(of_trained, more)
@@ -78,3 +66,21 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, grad):
         rest = grad / ctx.factor  # 1 where the loss was multiplied as it was said
         return None, None, None, None, *(found * rest for found in ctx.saved_tensors)
+
+
+def one_chunk(language, hidden, labels, factor: float, trained):
+    """hidden (R,D), labels (R,) -> loss, its gradients of hidden and of each of trained, times
+    factor. What is large is gone when it returns, before the next chunk's is made."""
+    with torch.enable_grad():
+        hidden = hidden.detach().requires_grad_()
+        logits = language.logits(hidden)  # (R,V)
+    logs = log_probabilities(logits.detach())
+    loss = F.nll_loss(logs, labels, reduction="sum")
+    # The derivative of the loss by a logit: the word's probability, less 1 where it was the answer.
+    # Written over what it is made of: these tensors are the largest of all.
+    slope = logs.exp_()
+    slope[torch.arange(len(labels), device=labels.device), labels] -= 1
+    slope = slope.mul_(factor).to(logits.dtype)
+    # A backward pass takes the numbers that it finds, as it does outside of autocast.
+    with torch.autocast(hidden.device.type, enabled=False):
+        return loss, *torch.autograd.grad(logits, [hidden, *trained], slope)

@@ -12,6 +12,7 @@ from model import head_loss
 from model.lora import add_lora
 from model.vlm import set_trainable
 from tests.test_checkpointing import batch, learn, trained
+from training.memory import Alive
 
 WORDS = 61
 
@@ -102,6 +103,17 @@ def test_no_logits_are_computed_twice(monkeypatch, language):
     product = 2 * 27 * 36 * WORDS
     # Forwards; backwards to the hidden states; and to the table where it learns.
     assert count.get_total_flops() == product * (3 if language == "all" else 2)
+
+
+def test_two_chunks_of_numbers_stand_at_a_time(monkeypatch):
+    """The logits and what the gradient is written over; nothing of the chunk before."""
+    language = trained("projector").language
+    hidden, labels = torch.randn(900, 36, requires_grad=True), torch.randint(0, WORDS, (900,))
+    monkeypatch.setitem(head_loss.CHUNK, "cpu", 300 * WORDS)
+    with Alive(language) as alive:
+        head_loss.head_loss(language, hidden, labels)
+    states = 4 * (900 + 900 + 2 * 300) * 36  # hidden, its gradient, and those of two chunks
+    assert 2.0 <= (alive.most - states) / (4 * 300 * WORDS) < 2.3
 
 
 def gradient_in_fp16(factor: float, multiplied: float) -> torch.Tensor:

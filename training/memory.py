@@ -11,7 +11,7 @@ Four things stand in memory, and a fifth comes and goes:
     optimizer     8 bytes: AdamW keeps two averages of each trained number's gradient
     activations   what each block keeps of its work until the backward pass comes back to it: in
                   proportion to rows x tokens x layers. With --checkpointing a block keeps its input
-    logits        words x positions, at most CHUNK of them (model/head_loss.py), several times over
+    logits        words x positions, at most CHUNK of them (model/head_loss.py), twice over
 
 The first three are a sum over the parameters. The last two are counted on the model's own code: one
 step is made with tensors that have a shape and no numbers, and each operation's results are added
