@@ -11,12 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import eval as script
 from model.attention_map import each_layer
-from model.config import LanguageConfig
 from model.joined import JoinedAttention, JoinedMLP, join
 from model.language import LanguageModel
 from model.lora import add_lora, merge_lora
 from model.quantize import BITS, compute_in, quantize
 from model.step import KVCache
+from tests.test_quantize import tiny_language
 
 KINDS = {
     "biases, as Qwen2": dict(qkv_bias=True),
@@ -27,15 +27,11 @@ KINDS = {
 
 
 def decoder(**facts) -> LanguageModel:
-    torch.manual_seed(0)
-    model = LanguageModel(LanguageConfig(**{**dict(
-        model_type="qwen2", vocab_size=97, hidden_size=64, intermediate_size=96,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        rope_theta=10000.0, rms_norm_eps=1e-6, tie_word_embeddings=True, qkv_bias=False,
-        qk_norm=False, max_position_embeddings=600), **facts}))
+    """Norms and biases are random too: a 1 or a 0 would hide one that is forgotten."""
+    model = tiny_language(**{**dict(hidden_size=64, head_dim=16, qkv_bias=False), **facts})
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
-    return model.eval()
+    return model
 
 
 def both(model) -> tuple[LanguageModel, LanguageModel]:
