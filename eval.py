@@ -20,6 +20,7 @@ from evaluation.conversation import Conversation
 from evaluation.loading import load
 from evaluation.metrics import METRICS
 from evaluation.terminal import chat, say
+from model.device import is_out_of_memory
 
 
 def read_flags(arguments=None) -> argparse.Namespace:
@@ -54,7 +55,8 @@ def read_flags(arguments=None) -> argparse.Namespace:
     add("--top_p", type=float, default=1.0, help="draw from the likeliest that reach this share")
     add("--repetition_penalty", type=float, default=1.0, help="above 1: repeat less")
     add("--seed", type=int, default=0, help="of the draws")
-    add("--dtype", choices=("fp32", "bf16"), help="default: bf16 on a GPU that has it, else fp32")
+    add("--dtype", choices=("fp32", "bf16"), help="default: bf16 where the GPU or the processor "
+        "multiplies it natively, else fp32; --stats tells which and why")
     add("--quantize", choices=("int8", "int4"), help="the language model's weights in so many "
         "bits: less memory, and on a CPU faster; export.py can save them so")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
@@ -99,6 +101,13 @@ def main(arguments=None) -> None:
                 save_looks(conversation, flags.attention)
     except (OSError, ValueError, KeyError) as error:  # each says what is wrong and what to do
         raise SystemExit(f"eval.py: {error}") from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise SystemExit(
+            f"eval.py: out of memory: {str(error).strip().splitlines()[0]}\nWhat helps: a smaller "
+            "--batch_size (with --data), fewer --max_new_tokens, --quantize int8, --dtype bf16, or "
+            "--device cpu") from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None  # what a shell expects of an interrupted program
 

@@ -11,6 +11,7 @@ from dataset.chat import DEFAULT_SYSTEM, ChatTemplate
 from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
 from model.checkpoint import base_directory, find_base, find_model, load_checkpoint, read_config
+from model.device import check_dtype, choose_device, prepare_device
 from model.generate import decoder_of
 from model.joined import join
 from model.language import LanguageModel
@@ -24,14 +25,17 @@ def load(flags, name: str | None):
 
     flags: device, dtype, quantize, language, vision, template and system, as eval.py reads them.
     """
-    device = flags.device
-    if device == "auto":
-        mps = torch.backends.mps.is_available()
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    dtype = numbers_of(device, flags.dtype)
+    device = choose_device(flags.device)
+    prepare_device(device)
+    dtype, why = chat_dtype(device, flags.dtype)
+    check_dtype(device, dtype)
+    # What is rounded to few bits is rounded once, after the adapters were merged.
+    loaded = torch.float32 if flags.quantize else dtype
+    if getattr(flags, "stats", False):
+        print(f"dtype: {str(dtype).removeprefix('torch.')} ({why})", file=sys.stderr)
     if name == "none":
         directory = find_base(flags.language or "dataset/emoji/language")
-        model = LanguageModel.from_pretrained(str(directory), dtype).eval()
+        model = LanguageModel.from_pretrained(str(directory), loaded).eval()
         tokenizer = Tokenizer.from_directory(base_directory(directory))
         family = flags.template or model.config.model_type
         template = ChatTemplate(tokenizer, image_tokens=0,
@@ -40,7 +44,7 @@ def load(flags, name: str | None):
     else:
         directory = find_model(name)
         config = read_config(directory)
-        model = load_checkpoint(directory, dtype, flags.language, flags.vision)
+        model = load_checkpoint(directory, loaded, flags.language, flags.vision)
         merge_lora(model.language)  # adapters would cost two more products in every layer
         template = ChatTemplate(Tokenizer.from_directory(directory), config["image_tokens"],
                                 config["system"], config.get("image_token"),
@@ -55,23 +59,27 @@ def load(flags, name: str | None):
     return model, template, processor
 
 
-def numbers_of(device: str, wanted: str | None) -> torch.dtype:
-    """wanted: fp32, bf16, or None for what suits the device. A GPU without bf16 computes in
-    float32: in fp16 some public models grow past 65,504."""
-    suits = "fp32"
-    if device.startswith("cuda") and choose_dtype("auto", torch.device(device))[0] == "bf16":
-        suits = "bf16"
-    return NUMBERS[wanted or suits]
+def chat_dtype(device: torch.device, wanted: str | None) -> tuple[torch.dtype, str]:
+    """wanted: fp32, bf16, or None for what suits the device -> the dtype, and why.
+
+    bf16 where the hardware multiplies it: half the bytes to read for each token. Never fp16: in it
+    some public models grow past 65,504.
+    """
+    if wanted:
+        return NUMBERS[wanted], "as asked"
+    dtype, why = choose_dtype("auto", device)
+    return (NUMBERS[dtype], why) if dtype == "bf16" else (torch.float32, why)
 
 
-def lighten(model, bits: str | None, dtype: torch.dtype, device: str) -> None:
-    """Fewer bytes to read for each word of an answer, in the numbers that this machine counts in.
+def lighten(model, bits: str | None, dtype: torch.dtype, device: torch.device) -> None:
+    """Cast or quantize the weights for inference.
 
     A processor without bf16 instructions reads bf16 weights all the same, and computes in float32:
     of 64 rows of a prompt each product then takes a sixth of the time.
     """
-    if device == "cpu" and dtype == torch.bfloat16:
-        bits, dtype = bits or "bf16", NUMBERS[choose_dtype("auto", torch.device(device))[0]]
+    native = device.type != "cpu" or choose_dtype("auto", device)[0] == "bf16"
+    if dtype == torch.bfloat16 and not native:
+        bits, dtype = bits or "bf16", torch.float32
     language = decoder_of(model)
     if bits and not (bits == "bf16" and is_quantized(language)):
         quantize(language, bits)

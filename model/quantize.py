@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model.linear import product
 from model.lora import LoRALinear, linear_names, replace
 
 BITS = ("bf16", "int8", "int4")
@@ -77,13 +78,12 @@ def suits_few(layer: FewBits, x) -> bool:
 def few_rows(layer: FewBits, x):
     """x (M,in) -> (M,out) on a CPU: the weights go from memory to the product as they are.
 
-    The kernels take x in bf16, and add up in float32. For bf16 weights it is the product of a
-    matrix and a vector, which torch computes by itself: oneDNN, which it would ask for a product
-    of two matrices, reads the weights at half that speed where it has bf16 instructions.
+    The kernels take x in bf16, and add up in float32. For bf16 weights it is whichever of torch's
+    routines reads them fastest here (linear.py).
     """
     narrow, ops = x.to(torch.bfloat16).contiguous(), torch.ops.aten
     if layer.scale is None:
-        out = torch.mv(layer.weight, narrow[0])
+        out = product(narrow, layer.weight)
     elif layer.offset is None:
         layer.kernel = layer.kernel or (layer.scale.to(torch.bfloat16),)
         out = ops._weight_int8pack_mm(narrow, layer.weight, *layer.kernel)

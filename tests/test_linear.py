@@ -1,5 +1,8 @@
-"""Claims: a row taken through parts of a matrix gives what F.linear gives, gradients included; only
-one float32 row on a CPU with several threads goes that way; a chat says the same words by it."""
+"""Claims: one row through a matrix gives what F.linear gives in every way, gradients included; a
+way is taken only where a measurement says that it is clearly faster; a chat says the same by it."""
+
+import math
+import time
 
 import pytest
 import torch
@@ -9,23 +12,30 @@ from model import linear
 from model.config import LanguageConfig
 from model.generate import generate
 from model.language import LanguageModel
-from model.linear import Linear, product, suits_batch
+from model.linear import OTHER_WAYS, Linear, as_vector, fastest_way, in_parts, is_large_row, product
 
 
-@pytest.fixture(params=[2, 3])
-def threads(request, monkeypatch):
-    """So many threads, as far as linear.py knows, and no matrix is too small."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
+@pytest.fixture(autouse=True)
+def measured_anew():
+    fastest_way.cache_clear()
+    yield
+    fastest_way.cache_clear()
+
+
+@pytest.fixture
+def other_way(monkeypatch):
+    """The measurement has decided against F.linear, and no matrix is too small."""
+    monkeypatch.setattr(linear, "fastest_way", lambda dtype, threads: OTHER_WAYS[dtype])
     monkeypatch.setattr(linear, "SMALLEST", 1)
-    return request.param
 
 
 @pytest.mark.parametrize("shape", [(96,), (1, 96), (1, 1, 96)])
-@pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 48)])
-def test_equals_linear(threads, shape, bias):
+@pytest.mark.parametrize("rows", [64, 48, 47, 1])  # 64, 16, 1 and 1 parts
+@pytest.mark.parametrize("biased", [False, True])
+def test_equals_linear(other_way, shape, rows, biased):
     torch.manual_seed(0)
-    x, weight = torch.randn(shape, requires_grad=True), torch.randn(48, 96, requires_grad=True)
-    assert suits_batch(x, weight, threads)
+    x, weight = torch.randn(shape, requires_grad=True), torch.randn(rows, 96, requires_grad=True)
+    bias = torch.linspace(-1, 1, rows) if biased else None
     found, wanted = product(x, weight, bias), F.linear(x, weight, bias)
     assert found.shape == wanted.shape
     assert torch.allclose(found, wanted, rtol=0, atol=2e-5)
@@ -35,33 +45,87 @@ def test_equals_linear(threads, shape, bias):
         assert torch.allclose(mine, theirs, rtol=0, atol=2e-5)
 
 
-def test_what_does_not_suit_goes_the_usual_way(threads):
-    row, weight = torch.randn(1, 1, 96), torch.randn(48, 96)
-    assert suits_batch(row, weight, threads)
-    assert not suits_batch(torch.randn(1, 2, 96), weight, threads)  # two rows
-    assert not suits_batch(row.bfloat16(), weight.bfloat16(), threads)
-    assert not suits_batch(row, weight, 1)
-    assert not suits_batch(row.to("meta"), weight.to("meta"), threads)
-    odd = torch.randn(47, 96)  # no threads of these share 47 rows
-    assert not suits_batch(row, odd, threads)
-    assert torch.equal(product(row, odd), F.linear(row, odd))
+def test_bf16_equals_linear_but_for_rounding(other_way):
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 1, 512).bfloat16(), torch.randn(256, 512).bfloat16()
+    exact = F.linear(x.double(), weight.double())
+    for way in (product, F.linear):
+        assert torch.allclose(way(x, weight).double(), exact, rtol=2**-7, atol=0.2)
+    assert product(x, weight).dtype == torch.bfloat16
 
 
-def test_small_matrices_stay_whole():
-    assert not suits_batch(torch.randn(1, 64), torch.randn(64, 64), 2)
-    assert suits_batch(torch.randn(1, 576), torch.randn(576, 576), 2)  # SmolLM2's smallest but one
+@pytest.mark.parametrize("rows", [9728, 151936, 49152, 3072, 576, 1152])
+def test_every_number_of_threads_gets_parts(rows):
+    """Rows of SmolLM2's and Qwen2.5-0.5B's matrices: few are divided by 6, 10, 12, 20 or 24."""
+    assert math.gcd(rows, 64) == 64
 
 
-def test_a_chat_says_the_same(threads, monkeypatch):
+def test_what_does_not_suit_goes_the_usual_way():
+    row, weight = torch.randn(1, 1, 1024), torch.randn(1024, 1024)
+    assert is_large_row(row, weight) and is_large_row(row.bfloat16(), weight.bfloat16())
+    assert not is_large_row(torch.randn(1, 2, 1024), weight)  # two rows
+    assert not is_large_row(row.bfloat16(), weight)
+    assert not is_large_row(row.half(), weight.half())
+    assert not is_large_row(row.to("meta"), weight.to("meta"))
+    assert not is_large_row(torch.randn(1, 64), torch.randn(64, 64))  # small ones stay whole
+    assert is_large_row(torch.randn(1, 576), torch.randn(576, 576))  # SmolLM2's smallest but one
+
+
+@pytest.mark.parametrize("dtype", OTHER_WAYS)
+@pytest.mark.parametrize("usual, other, takes_other", [
+    (2.0, 1.0, True), (1.0, 2.0, False), (1.1, 1.0, False)])
+def test_the_measurement_decides(dtype, usual, other, takes_other, monkeypatch):
+    """By a clock that each way moves on by what it is said to take."""
+    now = [0.0]
+
+    def taking(seconds):
+        def way(x, weight):
+            now[0] += seconds
+        return way
+
+    usual, other = taking(usual), taking(other)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(linear.F, "linear", usual)
+    monkeypatch.setitem(OTHER_WAYS, dtype, other)
+    assert fastest_way(dtype, 2) is (other if takes_other else usual)
+
+
+@pytest.mark.parametrize("dtype", OTHER_WAYS)
+def test_it_is_measured_once_and_never_clearly_slower(dtype):
+    chosen = fastest_way(dtype, torch.get_num_threads())
+    assert chosen in (F.linear, OTHER_WAYS[dtype])
+    assert fastest_way.cache_info().misses == 1
+    fastest_way(dtype, torch.get_num_threads())
+    assert fastest_way.cache_info().misses == 1
+
+
+def test_what_is_measured_is_what_is_called(monkeypatch):
+    row, weight = torch.randn(1, 1024), torch.randn(1024, 1024)
+    called = []
+    monkeypatch.setitem(OTHER_WAYS, torch.float32, lambda x, w: called.append(1) or in_parts(x, w))
+    monkeypatch.setattr(linear, "fastest_way", lambda dtype, threads: F.linear)
+    assert torch.equal(product(row, weight), F.linear(row, weight)) and not called
+    monkeypatch.setattr(linear, "fastest_way", lambda dtype, threads: OTHER_WAYS[dtype])
+    product(row, weight)
+    assert called
+
+
+def test_a_chat_says_the_same(monkeypatch):
     torch.manual_seed(0)
     model = LanguageModel(LanguageConfig.from_public(dict(
         model_type="qwen2", vocab_size=96, hidden_size=48, intermediate_size=96,
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         tie_word_embeddings=True))).eval()
     assert isinstance(model.layers[0].mlp.up_proj, Linear)
-    in_parts, bmm = [], torch.bmm
-    monkeypatch.setattr(torch, "bmm", lambda *each: in_parts.append(1) or bmm(*each))
     said = list(generate(model, [5, 7, 11], None, max_new_tokens=12))
-    assert len(in_parts) > 12 * 2 * 4
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(linear, "SMALLEST", 1)
+    rows = []
+    monkeypatch.setattr(linear, "fastest_way",
+                        lambda *_: lambda x, weight: rows.append(1) or in_parts(x, weight))
     assert list(generate(model, [5, 7, 11], None, max_new_tokens=12)) == said
+    assert len(rows) > 12 * 2 * 4
+
+
+def test_a_vector_is_multiplied_as_a_row():
+    x, weight = torch.randn(96), torch.randn(48, 96)
+    assert torch.allclose(as_vector(x, weight), F.linear(x, weight), rtol=0, atol=2e-5)

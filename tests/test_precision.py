@@ -13,7 +13,7 @@ import train_sft
 import training.loop
 import training.run
 from dataset.batching import Batches
-from evaluation.loading import numbers_of
+from evaluation.loading import chat_dtype
 from model.checkpoint import load_checkpoint, newest_checkpoint
 from model.lora import LoRALinear
 from model.weights import load_language, load_vision, save_language, save_vision
@@ -283,5 +283,5 @@ def test_auto_on_cuda(monkeypatch, name, capability, expected, why):
     assert choose_dtype("fp32", torch.device("cuda", 0)) == ("fp32", "as asked")
     # A chat takes float32 where training takes scaled fp16: it has no loss to scale.
     suits = torch.bfloat16 if expected == "bf16" else torch.float32
-    assert numbers_of("cuda:0", None) == suits
-    assert numbers_of("cuda:0", "fp32") == numbers_of("cpu", None) == torch.float32
+    assert chat_dtype(torch.device("cuda", 0), None)[0] == suits
+    assert chat_dtype(torch.device("cuda", 0), "fp32") == (torch.float32, "as asked")

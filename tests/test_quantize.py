@@ -202,7 +202,7 @@ def world(tmp_path_factory):
 
 
 def opened(name, *flags):
-    flags = script.read_flags(["--device", "cpu", *flags])
+    flags = script.read_flags(["--device", "cpu", "--dtype", "fp32", *flags])
     return script.load(flags, str(name))[0]
 
 
@@ -230,20 +230,24 @@ def test_a_checkpoint_in_few_bits_is_opened_without_a_flag(world, bits):
 
 
 def test_it_answers(world, capsys):
-    flags = ["--device", "cpu", "--prompt", "Which colour?", "--image", str(world / "red.png"),
-             "--max_new_tokens", "8"]
+    flags = ["--device", "cpu", "--dtype", "fp32", "--prompt", "Which colour?",
+             "--image", str(world / "red.png"), "--max_new_tokens", "8"]
     script.main(["--model", str(world / "int8"), *flags])
     saved = capsys.readouterr().out
     script.main(["--model", str(world / "sft"), "--quantize", "int8", *flags])
     assert capsys.readouterr().out == saved and len(saved) > 1
 
 
-def test_bf16_on_a_cpu_keeps_bf16_weights_and_its_own_stream(world):
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_on_a_cpu_keeps_bf16_weights_and_its_own_stream(world, native, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
     model = opened(world / "sft", "--dtype", "bf16")
     layer = model.language.layers[0].mlp.gate_up_proj
-    assert isinstance(layer, FewBits) and layer.weight.dtype == torch.bfloat16
+    # Without bf16 instructions the weights are read as bf16 and multiplied in float32.
+    assert isinstance(layer, FewBits) is not native and layer.weight.dtype == torch.bfloat16
     stream = model.language.norm.weight.dtype
-    assert stream in (torch.float32, torch.bfloat16)  # the processor decides
+    assert stream == (torch.bfloat16 if native else torch.float32)
     assert {p.dtype for p in model.vision.parameters()} == {stream}
     rounded = load_checkpoint(find_model(str(world / "sft")), torch.bfloat16)
     merge_lora(rounded.language)

@@ -221,7 +221,7 @@ def test_what_changed_is_named_and_all_is_asked_anew(world, monkeypatch, capsys,
     data = tmp_path / "data.jsonl"
     lines = (world / "data.jsonl").read_text()
     data.write_text(lines)
-    flags = ["--data", data, "--images", world, "--report", tmp_path / "r"]
+    flags = ["--data", data, "--images", world, "--report", tmp_path / "r", "--dtype", "fp32"]
     run(monkeypatch, capsys, "--model", world / "sft", *flags)
     journal = tmp_path / "r" / "journal" / "sft.jsonl"
     for change, named in (

@@ -28,6 +28,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from model.device import prepare_device
+
 # Others wait so long for a rank that lives but does not come: it may be rank 0, which is writing
 # a large checkpoint. A rank that has died is noticed within seconds all the same, by torchrun.
 PATIENCE = timedelta(minutes=30)
@@ -101,7 +103,7 @@ def start_ranks():
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = own_gpu(int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count())
-        torch.cuda.set_device(device)
+    prepare_device(device)
     if not dist.is_torchelastic_launched():
         yield Ranks(rank, world_size, device)
         return

@@ -29,6 +29,8 @@ def choose_dtype(wanted: str, device: torch.device) -> tuple[str, str]:
         major, minor = torch.cuda.get_device_capability(device)
         return "fp16", (f"{name} has compute capability {major}.{minor}, and bf16 needs 8.0; with "
                         "scaled gradients")
+    if device.type == "mps":
+        return "fp32", "Apple's GPUs compute 16 bits wrongly"
     if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
         return "bf16", "this processor multiplies it natively"
     return "fp32", "this processor has no bf16 instructions"

@@ -7,11 +7,13 @@ read and in what comes next; that is all they say. The loop itself is loop.py.
 """
 
 import errno
+import math
 from contextlib import contextmanager
 
 from dataset.batching import Batches
 from dataset.whereabouts import told_by
-from model.checkpoint import newest_checkpoint, own_names
+from model.checkpoint import checkpoints, newest_checkpoint, own_names
+from model.device import is_out_of_memory
 from training.answers import Answers
 from training.boards import check_installed
 from training.distributed import start_ranks
@@ -55,7 +57,7 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
         data, about = open_training_data(settings, emoji_kind)
         return data, about, open_held_out(settings, emoji_kind, data)
 
-    with start_ranks() as ranks:
+    with start_ranks() as ranks, out_of_memory_explained(settings):
         data, about_data, unseen = open_once(open_all, ranks)
         settings.dtype, why = choose_dtype(settings.dtype, ranks.device)
         mesh = make_mesh(settings, ranks)
@@ -119,6 +121,27 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
         log.close()
         if ranks.main:
             log.say(closing(summary, newest_checkpoint(settings.out), next_command + model))
+
+
+@contextmanager
+def out_of_memory_explained(settings):
+    """The order of samples follows from the seed, so the same step would fail again: say what
+    makes a step smaller and leaves its samples as they are."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        size, times = settings.batch_size, settings.accumulate
+        ways = ["--checkpointing keeps fewer activations", "a lower --max_length cuts long rows"]
+        if size > 1:
+            ways.insert(0, f"--batch_size {math.ceil(size / 2)} --accumulate {times * 2} takes "
+                        f"{'the same samples' if size % 2 == 0 else 'about as many samples'} in "
+                        "each step, half of them at a time")
+        go_on = "; --resume goes on from the last checkpoint" if checkpoints(settings.out) else ""
+        raise SystemExit(f"\nout of memory: {str(error).strip().splitlines()[0]}\nWhat helps: "
+                         f"{'; '.join(ways)}{go_on}. `python -m training.memory PRESET` predicts "
+                         "what a run takes.") from error
 
 
 @contextmanager

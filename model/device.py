@@ -1,0 +1,59 @@
+"""Where a model computes: which device, what has to be set there first, and how it runs out.
+
+    --device -> choose_device -> prepare_device -> the model is moved there and used
+"""
+
+import os
+
+import torch
+
+# Below this version Apple's attention kernels give wrong numbers for long prompts (pytorch issue
+# 174861), so "auto" does not choose that GPU by itself.
+MPS_FROM = (2, 11)
+# Where a processor multiplies bf16, oneDNN compiles a kernel for each new shape. It keeps 1,024 of
+# them, and PyTorch as many handles to them. Every batch has another length, so in training they
+# would grow to gigabytes. 64 serve all layers of one batch.
+KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
+
+
+def choose_device(wanted: str = "auto") -> torch.device:
+    """wanted: auto, cpu, cuda, cuda:1, mps. auto: the fastest that is there and computes right."""
+    if wanted != "auto":
+        return torch.device(wanted)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if torch.backends.mps.is_available() and version >= MPS_FROM:
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def prepare_device(device: torch.device) -> None:
+    """Call it once, before the first product on the device."""
+    # Read when the first kernel is made; who has set one already knows why.
+    for name, capacity in KERNEL_CACHES.items():
+        os.environ.setdefault(name, capacity)
+    # On Hopper and Blackwell torch 2.11 and later give attention to cuDNN, which plans anew, up to
+    # a second, for each new shape; flash attention serves the same calls without.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if device.type == "cuda" and device.index is not None:
+        # A CUDA graph is recorded on the current device, whatever device its tensors are on.
+        torch.cuda.set_device(device)
+
+
+def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
+    """ValueError where the device gives wrong numbers in this dtype."""
+    if device.type == "mps" and dtype != torch.float32:
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"--device mps computes wrongly in {name}: its causal attention lets "
+                         "tokens see later ones (pytorch issue 195910). Use --dtype fp32, or "
+                         "--device cpu")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU torch has a type for it; a CPU and Apple's GPUs say it in their text alone."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in text or "not enough memory" in text or "out of memory" in text)
