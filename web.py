@@ -3,10 +3,10 @@
     python web.py                       the runs under out/, on http://127.0.0.1:7860
     python web.py --model out/demo/sft
 
-Flow: checkpoint directories -> evaluation/page.py -> a server on this machine alone, unless --host
-says otherwise. Needs gradio (requirements-extra.txt). Works without internet: scripts and fonts
-come from this machine, nothing is measured or sent, and a header tells the browser to go nowhere
-else.
+Flow: checkpoint directories -> evaluation/page.py -> evaluation/own_files.py (to each session its
+own pictures) -> a server on this machine alone, unless --host says otherwise. Needs gradio
+(requirements-extra.txt). Works without internet: scripts and fonts come from this machine, nothing
+is measured or sent, and a header tells the browser to go nowhere else.
 """
 
 import argparse
@@ -91,11 +91,13 @@ def prepare(flags, directory: str):
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is loaded: it would ask for
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # its newest version's number
+    directory = os.path.realpath(directory)  # paths are compared with it, letter by letter
     os.environ["GRADIO_TEMP_DIR"] = directory
     import gradio as gr
     import uvicorn
     from fastapi import FastAPI
 
+    from evaluation.own_files import EXAMPLES, OwnFiles
     from evaluation.page import CSS, FONTS, Models, build
 
     models = Models(flags)
@@ -105,12 +107,15 @@ def prepare(flags, directory: str):
     models.get(models.names()[0])  # now, so that what is wrong with it is told here
     listener = listen(flags.host, flags.port)
     host, port = listener.getsockname()[:2]
-    page = build(models, Path(directory)).queue(max_size=64)
+    page = build(models, Path(directory, EXAMPLES)).queue(max_size=64)
+    largest = int(flags.max_upload * 1e6)
     app = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None), page, path="/", server_name=host,
-        server_port=port, max_file_size=int(flags.max_upload * 1e6), footer_links=[],
+        server_port=port, max_file_size=largest, footer_links=[],
         run_history=False, enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False,
         css=CSS, theme=gr.themes.Default(font=FONTS, font_mono=["monospace"]))
+    page.has_launched = True  # or gradio does not even compare paths with its directory
+    app = OwnFiles(app, Path(directory), f"session_{port}", largest, page.upload_file_set)
     own = LOCAL if host in LOCAL else None
     server = uvicorn.Server(uvicorn.Config(Closed(app, own), log_level="warning"))
     name = f"[{host}]" if ":" in host else host

@@ -19,6 +19,7 @@ import gradio as gr
 from evaluation.conversation import Conversation
 from evaluation.loading import load
 from evaluation.looks import draw_looks
+from evaluation.own_files import OWN, new_file
 from evaluation.page_texts import LANGUAGES, TEXTS, preferred
 from model.checkpoint import checkpoints, newest_checkpoint
 
@@ -142,6 +143,7 @@ def scenes(directory: Path) -> list[dict]:
     """Example questions about unseen pictures of the emoji world, written to the directory."""
     from dataset.emoji.world import TEST_START, picture, scene
 
+    directory.mkdir(exist_ok=True)
     examples = []
     for number, question in EXAMPLES:
         file = directory / f"scene_{number}.png"
@@ -198,6 +200,15 @@ def build(models: Models, directory: Path) -> gr.Blocks:
                     gr.update(label=w["top_p"]), gr.update(label=w["max_new_tokens"]),
                     f"### {w['looks']}", gr.update(label=w["examples"])]
 
+        def look_there(talk, language, request: gr.Request):
+            picture, visible = looked(talk, language)
+            if picture is None:
+                return None, visible
+            # Left to gradio it would lie where everyone's does; it shows what one session uploaded.
+            file = new_file(request.request.scope[OWN], "looks.png")
+            picture.save(file)
+            return str(file), visible
+
         def arrive(request: gr.Request):
             chosen = preferred(request.headers.get("accept-language"))
             return [chosen, *labels(chosen)]
@@ -213,7 +224,8 @@ def build(models: Models, directory: Path) -> gr.Blocks:
         gr.on([reset.click, chat.clear],
               lambda: ([], None, None, None, gr.update(visible=False)), None,
               [chat, box, talk, looks, below], cancels=[asked], api_name="reset")
-        look.click(looked, [talk, language], [looks, below], concurrency_limit=1, api_name="look")
+        look.click(look_there, [talk, language], [looks, below], concurrency_limit=1,
+                   api_name="look")
         refresh.click(lambda: gr.update(choices=models.names()), None, model,
                       api_visibility="private")
         language.change(labels, language, labelled, api_visibility="private")

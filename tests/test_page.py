@@ -354,6 +354,8 @@ def test_in_a_real_browser(server, browser, world):
         go_on.set()
     until(lambda: last_answer() == full, "the first answer")
     assert browser.find_elements("css selector", "#chat .user img"), "the picture is in the chat"
+    until(lambda: browser.execute_script(
+        "return [...document.images].every(image => image.naturalWidth)"), "it can be seen")
 
     say("And now?")
     until(lambda: last_answer() == full + " / And now?", "the second turn remembers the first")
