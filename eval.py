@@ -20,6 +20,7 @@ from evaluation.conversation import Conversation
 from evaluation.loading import load
 from evaluation.metrics import METRICS
 from evaluation.terminal import chat, say
+from model.checkpoint import find_model
 from model.device import is_out_of_memory
 
 
@@ -48,7 +49,8 @@ def read_flags(arguments=None) -> argparse.Namespace:
     add("--limit", type=int, help="score the first so many samples only")
     add("--batch_size", type=int, default=64, help="questions answered at once (%(default)s)")
     add("--report", metavar="DIR", help="with --data: write scores.json and answers.jsonl here, "
-        "not to out/scores/DATA; also score the model before each stage, and draw two PNG files")
+        "not to out/scores/MODEL-DATA-HASH; also score the model before each stage, and draw two "
+        "PNG files. Scores of another model or data that lie there are moved to DIR/earlier_N")
     add("--max_new_tokens", type=int, default=256, help="longest answer (%(default)s)")
     add("--temperature", type=float, default=0.0, help="0: always the likeliest token")
     add("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all")
@@ -80,11 +82,14 @@ def read_flags(arguments=None) -> argparse.Namespace:
 def main(arguments=None) -> None:
     flags = read_flags(arguments)
     try:
-        model, template, processor = load(flags, flags.model)
+        name = flags.model
+        if flags.data and name != "none":  # a training may save a newer one while this one answers
+            name = find_model(name)
+        model, template, processor = load(flags, name)
         if flags.data:
             from evaluation.run import evaluate  # here: a chat needs no plotting library
 
-            evaluate(flags, load, model, template, processor)
+            evaluate(flags, load, name, model, template, processor)
             return
         names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
         sampling = {name: getattr(flags, name) for name in names}

@@ -5,11 +5,50 @@
 
 The first line says who is asked what: the model's files, the questions, the settings. If any of it
 is not as it was, the old answers count no more: the file is renamed to *.old and it is said why.
+
+Two processes must not write into one journal: locked(directory) holds a lock for the time of a run,
+and each batch is written only below the first line that this run began with.
 """
 
 import json
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def locked(directory):
+    """For the time of the block no other process gets this lock. ValueError when another has it.
+
+    The operating system holds the lock for the open file DIRECTORY/lock: it ends with the process,
+    however that ends. The file stays, because a deleted one could be locked twice.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "lock", "ab") as file:
+        try:
+            lock(file)
+        except (BlockingIOError, PermissionError):  # what POSIX and Windows say when it is taken
+            raise ValueError(
+                f"{directory} is in use: another process is scoring there now. Wait until it has "
+                "ended, or give --report DIR, another directory for each of the two.") from None
+        except OSError as error:  # some network disks know no locks
+            print(f"{directory} cannot be locked ({error}): see to it yourself that nobody else "
+                  "scores there at the same time", file=sys.stderr)
+        yield
+
+
+def lock(file) -> None:
+    """Lock an open file or raise OSError at once; closing it unlocks it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        return
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class Journal:
@@ -31,9 +70,9 @@ class Journal:
                 self.file.replace(old)
                 print(f"{self.file} holds answers to something else: {'; '.join(changed)}. It is "
                       f"{old.name} now, and every question is asked anew.", file=sys.stderr)
-            self.file.write_text(json.dumps({"about": about}, ensure_ascii=False) + "\n",
-                                 encoding="utf-8")
-            return
+            lines = [json.dumps({"about": about}, ensure_ascii=False).encode(), b""]
+            self.file.write_bytes(b"\n".join(lines))
+        self.header = lines[0]
         self._read(lines[1:])
 
     def _read(self, lines: list[bytes]) -> None:
@@ -56,12 +95,19 @@ class Journal:
                   "again", file=sys.stderr)
 
     def add(self, answers: dict[int, str], skipped: dict[int, str]) -> None:
-        self.known.update(answers)
-        self.skipped.update(skipped)
+        """ValueError when the file is no longer the one that this run began or went on with."""
         lines = [{"number": i, "answer": answer} for i, answer in answers.items()]
         lines += [{"number": i, "skipped": reason} for i, reason in skipped.items()]
-        with open(self.file, "ab") as file:  # one write, closed at once: a kill tears one line
+        with open(self.file, "a+b") as file:  # one write, closed at once: a kill tears one line
+            file.seek(0)
+            if file.readline() != self.header + b"\n":
+                raise ValueError(
+                    f"{self.file} was replaced while this scoring ran: its first line no longer "
+                    "says who is asked what here, so no answer was added. Give the same command "
+                    "again when nobody else writes there, or give another --report DIR.")
             file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+        self.known.update(answers)
+        self.skipped.update(skipped)
 
     def has(self, i: int) -> bool:
         return i in self.known or i in self.skipped

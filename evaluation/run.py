@@ -6,7 +6,8 @@
                                projector                                    -> PNG files
 
 Answers are on disk as soon as a batch is done (OUT/journal, see journal.py): the same command goes
-on where it was killed, and asks nothing twice.
+on where it was killed, and asks nothing twice. OUT is --report DIR, or out/scores/NAME, a NAME for
+each model and data (result_name). Only one process at a time scores into one OUT.
 """
 
 import hashlib
@@ -22,24 +23,29 @@ from dataset.benchmarks import open_benchmark
 from dataset.formats import data_hash
 from dataset.mixture import open_mixture, split_source
 from dataset.questions import read_questions
-from evaluation.journal import Journal
+from evaluation.journal import Journal, changes, locked
 from evaluation.metrics import measure
 from evaluation.report import contact_sheet, loss_curve, write_scores
 from evaluation.score import answer_all, share, table, with_wrong_picture, without_picture
 from evaluation.verdict import TITLES, UNITS, WORDS, judged, told, write_answers
-from model.checkpoint import find_base, find_model, read_run
+from model.checkpoint import STEP, find_base, find_model, read_run
 from model.manifest import sha256
 from model.projector import Projector
 from model.weights import file_hashes
-from training.setup import matching
+from training.setup import free_name, matching
 
 LISTED = 5  # unusable samples named on the screen; scores.json counts them all
 CHECKPOINT_FILES = ("model.safetensors", "config.json", "tokenizer.json",
                     "preprocessor_config.json")
+# What lies in OUT beside the journal; scores.json says whose they are, so it is moved last.
+RESULTS = ("answers.jsonl", "contact_sheet.png", "loss.png", "scores.json")
+NAME_BYTES = 60  # of a model and of a file in result_name: some file systems take 143 in all
 
 
-def evaluate(flags, load, model, template, processor) -> None:
-    """load: eval.py's own function, to load the model of stage one in the same way."""
+def evaluate(flags, load, checkpoint, model, template, processor) -> None:
+    """checkpoint: the directory that the model was loaded from, or "none" for --language alone.
+    load: eval.py's own function, to load the model of stage one in the same way.
+    """
     metric, data = open_questions(flags)
     questions, bad = read_questions(data, flags.limit)
     name = " ".join(flags.data)
@@ -48,8 +54,11 @@ def evaluate(flags, load, model, template, processor) -> None:
                          + (f"; the first problem is {bad[0]}" if bad else ""))
     tell_bad(bad)
     check_truths(metric, questions)
-    out = Path(flags.report or Path("out") / "scores" / result_name(flags.data))
     asked = about_questions(flags, metric, questions, template, model)
+    this = model_files(flags, checkpoint)
+    scored = {"name": result_name(flags, checkpoint), "model": model_name(flags, checkpoint),
+              "data": name, "asked": {**this, **asked}}
+    out = Path(flags.report or Path("out") / "scores" / scored["name"])
     answers, rows, skipped = {}, {}, {"data": len(bad)}
 
     def ask(condition: str, model, questions, who: dict) -> None:
@@ -64,28 +73,31 @@ def evaluate(flags, load, model, template, processor) -> None:
             answers[condition] = [replace(a, score=float(row[0]))
                                   for a, row in zip(answered, rows[condition])]
 
-    runs = runs_of(flags.model) if flags.report else []
-    if len(runs) == 2:
-        earlier, _, _ = load(flags, str(runs[0]))
-        who = model_files(flags, runs[0])
-        ask("pretrain", earlier, questions, who)
-        earlier.projector = untrained_projector(earlier)
-        ask("before", earlier, questions, {**who, "projector": "noise"})
-    this = model_files(flags, flags.model if flags.model == "none" else find_model(flags.model))
-    ask("sft", model, questions, this)
-    if "sft" not in answers:
-        raise ValueError(f"--data {name}: none of the {len(questions)} questions could be asked")
-    if any(q.images for q in questions):
-        ask("no_picture", model, without_picture(questions), this)
-        ask("wrong_picture", model, with_wrong_picture(questions), this)
+    with locked(out / "journal"):
+        make_room(out, scored)
+        runs = runs_of(checkpoint) if flags.report else []
+        if len(runs) == 2:
+            earlier, _, _ = load(flags, str(runs[0]))
+            who = model_files(flags, runs[0])
+            ask("pretrain", earlier, questions, who)
+            earlier.projector = untrained_projector(earlier)
+            ask("before", earlier, questions, {**who, "projector": "noise"})
+        ask("sft", model, questions, this)
+        if "sft" not in answers:
+            raise ValueError(f"--data {name}: none of the {len(questions)} questions could be "
+                             "asked")
+        if any(q.images for q in questions):
+            ask("no_picture", model, without_picture(questions), this)
+            ask("wrong_picture", model, with_wrong_picture(questions), this)
 
-    print(f"\n{TITLES[metric]} {len(answers['sft']):,} questions of {name}\n")
-    print(table(answers["sft"], UNITS.get(metric, "%")))
-    details = {"metric": metric, "questions": {c: len(a) for c, a in answers.items()},
-               "skipped": skipped, **judged(metric, answers, rows)}
-    print("\n" + told(metric, details))
-    write_answers(answers, out / "answers.jsonl")
-    report(flags, out, answers, runs, details)
+        print(f"\n{TITLES[metric]} {len(answers['sft']):,} questions of {name}\n")
+        print(table(answers["sft"], UNITS.get(metric, "%")))
+        details = {"scored": scored, "metric": metric,
+                   "questions": {c: len(a) for c, a in answers.items()},
+                   "skipped": skipped, **judged(metric, answers, rows)}
+        print("\n" + told(metric, details))
+        write_answers(answers, out / "answers.jsonl")
+        report(flags, out, answers, runs, details)
 
 
 def check_truths(metric: str, questions: list) -> None:
@@ -112,10 +124,52 @@ def open_questions(flags) -> tuple[str, object]:
     return metric if flags.metric == "auto" else flags.metric, data
 
 
-def result_name(data: list[str]) -> str:
-    """A directory's name for what the data is called."""
-    name = Path(data[0]).stem + ("-and-more" if len(data) > 1 else "")
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+# ---------------------------------------------------------------- where the scores lie
+
+
+def result_name(flags, checkpoint) -> str:
+    """MODEL-DATA-HASH, a directory's name: the same for the same model and data, whatever else is
+    asked. The hash is of where both lie, for there may be a second data.jsonl elsewhere."""
+    files = [file for given in flags.data for file in matching(given)]
+    model = find_base(model_name(flags, checkpoint)) if checkpoint == "none" else Path(checkpoint)
+    emoji = flags.data == ["emoji"]
+    places = [model.resolve(), *("emoji" if emoji else Path(file).resolve() for file in files)]
+    shown = "-".join(model.resolve().parts[-2:] if STEP.fullmatch(model.resolve().name)
+                     else [Path(model_name(flags, checkpoint)).resolve().name])
+    names = [shown, Path(files[0]).name + ("-and-more" if len(files) > 1 else "")]
+    names = ["".join(c if c.isalnum() or c in "-_." else "_" for c in name) for name in names]
+    names = [name.encode()[:NAME_BYTES].decode(errors="ignore") for name in names]
+    digest = hashlib.sha256(json.dumps(list(map(str, places))).encode()).hexdigest()
+    return "-".join([*names, digest[:8]])
+
+
+def model_name(flags, checkpoint) -> str:
+    return str(checkpoint if checkpoint != "none" else flags.language or "dataset/emoji/language")
+
+
+def make_room(out: Path, scored: dict) -> None:
+    """Scores of another model or of other data that lie in OUT are moved to OUT/earlier_N: nobody's
+    scores are overwritten, nor mixed with these. Those of the same two, by their places, will be
+    replaced; if one of them was made anew, or a setting is another one, it is said."""
+    file = out / "scores.json"
+    if not file.is_file():
+        return
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))["details"]["scored"]
+        name, changed = found["name"], changes(found["asked"], scored["asked"])
+        whose = f"{found['model']} on {found['data']}"
+    except (ValueError, KeyError, TypeError, AttributeError):  # of an older eval.py, or torn
+        name, changed, whose = None, [], "a model that it does not name"
+    if name != scored["name"]:
+        aside = free_name(out, "earlier")
+        aside.mkdir()
+        for each in RESULTS:
+            if (out / each).exists():
+                (out / each).rename(aside / each)
+        print(f"{file} held scores of {whose}. They were moved to {aside}.", file=sys.stderr)
+    elif changed:
+        print(f"{file} holds scores of {whose} as they were before: {'; '.join(changed)}. They "
+              "are replaced when this scoring has ended.", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- who is asked what
@@ -140,7 +194,7 @@ def about_questions(flags, metric: str, questions: list, template, model) -> dic
 def model_files(flags, checkpoint) -> dict:
     """{"model": {file: sha256}}; checkpoint: a directory, or "none" for --language alone."""
     if checkpoint == "none":
-        return {"model": file_hashes(find_base(flags.language or "dataset/emoji/language"))}
+        return {"model": file_hashes(find_base(model_name(flags, checkpoint)))}
     return {"model": {name: sha256(Path(checkpoint) / name) for name in CHECKPOINT_FILES
                       if (Path(checkpoint) / name).is_file()}}
 
@@ -150,11 +204,11 @@ def cuts(metric: str) -> bool:
     return metric in ("exact", "vqa")
 
 
-def runs_of(model: str | None) -> list[Path]:
+def runs_of(checkpoint) -> list[Path]:
     """The checkpoint, and in front of it the one that its training started from, if it is there."""
-    if model == "none":
+    if checkpoint == "none":
         return []
-    checkpoint = find_model(model)
+    checkpoint = Path(checkpoint)
     run = read_run(checkpoint)
     if run["stage"] == "pretrain" or run["settings"]["model"] == "none":
         return [checkpoint]

@@ -47,7 +47,7 @@ def test_a_file_is_scored(world, monkeypatch, capsys, tmp_path):
                  "--limit", "5")
     assert "exact answers to 5 questions" in out
     assert out.partition("\n\n")[2].splitlines()[1].split()[-1] == "5"
-    written = tmp_path / "out" / "scores" / "data"
+    written, = (tmp_path / "out" / "scores").glob("sft-step_000006-data.jsonl-*")
     assert sorted(path.name for path in written.iterdir()) == [
         "answers.jsonl", "journal", "scores.json"]  # and no picture
     first = answers(written)[1]

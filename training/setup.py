@@ -7,6 +7,7 @@
 
 import glob
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -273,8 +274,8 @@ def prepare_out(settings, ranks, checkpoint: Path | None, optimizer, about_data:
 
 
 def free_name(out: Path, name: str) -> Path:
-    number = 1 + len(list(out.glob(f"{name}_*")))
-    return out / f"{name}_{number}"
+    """OUT/NAME_1, or with the first number that is free: one in between may have been deleted."""
+    return next(path for number in count(1) if not (path := out / f"{name}_{number}").exists())
 
 
 def progress_of(saved: dict, run: dict) -> Progress:
