@@ -20,8 +20,8 @@ from evaluation.conversation import Conversation
 from evaluation.loading import load
 from evaluation.metrics import METRICS
 from evaluation.terminal import chat, say
-from model.checkpoint import find_model
-from model.device import is_out_of_memory
+from model.pretrained.checkpoint import find_model
+from training.device import is_out_of_memory
 
 
 def read_flags(arguments=None) -> argparse.Namespace:
@@ -60,7 +60,7 @@ def read_flags(arguments=None) -> argparse.Namespace:
     add("--dtype", choices=("fp32", "bf16"), help="default: bf16 where the GPU or the processor "
         "multiplies it natively, else fp32; --stats tells which and why")
     add("--quantize", choices=("int8", "int4"), help="the language model's weights in so many "
-        "bits: less memory, and on a CPU faster; export.py can save them so")
+        "bits: less memory, and on a CPU faster; extras/export can save them so")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
     add("--stats", action="store_true", help="tell the speed after each answer, on stderr")
     flags = parser.parse_args(arguments)
@@ -101,7 +101,7 @@ def main(arguments=None) -> None:
         else:
             say(conversation, flags.prompt, flags.stats)
             if flags.attention:
-                from evaluation.looks import save_looks  # here: a chat draws nothing
+                from extras.attention import save_looks  # here: a chat draws nothing
 
                 save_looks(conversation, flags.attention)
     except (OSError, ValueError, KeyError) as error:  # each says what is wrong and what to do

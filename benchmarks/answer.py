@@ -5,7 +5,7 @@
     python -m benchmarks.answer --model dinov2 --only starts          SmolLM2-135M + DINOv2-S
 
     random weights in the published shapes -> one step of train_pretrain.py -> a checkpoint
-    checkpoint -> export.py -> a LLaVA for transformers; GGUF for llama.cpp -> the same weights
+    checkpoint -> extras/export -> a LLaVA for transformers; GGUF for llama.cpp -> the same weights
     each side in a process of its own, all asked in turn, round after round -> a Markdown table
 
 The question is one picture (196 tokens; DINOv2's 256) and 32 tokens of text, and 64 tokens are
@@ -42,8 +42,8 @@ import torch
 from PIL import Image
 
 from dataset.chat import IMAGE, Message
+from extras.preset_list import LANGUAGE, ROOT, VISION
 from training.precision import NUMBERS
-from training.preset_list import LANGUAGE, ROOT, VISION
 
 SMOLLM2, SIGLIP = "HuggingFaceTB/SmolLM2-135M-Instruct", "google/siglip-base-patch16-224"
 MODELS = {"smollm2": (SMOLLM2, SIGLIP), "qwen": ("Qwen/Qwen2.5-0.5B", SIGLIP),
@@ -65,8 +65,8 @@ def write_public(name: str, place: Path) -> None:
     words a prompt holds costs nothing, how many it holds does."""
     from model.config import LanguageConfig, VisionConfig
     from model.language import LanguageModel
+    from model.pretrained.hub import save_language, save_vision
     from model.vision import VisionTransformer
-    from model.weights import save_language, save_vision
 
     torch.manual_seed(0)
     language, vision = MODELS[name]
@@ -93,7 +93,7 @@ def write_public(name: str, place: Path) -> None:
 
 def make_all(name: str, place: Path) -> None:
     """place/run, place/llava, place/bf16 and place/q8_0, through this project's own commands."""
-    import export
+    import extras.export.__main__ as export
     import train_pretrain
 
     write_public(name, place)
@@ -197,7 +197,7 @@ def transformers(place: Path, numbers: str, device: str):
 def template_of(place: Path):
     from dataset.chat import ChatTemplate
     from dataset.tokenizer import Tokenizer
-    from model.checkpoint import find_model, read_config
+    from model.pretrained.checkpoint import find_model, read_config
 
     checkpoint = find_model(str(place / "run"))
     config = read_config(checkpoint)

@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from dataset.images import ImageProcessor
-from model.weights import load_vision, save_vision
+from model.pretrained.hub import load_vision, save_vision
 from training.optim import schedule, set_learning_rate
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -29,9 +29,9 @@ from PIL import Image
 from dataset.chat import ChatTemplate
 from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
+from extras.memory import as_trained, planned, standing
+from extras.preset_list import ROOT, VISION, empty_model, facts, image_tokens
 from training import run
-from training.memory import as_trained, planned, standing
-from training.preset_list import ROOT, VISION, empty_model, facts, image_tokens
 from training.preset_table import PRESETS
 from training.setup import Parts
 

@@ -35,8 +35,8 @@ import torch
 from PIL import Image
 
 from dataset.images import ImageProcessor, load_image
+from extras.preset_list import VISION, empty_model, facts, image_tokens
 from training.optim import choose_trained
-from training.preset_list import VISION, empty_model, facts, image_tokens
 from training.preset_table import PRESETS
 
 TEXT, ANSWER = 64, 32  # tokens of question, answer and template; those that are supervised

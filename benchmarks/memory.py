@@ -17,9 +17,9 @@ import torch._dynamo  # noqa: F401, every optimizer imports it: it belongs to wh
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset.batching import Batch  # noqa: E402, found through the line above
+from extras.memory import as_trained, planned, predict, table  # noqa: E402
 from training.distributed import start_ranks  # noqa: E402
 from training.loop import backward  # noqa: E402
-from training.memory import as_trained, planned, predict, table  # noqa: E402
 from training.optim import make_optimizer  # noqa: E402
 
 

@@ -28,9 +28,10 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from dataset.batching import Batch
-from dataset.features import FeatureFiles
+from extras.export.transformers import llava
+from extras.fast.feature_files import FeatureFiles
+from extras.preset_list import LANGUAGE, ROOT, VISION
 from model.config import LanguageConfig, VisionConfig, VLMConfig
-from model.export_transformers import llava
 from model.language import LanguageModel
 from model.projector import Projector
 from model.vision import VisionTransformer
@@ -38,7 +39,6 @@ from model.vlm import VLM
 from training.loop import backward
 from training.optim import choose_trained, make_optimizer
 from training.precision import NUMBERS, store_weights
-from training.preset_list import LANGUAGE, ROOT, VISION
 
 SMOLLM2, QWEN = (LANGUAGE[name] for name in ("HuggingFaceTB/SmolLM2-135M-Instruct",
                                              "Qwen/Qwen2.5-0.5B"))

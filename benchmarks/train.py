@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.sides import QWEN, SIGLIP, SMOLLM2, Work, race
 from training.precision import choose_dtype
-from training.record import processor_name
+from training.run_metadata import processor_name
 
 ANSWER = 32
 WORKS = {

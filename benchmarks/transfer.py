@@ -28,8 +28,8 @@ from benchmarks.easy_vqa import clock, run, train, write_lines
 from dataset.emoji import texts
 from dataset.emoji.world import CHAT_START, SPRITES, TEST_START, picture, scene
 from dataset.images import ImageProcessor
-from model.checkpoint import find_base
-from tools.make_sprites import draw_sheet
+from extras.emoji.make_sprites import draw_sheet
+from model.pretrained.checkpoint import find_base
 
 SIDE = 168  # pixels a side that DINOv2 looks at: 12 x 12 patches, joined to 36 image tokens
 KINDS = tuple(kind for kind in texts.KINDS if kind != "followup")

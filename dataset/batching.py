@@ -42,10 +42,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from dataset.formats import BadSample, Sample
 from dataset.images import load_image
-from dataset.order import blocks_in_window, epoch_order
-from dataset.whereabouts import Whereabouts
+from dataset.readers.formats import BadSample, Sample
+from dataset.readers.order import blocks_in_window, epoch_order
+from dataset.readers.worker_state import Whereabouts
 
 UNSUPERVISED = -100  # what torch's cross entropy ignores
 DEALT = 1 << 14  # rows of a window from which it is dealt out: 6 seconds of rendering

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tokenizers
 
-from dataset.tiktoken import read_tiktoken
+from extras.convert.tiktoken import read_tiktoken
 
 # Small files that stand beside tokenizer.json in a public directory and say how other engines
 # should use it. We do not read them, but a saved model without them would be hard to serve.

@@ -1,6 +1,6 @@
 """A name -> what answers: a model on its device, its chat template and its image processor.
 
-    --model DIR, or the newest run -> load -> (model, template, processor)      (eval.py, web.py)
+    --model DIR, or the newest run -> load -> (model, template, processor)
 """
 
 import sys
@@ -10,13 +10,19 @@ import torch
 from dataset.chat import DEFAULT_SYSTEM, ChatTemplate
 from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
-from model.checkpoint import base_directory, find_base, find_model, load_checkpoint, read_config
-from model.device import check_dtype, choose_device, prepare_device
+from extras.fast.fused import join
+from extras.fast.quantize import compute_in, is_quantized, quantize
 from model.generate import decoder_of
-from model.joined import join
 from model.language import LanguageModel
 from model.lora import merge_lora
-from model.quantize import compute_in, is_quantized, quantize
+from model.pretrained.checkpoint import (
+    base_directory,
+    find_base,
+    find_model,
+    load_checkpoint,
+    read_config,
+)
+from training.device import check_dtype, choose_device, prepare_device
 from training.precision import NUMBERS, choose_dtype
 
 

@@ -19,19 +19,19 @@ from pathlib import Path
 
 import torch
 
-from dataset.benchmarks import open_benchmark
-from dataset.formats import data_hash
-from dataset.mixture import open_mixture, split_source
-from dataset.questions import read_questions
-from evaluation.journal import Journal, changes, locked
+from dataset.readers.formats import data_hash
+from dataset.readers.mixture import open_mixture, split_source
+from evaluation.benchmarks import open_benchmark
+from evaluation.eval_samples import read_questions
 from evaluation.metrics import measure
 from evaluation.report import contact_sheet, loss_curve, write_scores
+from evaluation.results_cache import Journal, changes, locked
 from evaluation.score import answer_all, share, table, with_wrong_picture, without_picture
-from evaluation.verdict import TITLES, UNITS, WORDS, judged, told, write_answers
-from model.checkpoint import STEP, find_base, find_model, read_run
-from model.manifest import sha256
+from evaluation.summary import TITLES, UNITS, WORDS, judged, told, write_answers
+from model.pretrained.checkpoint import STEP, find_base, find_model, read_run
+from model.pretrained.hub import file_hashes
+from model.pretrained.manifest import sha256
 from model.projector import Projector
-from model.weights import file_hashes
 from training.setup import free_name, matching
 
 LISTED = 5  # unusable samples named on the screen; scores.json counts them all

@@ -13,8 +13,8 @@ import torch
 
 from dataset.chat import IMAGE, Message
 from dataset.images import load_image
-from dataset.questions import Question, questions_of, read_questions
-from dataset.records import BadSample
+from dataset.sample import BadSample
+from evaluation.eval_samples import Question, questions_of, read_questions
 from evaluation.metrics import is_exact
 from model.generate import decoder_of, generate_batch
 

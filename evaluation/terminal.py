@@ -20,8 +20,8 @@ import sys
 from pathlib import Path
 
 from dataset.images import load_image
-from evaluation.blocks import draw
 from evaluation.conversation import Conversation
+from evaluation.terminal_image import draw
 
 HELP = """\
 /image PATH [PATH ...]   show pictures with the next thing you say
@@ -206,7 +206,7 @@ def show_scene(conversation: Conversation, number: int) -> str:
 
 
 def save(conversation: Conversation, file: Path) -> str:
-    """FILE.json with one sample, as dataset/formats.py reads it, and FILE_1.png, ... beside it:
+    """FILE.json with one sample, as the readers of dataset/ take it, and FILE_1.png, ... beside it:
     names in data cannot leave their folder, so the pictures are copied. Nothing is overwritten.
     """
     turns = conversation.transcript()

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from extras.fast.one_row import Linear, product
 from model.config import LanguageConfig
-from model.linear import Linear, product
 from model.numbers import noise, product_dtype
 
 
@@ -189,7 +189,7 @@ class LanguageModel(nn.Module):
 
         dtype None: the numbers as they are in the file.
         """
-        from model.weights import load_language  # here, because weights.py knows this class
+        from model.pretrained.hub import load_language  # here, because weights.py knows this class
 
         return load_language(name, dtype)
 

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.layouts import LAYOUTS
-from model.linear import Linear
+from extras.fast.one_row import Linear
 from model.numbers import product_dtype
+from model.pretrained.weight_names import LAYOUTS
 
 
 class LoRALinear(nn.Module):

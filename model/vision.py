@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from extras.fast.one_row import Linear
 from model.config import VisionConfig
-from model.linear import Linear
 from model.numbers import noise
 
 
@@ -113,7 +113,7 @@ class VisionTransformer(nn.Module):
 
         dtype None: the numbers as they are in the file.
         """
-        from model.weights import load_vision  # here, because weights.py knows this class
+        from model.pretrained.hub import load_vision  # here, because weights.py knows this class
 
         return load_vision(name, dtype, feature_layer, features)
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from model.config import VLMConfig
-from model.head_loss import head_loss
 from model.language import LanguageModel
 from model.lora import lora_parameters
+from model.loss import head_loss
 from model.projector import Projector
 from model.vision import VisionTransformer
 
@@ -35,7 +35,9 @@ class VLM(nn.Module):
     @classmethod
     def from_pretrained(cls, directory, dtype: torch.dtype = torch.float32) -> "VLM":
         """Load one of our own checkpoint directories, ready for chat."""
-        from model.checkpoint import load_checkpoint  # here, because checkpoint.py knows VLM
+        from model.pretrained.checkpoint import (
+            load_checkpoint,  # here, because checkpoint.py knows VLM
+        )
 
         return load_checkpoint(directory, dtype)
 

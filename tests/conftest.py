@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 import torch
 
-from dataset.tiktoken import PIECES, SPECIAL_TOKENS
+from extras.convert.tiktoken import PIECES, SPECIAL_TOKENS
 
 # The suite is about processors, several processes and numbers to the last bit. What a GPU does is
 # checked by tests/test_cuda.py, when it is asked for by name; everything else finds none. (Of

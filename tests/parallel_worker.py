@@ -19,12 +19,7 @@ from torch.distributed.tensor import DTensor
 
 import training.loop
 from dataset.batching import Batches
-from model import head_loss
-from tests.ranks_worker import Quiet
-from training.distributed import start_ranks
-from training.loop import Progress, backward
-from training.optim import choose_trained, make_optimizer
-from training.parallel import (
+from extras.fsdp import (
     clip_gradients,
     make_mesh,
     spread,
@@ -32,6 +27,11 @@ from training.parallel import (
     to_compute,
     whole,
 )
+from model import loss as head_loss
+from tests.ranks_worker import Quiet
+from training.distributed import start_ranks
+from training.loop import Progress, backward
+from training.optim import choose_trained, make_optimizer
 from training.precision import store_weights
 from training.presets import read_flags, resolve
 from training.setup import assemble, open_training_data

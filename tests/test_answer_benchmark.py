@@ -8,7 +8,7 @@ import pytest
 from benchmarks.answer import NEW, ROWS, TEXT, question, ratios, table
 from dataset.chat import ChatTemplate
 from dataset.tokenizer import Tokenizer
-from training.preset_list import ROOT
+from extras.preset_list import ROOT
 
 
 def rounds(first: float, step: float) -> list[list[float]]:

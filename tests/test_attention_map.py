@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 
-from model.attention_map import attention_weights, each_layer, look
+from extras.attention_map import attention_weights, each_layer, look
 from model.language import LanguageModel, rope_table
 from tests.families import tiny_vlm
 

@@ -18,11 +18,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import make_pair
 
-from dataset.formats import BadSample, open_data
 from dataset.images import ImageProcessor, load_image
+from dataset.readers.formats import BadSample, open_data
 from dataset.tokenizer import Tokenizer
-from model.torch_file import load_plain
-from model.weights import load_language, load_vision
+from extras.convert.pickle_loader import load_plain
+from model.pretrained.hub import load_language, load_vision
 
 TOLD = (ValueError, FileNotFoundError)  # what the commands catch and print
 

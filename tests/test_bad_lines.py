@@ -15,9 +15,9 @@ from PIL import Image
 
 from dataset.batching import Batches
 from dataset.chat import ChatTemplate
-from dataset.formats import BadSample, MissingPicture, open_data
 from dataset.images import load_image
-from dataset.records import TURNS
+from dataset.readers.formats import BadSample, MissingPicture, open_data
+from dataset.sample import TURNS
 from dataset.tokenizer import Tokenizer
 
 BOM = b"\xef\xbb\xbf"

@@ -14,8 +14,8 @@ from PIL import Image
 
 from dataset.batching import Batches
 from dataset.chat import ChatTemplate
-from dataset.formats import open_data
 from dataset.images import MOST_PIXELS, ImageProcessor, load_image
+from dataset.readers.formats import open_data
 from dataset.tokenizer import Tokenizer
 
 RED, BLUE, WHITE, BLACK = (255, 0, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)

@@ -15,8 +15,8 @@ from PIL import Image
 from dataset import batching
 from dataset.batching import Batches, Order, Row, collate
 from dataset.chat import ChatTemplate, Message
-from dataset.formats import BadSample, Sample, open_data
 from dataset.images import ImageProcessor
+from dataset.readers.formats import BadSample, Sample, open_data
 from dataset.tokenizer import Tokenizer
 
 PROCESSOR = ImageProcessor("SiglipImageProcessor", (8, 8), None, 3, 1 / 255, (0.5,) * 3, (0.5,) * 3)

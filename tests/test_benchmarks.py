@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dataset.benchmark_records import options_in
-from dataset.benchmarks import SUFFIXES, Joined, open_benchmark
 from dataset.images import load_image
-from dataset.questions import read_questions
-from dataset.records import BadSample, MissingPicture
+from dataset.sample import BadSample, MissingPicture
+from evaluation.benchmark_records import options_in
+from evaluation.benchmarks import SUFFIXES, Joined, open_benchmark
+from evaluation.eval_samples import read_questions
 from tests.published_data import jpeg, save_pictures, write_json
 from tests.tiny import COLOURS, make_data
 

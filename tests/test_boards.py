@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import train_pretrain
+from extras import trackers as boards
 from tests.test_held_out import evaluations
 from tests.test_resume import Killed, die_in_step
 from tests.tiny import make_world, metrics
-from training import boards
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ import pytest
 from conftest import ROOT, needed, shared_dir
 from PIL import Image
 
-from dataset import check
 from dataset.batching import Batches
 from dataset.chat import ChatTemplate
-from dataset.formats import open_data
 from dataset.images import ImageProcessor
+from dataset.readers.formats import open_data
 from dataset.tokenizer import Tokenizer
+from extras import check_data as check
 
 K = 4
 PROCESSOR = ImageProcessor("SiglipImageProcessor", (8, 8), None, 3, 1 / 255, (0.5,) * 3, (0.5,) * 3)
@@ -140,7 +140,7 @@ def test_parquet_in_giant_groups_is_told_to_be_slow(folder, tiny_tokenizer_dir, 
     assert check.main(flags) == 0 and "slow" not in capsys.readouterr().out
     monkeypatch.setattr(check, "SLOW", 10)
     assert check.main(flags) == 0
-    assert f"python -m dataset.parquet {path} {folder / 'd.small.parquet'}" in (
+    assert f"python -m dataset.readers.parquet {path} {folder / 'd.small.parquet'}" in (
         capsys.readouterr().out)
 
 
@@ -210,8 +210,8 @@ def test_tokenizer_by_name_and_template_by_family(run, tiny_tokenizer_dir, monke
 
 def test_the_command_itself_on_its_default_tokenizer(folder):
     (folder / "d.jsonl").write_text(json.dumps(row("图片里有什么？", "一只猫", "a.png")), "utf-8")
-    done = subprocess.run([sys.executable, "-m", "dataset.check", folder / "d.jsonl", "--images",
-                           folder], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "extras.check_data", folder / "d.jsonl",
+                           "--images", folder], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "16 for each picture" in done.stdout, done.stderr
 
 

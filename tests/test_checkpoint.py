@@ -12,7 +12,8 @@ import train_sft
 import training.run
 from dataset.chat import Message
 from dataset.tokenizer import Tokenizer
-from model.checkpoint import (
+from model.lora import merge_lora
+from model.pretrained.checkpoint import (
     checkpoints,
     find_model,
     load_checkpoint,
@@ -20,7 +21,6 @@ from model.checkpoint import (
     read_config,
     save_checkpoint,
 )
-from model.lora import merge_lora
 from model.vlm import VLM
 from tests.tiny import make_world
 from training.presets import read_flags, resolve
@@ -201,7 +201,7 @@ def test_a_worker_that_dies_while_a_checkpoint_is_saved_is_not_taken_for_a_full_
     def die(*args):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
 
-    monkeypatch.setattr("model.checkpoint.write_files", die)
+    monkeypatch.setattr("model.pretrained.checkpoint.write_files", die)
     with pytest.raises(RuntimeError, match="^DataLoader worker"):
         save_checkpoint(tmp_path, 1, {}, {}, {})
     assert not list(tmp_path.iterdir())

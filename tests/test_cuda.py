@@ -13,14 +13,15 @@ import train_pretrain
 import train_sft
 from benchmarks.memory import longest_batch, random_model
 from dataset.batching import Row, collate
-from dataset.records import Sample
-from model.attention_map import look
-from model.checkpoint import newest_checkpoint
+from dataset.sample import Sample
+from extras.attention_map import look
+from extras.fast.fused import join
+from extras.fast.quantize import BITS, quantize
+from extras.memory import planned, predict
 from model.config import LanguageConfig
 from model.generate import Past, generate, generate_batch
-from model.joined import join
 from model.language import Attention, LanguageModel
-from model.quantize import BITS, quantize
+from model.pretrained.checkpoint import newest_checkpoint
 from model.step import RecordedStep
 from model.vlm import VLM
 from tests.test_checkpointing import batch, trained
@@ -30,7 +31,6 @@ from tests.test_generate import vlm as vlm  # noqa: PLC0414
 from tests.tiny import ROOT, curve, make_world, metrics, torchrun
 from training.distributed import start_ranks
 from training.loop import backward
-from training.memory import planned, predict
 from training.optim import make_optimizer
 from training.precision import NUMBERS, autocast, choose_dtype, store_weights
 

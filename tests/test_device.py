@@ -12,17 +12,17 @@ import eval as script
 import train_pretrain
 import train_sft
 from evaluation.loading import chat_dtype, lighten
+from extras.fast.quantize import is_quantized
 from model.config import LanguageConfig
-from model.device import (
+from model.language import LanguageModel, kernel_shares_heads
+from tests.tiny import ROOT, make_world
+from training.device import (
     KERNEL_CACHES,
     check_dtype,
     choose_device,
     is_out_of_memory,
     prepare_device,
 )
-from model.language import LanguageModel, kernel_shares_heads
-from model.quantize import is_quantized
-from tests.tiny import ROOT, make_world
 from training.precision import choose_dtype
 
 
@@ -224,7 +224,7 @@ import os, resource, sys, torch, torch.nn.functional as F
 for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.pop(name, None)
 if sys.argv[1] == "bounded":
-    from model.device import prepare_device
+    from training.device import prepare_device
     prepare_device(torch.device("cpu"))
 w = torch.randn(256, 256).bfloat16()
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model.checkpoint import newest_checkpoint
+from model.pretrained.checkpoint import newest_checkpoint
 from tests.ranks_worker import TRAINED, gradients
 from tests.tiny import ROOT, make_world, metrics, torchrun
 from training.distributed import own_gpu, start_ranks

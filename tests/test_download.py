@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import huggingface_hub
 import pytest
 
-from dataset import download
+from extras import download
 from tests.tiny import ROOT, environment
 from training.preset_table import Download
 from training.presets import PRESETS
@@ -276,7 +276,7 @@ def test_every_preset_can_be_named_without_a_hub(name):
 
 def test_the_command_itself_ends_with_1_and_the_message():
     told = subprocess.run(
-        [sys.executable, "-m", "dataset.download", "minimind-3v", "--part", "data"], cwd=ROOT,
+        [sys.executable, "-m", "extras.download", "minimind-3v", "--part", "data"], cwd=ROOT,
         env={**environment(), "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
     assert told.returncode == 1 and "Traceback" not in told.stderr
     assert "offline mode is enabled" in told.stderr

@@ -9,10 +9,10 @@ from dataset.emoji import texts, world
 from dataset.emoji.world import scene
 from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
+from extras.emoji.train_language import CLEAR, HAZE, Haze, exam, first_weights
 from model.generate import generate_batch
 from model.language import LanguageModel
 from model.vision import VisionTransformer
-from tools.train_language import CLEAR, HAZE, Haze, exam, first_weights
 
 EMOJI = Path(world.__file__).parent
 LANGUAGE, VISION = EMOJI / "language", EMOJI / "vision"

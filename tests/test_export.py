@@ -1,5 +1,6 @@
-"""Claims: transformers opens what export.py writes as a LLaVA of its own, without a missing or an
-unknown tensor, reads the same ids and pixels from the same conversation, and answers the same."""
+"""Claims: transformers opens what extras/export writes as a LLaVA of its own, without a missing or
+an unknown tensor, reads the same ids and pixels from the same conversation, and answers the
+same."""
 
 import json
 
@@ -9,14 +10,14 @@ import transformers
 from PIL import Image
 from safetensors import safe_open
 
-import export
+import extras.export.__main__ as export
 import train_pretrain
 import train_sft
 from dataset.chat import Message
 from dataset.images import load_image
-from model.checkpoint import find_model
 from model.generate import generate
 from model.lora import merge_lora
+from model.pretrained.checkpoint import find_model
 from tests.families import assert_close, public_language, public_vision
 from tests.tiny import COLOURS, make_data
 

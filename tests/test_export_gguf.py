@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-import export
+import extras.export.__main__ as export
 from dataset.chat import Message
-from model.layouts import half_split
+from model.pretrained.weight_names import half_split
 from tests.test_export import opened, trained
 
 gguf = pytest.importorskip("gguf")  # an extra
-from model.export_gguf import gguf_name, interleaved, tensors_of  # noqa: E402 - needs it
+from extras.export.gguf import gguf_name, interleaved, tensors_of  # noqa: E402 - needs it
 
 SYSTEMS = {  # language, vision, flags
     "qwen2-siglip": ("Qwen2", "Siglip", ["--lora"]),
@@ -55,7 +55,7 @@ def test_every_tensor_of_the_language_model_comes_back(exported, dtype, limit):
 
 
 def export_tables() -> dict:
-    from model import export_gguf
+    from extras.export import gguf as export_gguf
 
     return vars(export_gguf)
 

@@ -10,11 +10,11 @@ import threading
 import huggingface_hub
 import pytest
 
-import export
-from model.checkpoint import find_model
+import extras.export.__main__ as export
+from extras.export.model_card import model_card
+from extras.export.upload import files_to_push
+from model.pretrained.checkpoint import find_model
 from tests.test_export import trained
-from training.hub import files_to_push
-from training.model_card import model_card
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,18 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-import export
+import extras.export.__main__ as export
 import train_sft
-from model.checkpoint import find_model, load_checkpoint, newest_checkpoint, read_config, read_run
+from extras.export.peft import add_peft, peft_adapter
 from model.language import LanguageModel
 from model.lora import add_lora
-from model.peft import add_peft, peft_adapter
+from model.pretrained.checkpoint import (
+    find_model,
+    load_checkpoint,
+    newest_checkpoint,
+    read_config,
+    read_run,
+)
 from tests.families import assert_close, save_qwen
 from tests.test_export import trained
 from tests.tiny import make_data, metrics

@@ -8,15 +8,15 @@ import pytest
 import torch
 import transformers
 
-import export
+import extras.export.__main__ as export
 import train_sft
 from dataset.chat import IMAGE, Message
 from dataset.images import load_image
-from model.checkpoint import find_model, load_checkpoint
+from extras.export.peft import add_peft
 from model.language import LanguageModel
-from model.layouts import half_split
 from model.lora import merge_lora
-from model.peft import add_peft
+from model.pretrained.checkpoint import find_model, load_checkpoint
+from model.pretrained.weight_names import half_split
 from tests import test_systems
 from tests.families import public_vision
 from tests.test_systems import save_language_model, save_vision_tower
@@ -110,7 +110,7 @@ def from_peft(twin, out):
 
 def from_gguf(twin, out):
     pytest.importorskip("gguf")  # an extra; a fault in our own module is no reason to skip
-    from model import export_gguf as gguf
+    from extras.export import gguf
 
     _, model, ids, pixels, _, _ = twin
     found, names = gguf.tensors_of(out / "language.gguf"), gguf.LANGUAGE

@@ -38,8 +38,8 @@ import pytest
 
 import train_pretrain
 import train_sft
-from model.checkpoint import checkpoints, find_model, newest_checkpoint, newest_whole
-from model.manifest import TornError, check_whole
+from model.pretrained.checkpoint import checkpoints, find_model, newest_checkpoint, newest_whole
+from model.pretrained.manifest import TornError, check_whole
 from tests.test_resume import same_weights
 from tests.tiny import curve, make_world, metrics, torchrun
 from training.log import Log
@@ -296,7 +296,7 @@ def test_keep_never_removes_the_last_good_one(whole, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(whole[train_sft], out)
     truncate(out / "step_000008" / "model.safetensors")
-    from model.checkpoint import save_checkpoint
+    from model.pretrained.checkpoint import save_checkpoint
     save_checkpoint(out, 7, {}, {}, {}, keep=1)
     assert [path.name for path in checkpoints(out)] == ["step_000007", "step_000008"]
     assert newest_whole(out).name == "step_000007"

@@ -18,14 +18,14 @@ import dataset.batching
 import train_pretrain
 import train_sft
 from dataset.batching import Picture, Row, collate
-from dataset.features import FeatureFiles
-from dataset.formats import Sample
 from dataset.images import ImageProcessor
-from model.checkpoint import newest_checkpoint
+from dataset.readers.formats import Sample
+from extras.fast.feature_cache import looker
+from extras.fast.feature_files import FeatureFiles
+from model.pretrained.checkpoint import newest_checkpoint
 from tests.test_training import gradients, prepare
 from tests.tiny import COLOURS, make_world, metrics
 from training.distributed import start_ranks
-from training.features import looker
 from training.loop import backward
 
 NUMBERS = ("step", "loss", "grad_norm", "supervised_tokens")

@@ -7,7 +7,7 @@ import pytest
 
 import train_pretrain
 import train_sft
-from model.checkpoint import newest_checkpoint, read_run
+from model.pretrained.checkpoint import newest_checkpoint, read_run
 from tests.tiny import ROOT, make_world, metrics
 from training.presets import PRESETS, read_flags, resolve, settings_of_preset
 

@@ -13,11 +13,11 @@ import pytest
 from conftest import ROOT, needed, shared_dir
 from PIL import Image
 
-from dataset import json_files, parquet
 from dataset.chat import Message
-from dataset.formats import BadSample, MissingPicture, data_hash, open_data
 from dataset.images import load_image
-from dataset.records import PROMPTS
+from dataset.readers import json_files, parquet
+from dataset.readers.formats import BadSample, MissingPicture, data_hash, open_data
+from dataset.sample import PROMPTS
 
 QUESTION, ANSWER = "<image>\nWho is it?", "一只猫 🐈"
 MINIMIND = {"conversations": [{"role": "user", "content": QUESTION},
@@ -468,7 +468,7 @@ def test_an_endless_entry_is_given_up(folder, monkeypatch):
 
 def memory_of(statement: str) -> float:
     """Megabytes that a fresh process's peak grows by."""
-    script = ("import resource; from dataset.formats import open_data\n"
+    script = ("import resource; from dataset.readers.formats import open_data\n"
               "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
               f"before = peak()\n{statement}\nprint(peak() - before)")
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
@@ -540,6 +540,6 @@ def test_parquet_can_be_rewritten_in_small_groups(folder):
     before, after = open_data(path), open_data(folder / "small")
     assert len(after.ends) > 5 and after.largest_group < before.largest_group / 5
     assert [(s.messages, s.images) for s in after] == [(s.messages, s.images) for s in before]
-    usage = subprocess.run([sys.executable, "-m", "dataset.parquet", path, folder / "small"],
-                           cwd=ROOT, capture_output=True, text=True)
+    usage = subprocess.run([sys.executable, "-m", "dataset.readers.parquet", path,
+                            folder / "small"], cwd=ROOT, capture_output=True, text=True)
     assert usage.returncode == 1 and "must not exist yet" in usage.stderr

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import full_size
+from extras.preset_list import LANGUAGE, VISION
 from tests.tiny import ROOT, environment
 from training import run
-from training.preset_list import LANGUAGE, VISION
 from training.preset_table import PRESETS
 
 ROW = re.compile(r"\| `(.+)` \| (\w+) \| ([\d,]+) \| (\d+) x (\d+) \| (\w+) \| (\d+\.\d) \| "

@@ -8,11 +8,11 @@ from families import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import head_loss
+from extras.memory import Alive
+from model import loss as head_loss
 from model.lora import add_lora
 from model.vlm import set_trainable
 from tests.test_checkpointing import batch, learn, trained
-from training.memory import Alive
 
 WORDS = 61
 

@@ -16,16 +16,16 @@ import eval as chat
 import train_pretrain
 import train_sft
 from dataset.batching import Batches
-from dataset.mixture import open_mixture
-from model.checkpoint import newest_checkpoint
+from dataset.readers.mixture import open_mixture
+from model.pretrained.checkpoint import newest_checkpoint
 from tests.test_mixture import said, write
 from tests.test_resume import Killed, die_in_step, same_weights
 from tests.test_training import prepare
 from tests.tiny import ROOT, curve, make_data, make_world, metrics, torchrun
 from training.distributed import start_ranks
-from training.held_out import HeldOut, WrongPictures, open_held_out
 from training.presets import read_flags, resolve
 from training.setup import open_training_data
+from training.validation import HeldOut, WrongPictures, open_held_out
 
 
 @pytest.fixture(scope="module")

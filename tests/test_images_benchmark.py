@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import images
 from dataset.images import load_image
+from extras.preset_list import empty_model
 from training.optim import choose_trained
-from training.preset_list import empty_model
 from training.preset_table import PRESETS
 
 

@@ -10,11 +10,11 @@ from tiny import make_runs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import eval as script
-from model.attention_map import each_layer
-from model.joined import JoinedAttention, JoinedMLP, join
+from extras.attention_map import each_layer
+from extras.fast.fused import JoinedAttention, JoinedMLP, join
+from extras.fast.quantize import BITS, compute_in, quantize
 from model.language import LanguageModel
 from model.lora import add_lora, merge_lora
-from model.quantize import BITS, compute_in, quantize
 from model.step import KVCache
 from tests.test_quantize import tiny_language
 

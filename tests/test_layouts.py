@@ -19,16 +19,12 @@ from families import (
 )
 from safetensors.torch import load_file, save_file
 
+from extras.convert.minimind import minimind_config
+from extras.convert.published_projector import load_projector
 from model.config import LanguageConfig, VisionConfig
 from model.language import LanguageModel
-from model.layouts import LAYOUTS, half_split
 from model.lora import LoRALinear, add_lora, lora_parameters, merge_lora, trainable_state
-from model.minimind import minimind_config
-from model.projector import Projector
-from model.published_projector import load_projector
-from model.step import KVCache
-from model.vision import VisionTransformer
-from model.weights import (
+from model.pretrained.hub import (
     file_hashes,
     load_language,
     public_names,
@@ -37,6 +33,10 @@ from model.weights import (
     save_language,
     weight_files,
 )
+from model.pretrained.weight_names import LAYOUTS, half_split
+from model.projector import Projector
+from model.step import KVCache
+from model.vision import VisionTransformer
 
 IDS = torch.randint(3, 59, (2, 23), generator=torch.Generator().manual_seed(1))
 

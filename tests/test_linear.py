@@ -8,11 +8,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import linear
+from extras.fast import one_row as linear
+from extras.fast.one_row import (
+    OTHER_WAYS,
+    Linear,
+    as_vector,
+    fastest_way,
+    in_parts,
+    is_large_row,
+    product,
+)
 from model.config import LanguageConfig
 from model.generate import generate
 from model.language import LanguageModel
-from model.linear import OTHER_WAYS, Linear, as_vector, fastest_way, in_parts, is_large_row, product
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,9 @@ from PIL import Image
 
 import eval as script
 import train_pretrain
-from evaluation import lettering, looks
 from evaluation.conversation import Conversation
+from extras import attention as looks
+from extras import text_drawing as lettering
 from tests.tiny import make_world
 
 

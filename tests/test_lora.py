@@ -4,7 +4,7 @@ import pytest
 import torch
 from families import assert_close, tiny_vlm
 
-from model.linear import Linear
+from extras.fast.one_row import Linear
 from model.lora import (
     LoRALinear,
     add_lora,
@@ -13,8 +13,8 @@ from model.lora import (
     trainable_state,
     unmerge_lora,
 )
+from model.pretrained.hub import load_language, save_language
 from model.vlm import set_trainable
-from model.weights import load_language, save_language
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

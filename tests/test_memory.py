@@ -10,11 +10,11 @@ import torch
 
 import train_sft
 from benchmarks.memory import longest_batch, random_model
-from model.head_loss import CHUNK
+from extras.memory import Alive, main, planned, predict, standing
+from model.loss import CHUNK
 from tests.tiny import ROOT, environment, make_world
 from training.distributed import start_ranks
 from training.loop import backward
-from training.memory import Alive, main, planned, predict, standing
 from training.optim import make_optimizer
 
 CPU = torch.device("cpu")
@@ -98,7 +98,7 @@ def test_the_command_and_each_run_tell_it(tmp_path, capsys):
                     "--out", str(tmp_path / "out")])
     assert "memory    at most" in capsys.readouterr().out
     for wrong in ([], ["nothing"]):
-        with pytest.raises(SystemExit, match="usage: python -m training.memory PRESET"):
+        with pytest.raises(SystemExit, match="usage: python -m extras.memory PRESET"):
             main(wrong)
 
 

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from dataset.questions import Question
 from evaluation.captions import cider, measure_captions, words
+from evaluation.eval_samples import Question
 from evaluation.metrics import (
     MENDED,
     chosen_letter,

@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 from test_formats import CAPTIONS, content, folder, write_challenger, write_lines  # noqa: F401
 
-from dataset.formats import BadSample, data_hash, open_data
-from dataset.mixture import mixture_hash, open_mixture, split_source
+from dataset.readers.formats import BadSample, data_hash, open_data
+from dataset.readers.mixture import mixture_hash, open_mixture, split_source
 
 
 def write(path, count, name):

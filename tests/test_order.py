@@ -6,11 +6,11 @@ import pytest
 from test_batching import PROCESSOR
 from test_formats import MINIMIND, picture, write_lines, write_parquet
 
-from dataset import order, parquet
 from dataset.batching import Batches, Order
 from dataset.chat import ChatTemplate
-from dataset.mixture import open_mixture
-from dataset.order import blocks_in_window, epoch_order, row_groups
+from dataset.readers import order, parquet
+from dataset.readers.mixture import open_mixture
+from dataset.readers.order import blocks_in_window, epoch_order, row_groups
 from dataset.tokenizer import Tokenizer
 
 ROWS, GROUP = 240, 10

@@ -1,6 +1,6 @@
-"""Claims: the page of web.py answers about pictures, streams, remembers, forgets and stops, in two
-languages; sessions do not mix; what is too large or broken is refused in a sentence; nothing is
-fetched from anywhere else. In a real browser where there is one (Debian: chromium and
+"""Claims: the page of extras/web.py answers about pictures, streams, remembers, forgets and stops,
+in two languages; sessions do not mix; what is too large or broken is refused in a sentence;
+nothing is fetched from anywhere else. In a real browser where there is one (Debian: chromium and
 chromium-driver)."""
 
 import io
@@ -20,11 +20,11 @@ from tests.tiny import make_world
 
 gradio = pytest.importorskip("gradio", reason="needs gradio: pip install -r requirements-dev.txt")
 
-import web  # noqa: E402, behind the question whether gradio is there
+import extras.web as web  # noqa: E402, behind the question whether gradio is there
 from evaluation import conversation as talking  # noqa: E402
-from evaluation import page  # noqa: E402
 from evaluation.conversation import Conversation  # noqa: E402
-from evaluation.page_texts import TEXTS, preferred  # noqa: E402
+from extras import page  # noqa: E402
+from extras.page_texts import TEXTS, preferred  # noqa: E402
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 PATIENCE = 120  # seconds until something must have happened, on a busy machine

@@ -1,6 +1,6 @@
-"""Claims: the server of web.py opens and serves no file but the page's own, its example pictures,
-and to each session what it uploaded itself: whatever a message or an address names, in whatever
-shape, through every way in.
+"""Claims: the server of extras/web.py opens and serves no file but the page's own, its example
+pictures, and to each session what it uploaded itself: whatever a message or an address names, in
+whatever shape, through every way in.
 
 Only HTTP is spoken to the running server, word for word: a client library would upload the named
 file by itself and hide the fault. What the protocol looks like, Visitor and WAYS alone know."""
@@ -25,7 +25,7 @@ from tests.tiny import make_world
 
 pytest.importorskip("gradio", reason="needs gradio: pip install -r requirements-dev.txt")
 
-import web  # noqa: E402, behind the question whether gradio is there
+import extras.web as web  # noqa: E402, behind the question whether gradio is there
 
 PATIENCE = 120  # seconds until something must have happened, on a busy machine
 ELSEWHERE = "93.184.215.14"  # any address that is public; nobody is ever asked there
@@ -487,7 +487,7 @@ def test_no_address_serves_a_file_of_the_machine(server, secret, tmp_path, monke
                               "/assets/", "/static/", "/svelte/", f"{API.upper()}/file=",
                               f"{API}/../gradio_api/file=", f"{API}//file="):
                     visitor.ask("GET", start + quoted)
-        for path in ("web.py", "README.md", "/etc/passwd", "/proc/self/environ",
+        for path in ("extras/web.py", "README.md", "/etc/passwd", "/proc/self/environ",
                      str(server[1]), folder):
             assert visitor.file(path)[0] == 403, path
             assert visitor.file(os.path.abspath(path))[0] == 403, path

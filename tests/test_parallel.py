@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_pretrain
-from model.checkpoint import newest_checkpoint
+from model.pretrained.checkpoint import newest_checkpoint
 from tests.parallel_worker import BATCH, CASES, LONGEST, RUNS, two_steps
 from tests.test_resume import Killed, die_in_step
 from tests.tiny import ROOT, environment, make_world, metrics, torchrun

@@ -14,9 +14,9 @@ import training.loop
 import training.run
 from dataset.batching import Batches
 from evaluation.loading import chat_dtype
-from model.checkpoint import load_checkpoint, newest_checkpoint
 from model.lora import LoRALinear
-from model.weights import load_language, load_vision, save_language, save_vision
+from model.pretrained.checkpoint import load_checkpoint, newest_checkpoint
+from model.pretrained.hub import load_language, load_vision, save_language, save_vision
 from tests.tiny import curve, make_world, metrics, torchrun
 from training.loop import Progress, backward
 from training.optim import choose_trained

@@ -12,14 +12,7 @@ from families import tiny_vlm
 import train_pretrain
 import train_sft
 from dataset.chat import FAMILIES
-from model.config import VisionConfig
-from model.lora import add_lora, linear_names
-from model.vision import VisionTransformer
-from model.vlm import VLM, set_trainable
-from model.weights import SIZES, load_language, load_vision
-from tests.tiny import ROOT, environment
-from training.optim import choose_trained, make_optimizer
-from training.preset_list import (
+from extras.preset_list import (
     LANGUAGE,
     costs,
     download_size,
@@ -28,6 +21,13 @@ from training.preset_list import (
     image_tokens,
     list_presets,
 )
+from model.config import VisionConfig
+from model.lora import add_lora, linear_names
+from model.pretrained.hub import SIZES, load_language, load_vision
+from model.vision import VisionTransformer
+from model.vlm import VLM, set_trainable
+from tests.tiny import ROOT, environment
+from training.optim import choose_trained, make_optimizer
 from training.presets import PRESETS, settings_of_preset
 
 # preset: language, vision, projector, image tokens, template, image token, stage two

@@ -10,9 +10,9 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 import train_pretrain
 import train_sft
-from model.checkpoint import newest_checkpoint, tensor_names
+from extras.convert.published_projector import load_projector
+from model.pretrained.checkpoint import newest_checkpoint, tensor_names
 from model.projector import Projector
-from model.published_projector import load_projector
 from model.vlm import VLM
 from tests.families import assert_close
 from tests.tiny import curve, make_world

@@ -11,15 +11,9 @@ from safetensors.torch import load_file, save_file
 from tiny import make_world
 
 import eval as script
-import export
+import extras.export.__main__ as export
 import train_sft
-from model.checkpoint import find_model, load_checkpoint, read_config
-from model.config import LanguageConfig
-from model.generate import generate
-from model.language import LanguageModel
-from model.lora import add_lora, linear_names, merge_lora
-from model.manifest import TornError
-from model.quantize import (
+from extras.fast.quantize import (
     BITS,
     GROUP,
     FewBits,
@@ -34,6 +28,12 @@ from model.quantize import (
     to_int4,
     to_int8,
 )
+from model.config import LanguageConfig
+from model.generate import generate
+from model.language import LanguageModel
+from model.lora import add_lora, linear_names, merge_lora
+from model.pretrained.checkpoint import find_model, load_checkpoint, read_config
+from model.pretrained.manifest import TornError
 
 
 def matrix(rows=48, columns=64, seed=0):

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 import eval as eval_script
-import export as export_script
-import web as web_script
+import extras.export.__main__ as export_script
+import extras.web as web_script
 from benchmarks import easy_vqa
 from training.presets import PRESETS, read_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 LANGUAGES = ("README.md", "README_zh.md")
-OTHER_SCRIPTS = {"eval.py": eval_script, "export.py": export_script,
-                 "web.py": web_script, "benchmarks/easy_vqa.py": easy_vqa}
+OTHER_SCRIPTS = {"eval.py": eval_script, "extras.export": export_script,
+                 "extras.web": web_script, "benchmarks/easy_vqa.py": easy_vqa}
 
 
 def text(name: str) -> str:
@@ -43,7 +43,8 @@ def test_every_command_is_understood(name):
     seen = set()
     for line in commands(name):
         words = shlex.split(line.replace(".venv/bin/", ""))
-        script = next((word for word in words if word.endswith(".py")), None)
+        script = next((word for word in words if word.endswith(".py") or word in OTHER_SCRIPTS),
+                      None)
         if script is None:
             continue
         arguments = words[words.index(script) + 1:]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train_pretrain
-from model.checkpoint import newest_checkpoint, read_run
+from model.pretrained.checkpoint import newest_checkpoint, read_run
 from tests.test_resume import Killed, die_in_step
 from tests.tiny import make_world, metrics
 from training.log import kind_of

@@ -11,12 +11,8 @@ import pytest
 
 import train_pretrain
 import train_sft
-from tests.test_record import fail
-from tests.test_resume import Killed, die_in_step, same_weights
-from tests.tiny import ROOT, curve, make_data, make_world, metrics
-from training import compare, past, report
-from training.answers import Answers
-from training.charts import (
+from extras import compare, past, report
+from extras.charts import (
     Curve,
     chart,
     even_ticks,
@@ -26,7 +22,11 @@ from training.charts import (
     smooth,
     thin,
 )
-from training.past import keep_reference, read_past, reference_of
+from extras.past import keep_reference, read_past, reference_of
+from extras.sample_generations import Answers
+from tests.test_record import fail
+from tests.test_resume import Killed, die_in_step, same_weights
+from tests.tiny import ROOT, curve, make_data, make_world, metrics
 
 
 @pytest.fixture(scope="module")
@@ -127,12 +127,12 @@ def test_a_killed_run_has_each_answer_once(world, unseen, tmp_path, monkeypatch,
 
 def test_what_fails_while_asking_or_drawing_is_told_and_loses_nothing(
         world, unseen, tmp_path, monkeypatch, capsys, run):
-    monkeypatch.setattr("training.answers.generate_batch", fail)
+    monkeypatch.setattr("extras.sample_generations.generate_batch", fail)
     monkeypatch.setattr(report, "write_report", fail)
     train_pretrain.main([*world, *unseen, "--eval_answers", "3", "--out", str(tmp_path)])
     told = capsys.readouterr().out
     assert "no answers to held-out questions: OSError: no space left" in told
-    assert "no report.html: OSError: no space left; python -m training.report" in told
+    assert "no report.html: OSError: no space left; python -m extras.report" in told
     assert curve(tmp_path) == curve(run) and same_weights(tmp_path, run)
     monkeypatch.undo()
     report.main([str(tmp_path)])

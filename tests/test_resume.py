@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import train_pretrain
 import train_sft
-from model.checkpoint import checkpoints, newest_checkpoint
+from model.pretrained.checkpoint import checkpoints, newest_checkpoint
 from tests.tiny import curve, environment, make_world, metrics
 from training.log import cut_metrics
 
@@ -91,8 +91,8 @@ def test_a_run_that_was_killed_while_it_saved(world, tmp_path, monkeypatch):
     """The half-written directory has another name, and is neither resumed from nor kept."""
     out = tmp_path / "out"
     train_pretrain.main([*world, "--out", str(tmp_path / "whole")])
-    import model.checkpoint
-    rename, saved = model.checkpoint.os.rename, []
+    import model.pretrained.checkpoint
+    rename, saved = model.pretrained.checkpoint.os.rename, []
 
     def killed(source, target):
         if saved:
@@ -100,7 +100,7 @@ def test_a_run_that_was_killed_while_it_saved(world, tmp_path, monkeypatch):
         saved.append(rename(source, target))
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(model.checkpoint.os, "rename", killed)
+        patch.setattr(model.pretrained.checkpoint.os, "rename", killed)
         train_pretrain.main([*world, "--out", str(out)])
     assert (out / ".partial_step_000006").exists()
     assert [path.name for path in checkpoints(out)] == ["step_000003"]

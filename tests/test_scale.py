@@ -25,17 +25,17 @@ from torch.utils.data import DataLoader
 
 import dataset.batching
 import train_pretrain
-import training.shared
+import training.index_cache
 from dataset.batching import Batches
-from dataset.formats import open_data
-from dataset.json_files import Pieces
-from dataset.mixture import open_mixture
-from dataset.parquet import GroupReader
-from model.checkpoint import newest_checkpoint
+from dataset.readers.formats import open_data
+from dataset.readers.json_files import Pieces
+from dataset.readers.mixture import open_mixture
+from dataset.readers.parquet import GroupReader
+from model.pretrained.checkpoint import newest_checkpoint
 from tests.test_training import prepare
 from tests.tiny import make_data, make_world, metrics, torchrun
+from training.index_cache import open_once
 from training.setup import matching
-from training.shared import open_once
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +96,10 @@ def test_forked_workers_share_the_index(tmp_path):
 SHARING = """
 import json, os, sys
 from pathlib import Path
-from dataset.mixture import open_mixture
+from dataset.readers.mixture import open_mixture
 from tests.test_scale import private_bytes
 from training.distributed import start_ranks
-from training.shared import open_once
+from training.index_cache import open_once
 
 def opened():
     print("opened by", os.environ["RANK"], file=sys.stderr, flush=True)
@@ -152,8 +152,8 @@ def test_each_machine_opens_for_itself(monkeypatch, nodes, opens):
         told[rank] = mine
         into[:] = [told.get(other, (b"", "", [])) for other in range(4)]
 
-    monkeypatch.setattr(training.shared.dist, "all_gather_object", answers)
-    monkeypatch.setattr(training.shared.os, "unlink", lambda name: None)
+    monkeypatch.setattr(training.index_cache.dist, "all_gather_object", answers)
+    monkeypatch.setattr(training.index_cache.os, "unlink", lambda name: None)
     for rank in range(4):
         monkeypatch.setenv("LOCAL_RANK", str(rank % (4 // nodes)))
         ranks = SimpleNamespace(rank=rank, world_size=4, wait=lambda: None)

@@ -11,8 +11,8 @@ from tiny import make_pair
 import evaluation.report as report
 import evaluation.score as score
 from dataset.chat import ChatTemplate, Message
-from dataset.formats import BadSample, Sample
 from dataset.images import ImageProcessor
+from dataset.readers.formats import BadSample, Sample
 from dataset.tokenizer import Tokenizer
 from model.config import VLMConfig
 from model.generate import generate
@@ -220,11 +220,11 @@ def test_what_no_font_here_can_write_is_left_out(tmp_path, monkeypatch):
 
 
 def test_the_embedded_font_can_write_the_emoji_world(monkeypatch):
-    make_font = pytest.importorskip("tools.make_font")
+    make_font = pytest.importorskip("extras.emoji.make_font")
     monkeypatch.setattr(report.font_manager, "findSystemFonts", lambda: [])
     assert len(make_font.characters()) > 200
     _, chinese = report.find_fonts(make_font.characters(), 16)
-    assert chinese is not None, "the texts have new characters: run tools/make_font.py again"
+    assert chinese is not None, "the texts have new characters: run extras/emoji/make_font.py again"
 
 
 def test_lines_are_no_wider_than_a_picture():

@@ -13,8 +13,8 @@ from tiny import make_runs
 
 import eval as script
 import evaluation.score as score
-from evaluation.journal import Journal
-from model.checkpoint import find_model
+from evaluation.results_cache import Journal
+from model.pretrained.checkpoint import find_model
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ import train_sft
 from dataset.batching import Batches
 from dataset.chat import ChatTemplate
 from dataset.images import ImageProcessor
-from dataset.mixture import open_mixture
+from dataset.readers.mixture import open_mixture
 from dataset.tokenizer import Tokenizer
-from model.checkpoint import newest_checkpoint, read_config, read_run
+from model.pretrained.checkpoint import newest_checkpoint, read_config, read_run
 from tests.families import (
     assert_close,
     public_language,

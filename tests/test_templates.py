@@ -11,8 +11,8 @@ import tokenizers
 from conftest import needed, shared_dir, weights_dir
 
 from dataset.chat import DEFAULT_SYSTEM, FAMILIES, ChatTemplate, Message
-from dataset.tiktoken import PIECES, SPECIAL_TOKENS, TEXT_TOKENS
 from dataset.tokenizer import Tokenizer
+from extras.convert.tiktoken import PIECES, SPECIAL_TOKENS, TEXT_TOKENS
 
 K = 3
 HELPFUL = "You are a helpful assistant."

@@ -18,11 +18,11 @@ import eval as script
 import evaluation.terminal as terminal
 import train_pretrain
 from dataset.chat import Message
-from dataset.formats import open_data
 from dataset.images import load_image
-from evaluation.blocks import MOST_COLUMNS, MOST_ROWS, UPPER_HALF, blocks, colour_bits
+from dataset.readers.formats import open_data
 from evaluation.conversation import Conversation
-from model.checkpoint import find_model
+from evaluation.terminal_image import MOST_COLUMNS, MOST_ROWS, UPPER_HALF, blocks, colour_bits
+from model.pretrained.checkpoint import find_model
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,15 @@ import shutil
 import pytest
 from conftest import ROOT, needed, shared_dir, weights_dir
 
-from dataset import tiktoken
-from dataset.tiktoken import FIRST_QWEN_TOKENS, SPECIAL_TOKENS, TEXT_TOKENS, byte_alphabet, halves
 from dataset.tokenizer import Tokenizer
+from extras.convert import tiktoken
+from extras.convert.tiktoken import (
+    FIRST_QWEN_TOKENS,
+    SPECIAL_TOKENS,
+    TEXT_TOKENS,
+    byte_alphabet,
+    halves,
+)
 
 TEXTS = ["", " ", "Hello, world!", "  two  spaces ", "a\n\n\nb\r\n\tc", "it's WE'LL don't",
          "3.14159", "图片里有4个橙子、3个碗。", "emoji 🍊👩‍👩‍👧 end", "e\u0301 é ﬁ",

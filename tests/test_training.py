@@ -12,8 +12,8 @@ import train_pretrain
 import train_sft
 import training.run
 from dataset.batching import Batches, collate
-from model.checkpoint import load_checkpoint, newest_checkpoint
-from model.weights import load_language, save_language
+from model.pretrained.checkpoint import load_checkpoint, newest_checkpoint
+from model.pretrained.hub import load_language, save_language
 from tests.tiny import curve, make_world, metrics
 from training.distributed import start_ranks
 from training.log import clock

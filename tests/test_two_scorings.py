@@ -18,8 +18,8 @@ from tiny import ROOT, environment, make_runs
 
 import eval as script
 import evaluation.score as score
-from evaluation import journal as journals
-from evaluation.journal import Journal, locked
+from evaluation import results_cache as journals
+from evaluation.results_cache import Journal, locked
 from evaluation.run import result_name
 from training.setup import free_name
 
@@ -205,7 +205,7 @@ def test_a_second_process_on_one_journal_is_refused(world, run, during, where):
 
 
 def test_a_lock_ends_with_its_process_also_a_killed_one(world, tmp_path):
-    code = ("import sys, time; from evaluation.journal import locked\n"
+    code = ("import sys, time; from evaluation.results_cache import locked\n"
             "with locked('r/journal'): print('locked', flush=True); time.sleep(600)")
     held = subprocess.Popen([sys.executable, "-c", code], env=environment(), text=True,
                             stdout=subprocess.PIPE)

@@ -14,8 +14,8 @@ import transformers
 from families import VISION, assert_close, public_language, public_vision
 from safetensors.torch import load_file, save_file
 
-import model.weights
-from model.weights import (
+import model.pretrained.hub
+from model.pretrained.hub import (
     file_hashes,
     load_language,
     load_vision,
@@ -183,8 +183,8 @@ def test_only_what_is_needed_is_read(layer, blocks, tmp_path, monkeypatch):
         def __getattr__(self, name):
             return getattr(self.inside, name)
 
-    real = model.weights.safe_open
-    monkeypatch.setattr(model.weights, "safe_open", Recorder)
+    real = model.pretrained.hub.safe_open
+    monkeypatch.setattr(model.pretrained.hub, "safe_open", Recorder)
     ours = load_vision(tmp_path, feature_layer=layer)
     assert len(read) == len(ours.state_dict()) == 5 + 16 * blocks
     with torch.no_grad():
@@ -444,7 +444,7 @@ def test_a_directory_is_taken_as_it_is_and_a_wrong_path_named(tmp_path):
 
 def in_a_new_process(name, home, **environment):
     """The hub's library reads its settings once, when it is imported."""
-    code = f"from model.weights import load_language; print(load_language({name!r}).config)"
+    code = f"from model.pretrained.hub import load_language; print(load_language({name!r}).config)"
     root = Path(__file__).resolve().parent.parent
     clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root,

@@ -3,7 +3,7 @@
 import pytest
 
 from dataset.tokenizer import Tokenizer
-from evaluation.words import words
+from extras.words import words
 from tests.tiny import ROOT, make_tokenizer
 
 

@@ -14,8 +14,8 @@ import train_pretrain
 import train_sft
 from model.config import LanguageConfig, VisionConfig
 from model.language import LanguageModel
+from model.pretrained.hub import save_language, save_vision
 from model.vision import VisionTransformer
-from model.weights import save_language, save_vision
 
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = {"red": (220, 30, 30), "green": (20, 180, 40), "blue": (30, 60, 220),

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from model.device import prepare_device
+from training.device import prepare_device
 
 # Others wait so long for a rank that lives but does not come: it may be rank 0, which is writing
 # a large checkpoint. A rank that has died is noticed within seconds all the same, by torchrun.

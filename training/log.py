@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from training.boards import open_board
+from extras.trackers import open_board
 
 LISTED_BAD = 5  # so many bad samples are shown in full; the rest are only counted
 

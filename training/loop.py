@@ -21,12 +21,12 @@ from itertools import chain
 
 import torch
 
-from training.features import look
+from extras.fast.feature_cache import look
+from extras.fsdp import clip_gradients, sum_gradients, to_compute
 from training.log import kind_of
 from training.optim import schedule, set_learning_rate
-from training.parallel import clip_gradients, sum_gradients, to_compute
 from training.precision import autocast, next_scale
-from training.signals import Stop
+from training.signal_handler import Stop
 
 KINDS = 50  # of reasons that are counted one by one; more would be names taken for reasons
 ENOUGH = 100  # samples that must have been seen before their share of bad ones is judged
@@ -217,7 +217,7 @@ def backward(model, batch, supervised: float, settings, ranks, scale: float = 1.
 def forward(model, batch, settings, ranks, files=None,
             factor: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """-> summed loss, supervised tokens. files: where features of pictures are kept, or None.
-    factor: what the loss will be multiplied by, see model/head_loss.py."""
+    factor: what the loss will be multiplied by, see model/loss.py."""
     batch = batch.to(ranks.device, non_blocking=True)
     with autocast(settings.dtype, ranks.device):
         if files:

@@ -7,8 +7,8 @@ import math
 
 import torch
 
+from extras.export.peft import add_peft
 from model.lora import add_lora
-from model.peft import add_peft
 from model.vlm import set_trainable
 
 PARTS = ("language", "projector", "vision")

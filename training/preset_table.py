@@ -73,7 +73,7 @@ class Preset:
     lora_dropout: float = 0.0
     lora_targets: tuple = ("q_proj", "k_proj", "v_proj", "o_proj",
                            "gate_proj", "up_proj", "down_proj")
-    downloads: tuple = ()  # of Download: for dataset/download.py, no setting of a run
+    downloads: tuple = ()  # of Download: for extras/download.py, no setting of a run
 
 
 # The data.

@@ -10,7 +10,7 @@ import argparse
 from dataclasses import asdict
 
 from dataset.chat import FAMILIES
-from training.boards import BOARDS
+from extras.trackers import BOARDS
 from training.preset_table import PRESETS, Preset, Recipe
 
 OVERFIT_STEPS = 200
@@ -35,7 +35,7 @@ class ListPresets(argparse.Action):
     """--list_presets prints and ends the program, as --help does."""
 
     def __call__(self, parser, flags, values, option=None):
-        from training.preset_list import list_presets  # here: it builds models to count them
+        from extras.preset_list import list_presets  # here: it builds models to count them
 
         print(list_presets())
         parser.exit()

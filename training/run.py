@@ -11,23 +11,23 @@ import math
 from contextlib import contextmanager
 
 from dataset.batching import Batches
-from dataset.whereabouts import told_by
-from model.checkpoint import checkpoints, newest_checkpoint, own_names
-from model.device import is_out_of_memory
-from training.answers import Answers
-from training.boards import check_installed
+from dataset.readers.worker_state import told_by
+from extras.fast.feature_cache import open_features, told
+from extras.fsdp import check_same_start, in_turn, make_mesh, spread
+from extras.memory import in_a_line, predict
+from extras.report import reported
+from extras.sample_generations import Answers
+from extras.trackers import check_installed
+from model.pretrained.checkpoint import checkpoints, newest_checkpoint, own_names
+from training.device import is_out_of_memory
 from training.distributed import start_ranks
-from training.features import open_features, told
-from training.held_out import HeldOut, open_held_out
+from training.index_cache import open_once
 from training.log import Log, closing, introduction, stopped
 from training.loop import StopTraining, steps_of_run, train
-from training.memory import in_a_line, predict
 from training.optim import choose_trained, make_optimizer
-from training.parallel import check_same_start, in_turn, make_mesh, spread
 from training.precision import choose_dtype, store_weights
 from training.presets import read_flags, resolve
-from training.record import describe, launch, summarise
-from training.report import reported
+from training.run_metadata import describe, launch, summarise
 from training.setup import (
     assemble,
     open_training_data,
@@ -35,8 +35,8 @@ from training.setup import (
     saver,
     where_to_start,
 )
-from training.shared import open_once
-from training.signals import listen
+from training.signal_handler import listen
+from training.validation import HeldOut, open_held_out
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share, the file
 
@@ -140,7 +140,7 @@ def out_of_memory_explained(settings):
                         "each step, half of them at a time")
         go_on = "; --resume goes on from the last checkpoint" if checkpoints(settings.out) else ""
         raise SystemExit(f"\nout of memory: {str(error).strip().splitlines()[0]}\nWhat helps: "
-                         f"{'; '.join(ways)}{go_on}. `python -m training.memory PRESET` predicts "
+                         f"{'; '.join(ways)}{go_on}. `python -m extras.memory PRESET` predicts "
                          "what a run takes.") from error
 
 

@@ -15,9 +15,14 @@ from torch.utils.data import Subset
 
 from dataset.chat import DEFAULT_SYSTEM, ChatTemplate
 from dataset.images import ImageProcessor
-from dataset.mixture import mixture_hash, open_mixture, split_source
+from dataset.readers.mixture import mixture_hash, open_mixture, split_source
 from dataset.tokenizer import Tokenizer
-from model.checkpoint import (
+from extras.convert.pickle_loader import load_plain
+from extras.convert.published_projector import load_projector
+from extras.fsdp import in_turn, load_optimizer, whole
+from model.config import VLMConfig
+from model.language import LanguageModel
+from model.pretrained.checkpoint import (
     base_directory,
     base_reference,
     checkpoints,
@@ -34,17 +39,12 @@ from model.checkpoint import (
     step_of,
     tensor_names,
 )
-from model.config import VLMConfig
-from model.language import LanguageModel
-from model.manifest import TornError
+from model.pretrained.manifest import TornError
 from model.projector import Projector
-from model.published_projector import load_projector
-from model.torch_file import load_plain
 from model.vision import VisionTransformer
 from model.vlm import VLM
 from training.loop import Progress
-from training.parallel import in_turn, load_optimizer, whole
-from training.record import FILES
+from training.run_metadata import FILES
 
 # What a run may change when it is resumed; all else would make it another run.
 CHANGEABLE = ("out", "resume", "model", "preset", "language", "vision", "steps", "epochs",

@@ -20,7 +20,7 @@ from PIL import Image
 
 from dataset.chat import Message
 from dataset.emoji import texts
-from dataset.formats import Sample
+from dataset.readers.formats import Sample
 
 HERE = Path(__file__).resolve().parent
 SPRITES = HERE / "sprites.png"

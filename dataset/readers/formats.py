@@ -1,0 +1,55 @@
+"""Every on-disk format -> samples: the one entrance for a file.
+
+    a file -> open_data -> data[i] -> Sample(messages, images, where, tags)   -> batching.py
+
+How a file is written is told by what is in it, not by its name:
+
+    JSON Lines, a JSON array, COCO's annotations    json_files.py
+    Parquet                                         parquet.py
+
+and how a record in it is laid out by the record's keys: records.py lists them. Nothing but an
+index is held in memory: a row is read when it is asked for, so a broken one raises BadSample, and
+hurts no other. Several files, each with a weight: mixture.py.
+"""
+
+import hashlib
+from pathlib import Path
+
+from dataset.readers.json_files import BYTE_ORDER_MARK, open_json
+from dataset.readers.parquet import ParquetData
+from dataset.sample import BadSample, MissingPicture, Sample
+
+__all__ = ["BadSample", "MissingPicture", "Sample", "data_hash", "open_data"]
+
+
+def open_data(file, images_dir=None):
+    """A data file -> an object with len() and [i] -> Sample, which raises BadSample.
+
+    images_dir: what the picture names in the file start from; default: where the file lies.
+    Raises FileNotFoundError, or ValueError for a file that cannot be read at all.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"no data file {file}; expected a .jsonl, .json or .parquet")
+    images_dir = Path(images_dir or file.parent)
+    with open(file, "rb") as opened:
+        head = opened.read(4096)
+    first = head.removeprefix(BYTE_ORDER_MARK).lstrip()[:1]
+    if head.startswith(b"PAR1"):
+        return ParquetData(file, images_dir)
+    if first in (b"{", b"["):
+        return open_json(file, images_dir, first)
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{file} is git-lfs's note where the data lies, not the data; "
+                         "fetch it with git lfs pull")
+    raise ValueError(f"{file} starts with {head[:20]!r}; expected JSON Lines (a '{{' first), "
+                     "a JSON array ('[') or Parquet ('PAR1')")
+
+
+def data_hash(file) -> dict:
+    """What run.json says about the data: name, bytes, sha256. Reads the whole file once."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while block := opened.read(1 << 22):
+            digest.update(block)
+    return {"file": str(file), "bytes": Path(file).stat().st_size, "sha256": digest.hexdigest()}

@@ -1,0 +1,154 @@
+"""Parquet -> samples: a file of any size, read in slices.
+
+    footer (sizes and places only) -> data[i] -> the slice of the row group that holds row i
+
+A Parquet file stores its rows in groups, and in a group column after column, compressed. Nothing
+smaller than a piece of a group can be read, so the latest piece is kept: rows asked for in order
+are read once. A group of a few megabytes is one slice; one of gigabytes is passed through slice by
+slice, always forwards, and going back in it means to start it again. `python -m
+dataset.readers.parquet BIG SMALL` writes such a file anew in groups that can be read one by one.
+"""
+
+import bisect
+import os
+import sys
+from itertools import accumulate
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dataset.sample import PICTURE_KEYS, TAGS, TEXT_KEYS, BadSample, Sample, to_sample
+
+SLICE = 1 << 24  # bytes of a row group that are held decoded; pyarrow needs several times as much
+SLOW = 1 << 26  # bytes of a row group that are too many to pass through for one row
+# What pyarrow raises for a damaged file; a size that was misread asks for all memory.
+UNREADABLE = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError)
+STREAM = 1 << 20  # bytes read at a time; without it a whole column of the group is read at once
+
+
+class ParquetData:
+    latest = None  # of all files in this process, the one that was read last
+
+    def __init__(self, file: Path, images_dir: Path, columns: tuple[str, ...] | None = None):
+        """columns: read those of these names, for `record`; None: what samples are made of."""
+        try:
+            with pq.ParquetFile(file) as parquet:
+                self.metadata, names = parquet.metadata, parquet.schema_arrow.names
+        except UNREADABLE as error:
+            raise ValueError(f"{file}: not readable as Parquet: {error}; is the download complete?"
+                             ) from error
+        self.file, self.images_dir = file, images_dir
+        # Only these are read: ratings, embeddings and whatever else stands there costs nothing.
+        wanted = columns or (*TEXT_KEYS, *PICTURE_KEYS, *TAGS)
+        self.columns = [name for name in wanted if name in names]
+        texts = set(self.columns) & set(TEXT_KEYS)
+        if columns is None and (
+                not texts or len(texts & {"prompt", "completion"}) == 1 == len(texts)):
+            raise ValueError(f"{file} has the columns {', '.join(names)}; expected 'conversations',"
+                             " 'messages', 'prompt' and 'completion', 'texts' or 'caption'")
+        groups = range(self.metadata.num_row_groups)
+        self.ends = list(accumulate(self.metadata.row_group(g).num_rows for g in groups))
+        if len(self) != self.metadata.num_rows:
+            raise ValueError(f"{file}: the footer speaks of {self.metadata.num_rows} rows, its row "
+                             f"groups hold {len(self)}; the file is damaged")
+        self.reader = None
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    @property
+    def largest_group(self) -> int:
+        """Bytes to pass through, at worst, for a single row that is asked for out of order."""
+        return max((wanted_bytes(self.metadata.row_group(group), self.columns)
+                    for group in range(self.metadata.num_row_groups)), default=0)
+
+    def __getitem__(self, i: int) -> Sample:
+        return self.sample(i)
+
+    def sample(self, i: int, draw: int = 0) -> Sample:
+        i = range(len(self))[i]  # IndexError past the end, which is what ends a for loop
+        return to_sample(self.record(i), self.images_dir, f"{self.file}:{i + 1}", i, draw)
+
+    def record(self, i: int) -> dict:
+        """Row i as it stands, {column: value}; BadSample when it cannot be read."""
+        try:
+            return self._row(i)
+        except UNREADABLE as error:
+            self.reader = None
+            raise BadSample(f"{self.file}:{i + 1}", f"cannot read the row: {error}") from error
+
+    def _row(self, i: int) -> dict:
+        group = bisect.bisect_right(self.ends, i)
+        row = i - (self.ends[group - 1] if group else 0)
+        if self.reader is None or not self.reader.reaches(group, row):
+            # Let the old rows go before the new ones come, those of another file too: a thousand
+            # shards would otherwise hold a slice each.
+            if ParquetData.latest is not None:
+                ParquetData.latest.reader = None
+            ParquetData.latest, self.reader = self, None
+            # Opened anew: a loader's workers must not share a place in the file.
+            parquet = pq.ParquetFile(self.file, metadata=self.metadata, buffer_size=STREAM,
+                                     pre_buffer=False)
+            self.reader = GroupReader(parquet, group, self.columns)
+        return self.reader.row(row)
+
+    def __getstate__(self):
+        return {**self.__dict__, "reader": None}  # a worker reads its own rows
+
+
+class GroupReader:
+    """One row group, from front to back, a slice at a time."""
+
+    def __init__(self, parquet: pq.ParquetFile, group: int, columns: list[str]):
+        self.group, self.process = group, os.getpid()
+        about = parquet.metadata.row_group(group)
+        size = wanted_bytes(about, columns)
+        rows = max(1, about.num_rows * SLICE // max(size, SLICE))
+        self.slices = parquet.iter_batches(batch_size=rows, row_groups=[group], columns=columns,
+                                           use_threads=False)  # threads do not survive a fork
+        self.first, self.slice = 0, self._next()
+
+    def reaches(self, group: int, row: int) -> bool:
+        return (self.group, self.process) == (group, os.getpid()) and row >= self.first
+
+    def row(self, row: int) -> dict:
+        while row >= self.first + self.slice.num_rows:
+            self.first += self.slice.num_rows
+            self.slice = None  # never two slices at once
+            self.slice = self._next()
+        return self.slice.slice(row - self.first, 1).to_pylist()[0]
+
+    def _next(self) -> pa.RecordBatch:
+        batch = next(self.slices, None)
+        if batch is None:
+            raise ValueError(f"row group {self.group} ends before this row")
+        return batch
+
+
+def wanted_bytes(about: pq.RowGroupMetaData, columns: list[str]) -> int:
+    """Uncompressed bytes of these columns in a row group. images.list.element.bytes is of images.
+    """
+    chunks = [about.column(c) for c in range(about.num_columns)]
+    return sum(chunk.total_uncompressed_size for chunk in chunks
+               if chunk.path_in_schema.split(".")[0] in columns)
+
+
+def rewrite(source: Path, target: Path, group_bytes: int = 1 << 23) -> None:
+    """The same rows in groups of about 8 MB, which shuffled training can read one by one."""
+    part = target.with_name(target.name + ".part")  # the real name only for the whole file
+    with pq.ParquetFile(source, buffer_size=STREAM, pre_buffer=False) as parquet:
+        about = parquet.metadata
+        size = sum(about.row_group(g).total_byte_size for g in range(about.num_row_groups))
+        rows = max(1, about.num_rows * group_bytes // max(size, 1))
+        with pq.ParquetWriter(part, parquet.schema_arrow) as writer:
+            for batch in parquet.iter_batches(batch_size=rows, use_threads=False):
+                writer.write_batch(batch, row_group_size=rows)
+    part.replace(target)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or not Path(sys.argv[1]).is_file() or Path(sys.argv[2]).exists():
+        raise SystemExit("usage: python -m dataset.readers.parquet BIG SMALL (SMALL must not "
+                         "exist yet)")
+    rewrite(Path(sys.argv[1]), Path(sys.argv[2]))

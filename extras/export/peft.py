@@ -1,0 +1,126 @@
+"""LoRA adapters as the peft library stores them: out of our model, and into it.
+
+    adapted LanguageModel -> peft_adapter -> adapter_config.json, adapter_model.safetensors
+    a directory with these two -> add_peft -> the same LanguageModel, adapted
+
+The arithmetic is the same (see lora.py), so only names change. peft names the layers as their
+family publishes them, each with the path through its own wrapper in front:
+
+    layers.0.self_attn.q_proj  .lora_a                                        ours
+    base_model.model.model.layers.0.self_attn.q_proj  .lora_A.weight          peft's
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from model.lora import LoRALinear, add_lora, linear_names, published_names
+from model.pretrained.hub import all_tensors, read_json
+from model.pretrained.weight_names import LAYOUTS
+
+TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
+# What changes the arithmetic, and the only value with which it is ours.
+PLAIN = {"peft_type": "LORA", "use_dora": False, "bias": "none", "fan_in_fan_out": False,
+         "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False, "modules_to_save": None,
+         "layer_replication": None, "trainable_token_indices": None, "target_parameters": None}
+# Ways to begin that leave the base as it is; the others store what fits a changed base alone.
+BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+def peft_adapter(language: nn.Module, lora: dict, base: str) -> tuple[dict, dict]:
+    """-> adapter_config.json, {peft's name: tensor}. lora: config.json's, as add_lora got it.
+
+    ValueError: adapters on a part of a matrix that the family publishes as one.
+    """
+    adapters = {name: language.get_submodule(name) for name in linear_names(language, LoRALinear)}
+    every, tensors = published_layers(language), {}
+    for public, ours in every.items():
+        adapted = [adapters[name] for name in ours if name in adapters]
+        if not adapted:
+            continue
+        if len(adapted) < len(ours) or any(a.lora_a is not adapted[0].lora_a for a in adapted):
+            raise ValueError(f"the adapters on {', '.join(ours)} have an A each, and {public}, the "
+                             "one matrix that these are in the published model, has one for all: "
+                             f"train with --lora_targets {public.rsplit('.', 1)[-1]}, or use "
+                             "--to merged")
+        name = f"base_model.model.{public}"
+        tensors[f"{name}.lora_A.weight"] = adapted[0].lora_a.detach()
+        tensors[f"{name}.lora_B.weight"] = torch.cat([a.lora_b.detach() for a in adapted])
+    names = {TENSOR.fullmatch(name)[1] for name in tensors}
+    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+            "r": lora["rank"], "lora_alpha": lora["alpha"], "lora_dropout": lora["dropout"],
+            "target_modules": short(names, every), "bias": "none", "fan_in_fan_out": False,
+            "use_rslora": False, "use_dora": False, "inference_mode": True}, tensors
+
+
+def published_layers(language: nn.Module) -> dict[str, list[str]]:
+    """{the family's name: our names} of every linear layer, adapted or not."""
+    with torch.device("meta"):
+        return published_names(type(language)(language.config))
+
+
+def short(names: set[str], every) -> list[str]:
+    """["q_proj"] in place of every layer's name, where all layers of that name are meant."""
+    last = {name.rsplit(".", 1)[-1] for name in names}
+    meant = {name for name in every if name.rsplit(".", 1)[-1] in last}
+    return sorted(last if meant == names else names)
+
+
+def add_peft(language: nn.Module, directory, dropout: float = 0.0) -> dict:
+    """Put the adapters of a peft directory into the model -> its LoRA settings, as for add_lora.
+
+    ValueError: an adapter that computes something else, or fits another model.
+    """
+    directory = Path(directory)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (directory / file).is_file():
+            raise ValueError(f"{directory} lacks {file}: expected a directory that peft's "
+                             "save_pretrained wrote")
+    config = read_json(directory / "adapter_config.json")
+    for name, plain in PLAIN.items():
+        if (config.get(name) or plain) != plain:
+            raise ValueError(f"{directory}: adapter_config.json has {name} = {config[name]!r}; "
+                             f"only {plain!r} is supported here. Merge it with peft "
+                             "(merge_and_unload) and give the result as --language")
+    if config.get("init_lora_weights", True) not in BEGINNINGS:
+        raise ValueError(f"{directory}: init_lora_weights = {config['init_lora_weights']!r} "
+                         "changes the base weights: save it with peft's option "
+                         "path_initial_model_for_weight_conversion, as a plain adapter")
+    rank, alpha = config["r"], float(config["lora_alpha"])
+    if config.get("use_rslora"):  # rank-stabilised: alpha / sqrt(rank) in place of alpha / rank
+        alpha *= rank**0.5
+    every = published_layers(language)
+    pairs = read_pairs(all_tensors(directory / "adapter_model.safetensors"), every, language,
+                       directory)
+    targets = short(set(pairs), every)
+    add_lora(language, targets, rank, alpha, dropout)
+    for public, pair in pairs.items():
+        layers = [language.get_submodule(name) for name in every[public]]
+        wanted = {"A": (rank, layers[0].lora_a.shape[1]),
+                  "B": (sum(len(layer.lora_b) for layer in layers), rank)}
+        for half, shape in wanted.items():
+            if half not in pair or tuple(pair[half].shape) != shape:
+                found = tuple(pair[half].shape) if half in pair else "missing"
+                raise ValueError(f"{directory}: lora_{half} of {public} is {found}; rank {rank} "
+                                 f"and this model ask for {shape}")
+        layers[0].lora_a.data.copy_(pair["A"])  # stacked layers share it
+        for layer, part in zip(layers, pair["B"].split([len(each.lora_b) for each in layers])):
+            layer.lora_b.data.copy_(part)
+    return {"targets": targets, "rank": rank, "alpha": alpha, "dropout": dropout}
+
+
+def read_pairs(tensors: dict, every: dict, language, directory) -> dict[str, dict]:
+    """peft's tensors -> {the family's name of a layer: {"A": tensor, "B": tensor}}."""
+    prefix, pairs = LAYOUTS[language.config.model_type].prefix, {}
+    for name, tensor in tensors.items():
+        match = TENSOR.fullmatch(name)
+        public = match and (match[1] if match[1] in every else prefix + match[1])
+        if public not in every:
+            there = sorted({each.rsplit(".", 1)[-1] for each in every})
+            raise ValueError(f"{directory}: {name} is no LoRA matrix of a linear layer of this "
+                             f"{language.config.model_type} with {len(language.layers)} layers; "
+                             f"there are: {', '.join(there)}")
+        pairs.setdefault(public, {})[match[2]] = tensor
+    return pairs

@@ -1,0 +1,182 @@
+"""Our VLM -> the tensors and the config.json of a LlavaForConditionalGeneration of transformers.
+
+    vision     public names; positions of the pictures' size; its last norm as one more block
+    projector  linear_1, act, linear_2
+    language   public names; a row for the placeholder
+
+LLaVA (Liu et al. 2023) is the form that most engines read. It always takes the patches as they
+leave a block, BEFORE the tower's last norm, and sends them through two linear layers. What we can
+say in these words is said exactly; what we cannot is refused with the reason, never approximated.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from model.config import LanguageConfig, VisionConfig
+from model.language import LanguageModel
+from model.pretrained.hub import public_tensors
+from model.vision import VisionTransformer
+from model.vlm import VLM
+
+# How much louder than its input the block speaks that stands in for the last norm. A power of
+# two, so that multiplying and dividing by it rounds nothing.
+LOUD = 2.0**30
+
+
+def llava(vlm: VLM, size: tuple[int, int], image_token_id: int) -> tuple[dict, dict]:
+    """-> config.json, {public name: tensor}.
+
+    vlm: with plain layers (merge_lora first). size: (H,W) that the image processor makes.
+    image_token_id: the placeholder's id in the exported tokenizer. ValueError: LLaVA has no words
+    for this model, and why.
+    """
+    refuse_unspeakable(vlm, size)
+    eyes, loudness = llava_vision(vlm.vision, size)
+    language = llava_language(vlm.language, image_token_id + 1)
+    tensors = {f"language_model.{name}": tensor
+               for name, tensor in public_tensors(language).items()}
+    tensors.update({f"vision_tower.{name}": tensor
+                    for name, tensor in public_tensors(eyes).items()})
+    tensors.update(llava_projector(vlm.projector, loudness))
+    vision_config = eyes.config.to_public()
+    if eyes.config.model_type == "siglip_vision_model":
+        vision_config["vision_use_head"] = False  # it pools; its weights are not here
+    if eyes.config.model_type == "dinov2":
+        vision_config["use_mask_token"] = False
+    text_config = language.config.to_public()
+    config = {
+        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
+        "text_config": text_config, "vision_config": vision_config,
+        "image_token_index": image_token_id, "image_seq_length": eyes.config.patches,
+        "projector_hidden_act": "linear" if vlm.projector.fc2 is None else "gelu",
+        "multimodal_projector_bias": True, "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default" if eyes.config.class_token else "full",
+        "tie_word_embeddings": language.config.tie_word_embeddings}
+    return config, tensors
+
+
+def refuse_unspeakable(vlm: VLM, size: tuple[int, int]) -> None:
+    features = vlm.vision.config.features
+    reasons = {
+        f"--pixel_shuffle {vlm.projector.pixel_shuffle}: LLaVA's projector takes one patch at a "
+        "time, and this one several": vlm.projector.pixel_shuffle > 1,
+        "--projector norm_mlp: LLaVA's projector has no norm in front":
+            vlm.projector.norm is not None,
+        f"--features {features}: LLaVA takes all patches, with the class token or without, and "
+        "never one vector": features != "patches",
+        f"pictures of {size[0]} x {size[1]} pixels: LLaVA's towers have one image_size for both "
+        "sides": size[0] != size[1]}
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f"this model cannot be told as a LLaVA. {reason}. Serve it with "
+                             "eval.py, or export it with --to merged")
+
+
+# ---------------------------------------------------------------- the language model
+
+
+def llava_language(language: LanguageModel, rows: int) -> LanguageModel:
+    """The same decoder as a family that transformers has, with at least `rows` words."""
+    config, state = language.config, language.state_dict()
+    if config.model_type == "qwen":  # the first Qwen's arithmetic is Qwen2's, up to its limit
+        limit = config.context_limit or config.max_position_embeddings
+        config = replace(config, model_type="qwen2", context_limit=None,
+                         max_position_embeddings=limit)
+    if rows > config.vocab_size:
+        # A placeholder past the table: its row is overwritten by the picture, but the head reads
+        # it too. As the mean of all rows its logit is the mean of all logits: never the largest.
+        for name in {"embed_tokens.weight", "lm_head.weight"} & state.keys():
+            table = state[name]
+            mean = table.float().mean(0, keepdim=True).to(table.dtype)
+            state[name] = torch.cat([table, mean.expand(rows - len(table), -1)])
+        config = replace(config, vocab_size=rows)
+    return filled(LanguageModel, config, state)
+
+
+def filled(kind, config: LanguageConfig | VisionConfig, state: dict) -> nn.Module:
+    with torch.device("meta"):
+        model = kind(config)
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+# ---------------------------------------------------------------- the vision tower
+
+
+def llava_vision(vision: VisionTransformer, size: tuple[int, int]):
+    """The same tower, its features read behind its last block -> tower, how much louder it is.
+
+    Blocks behind our feature layer are gone already. The position table is stretched once and for
+    all to the pictures' size, as the tower would stretch it for each of them: not every engine can.
+    """
+    config, state = vision.config, dict(vision.state_dict())
+    own = state["position_embedding"] = stretched(vision, size)
+    layers, loudness = len(vision.layers), 1.0
+    if vision.final_norm:
+        state.update(norm_as_block(vision, f"layers.{layers}."))
+        layers, loudness = layers + 1, LOUD
+    # LLaVA's classes want this norm's numbers and never use them.
+    width = config.hidden_size
+    state["post_layernorm.weight"] = torch.ones(width, dtype=own.dtype)
+    state["post_layernorm.bias"] = torch.zeros(width, dtype=own.dtype)
+    config = replace(config, image_size=size[0], num_hidden_layers=layers, feature_layer=-1,
+                     final_norm=True)
+    return filled(VisionTransformer, config, state), loudness
+
+
+def stretched(vision: VisionTransformer, size: tuple[int, int]) -> torch.Tensor:
+    """The position table for pictures of this size, the class token's row in front as before."""
+    rows, columns = (pixels // vision.config.patch_size for pixels in size)
+    own = vision.position_embedding[:int(vision.config.class_token)]
+    return torch.cat([own, vision.positions(rows, columns)[0]]).detach()
+
+
+def norm_as_block(vision: VisionTransformer, prefix: str) -> dict[str, torch.Tensor]:
+    """The tower's last norm as an encoder block: {name: tensor}.
+
+    A block computes x + fc2(act(fc1(norm(x)))) once its attention says nothing. We want norm(x):
+
+        z = norm(x)                        the block's second norm takes the last norm's numbers
+        fc1 = [I; -I], fc2 = c [I, -I]     c (act(z) - act(-z)) = c z: true of every GELU, because
+                                           z f(z) + z f(-z) = z where f is a sigmoid or a Gauss sum
+        out = x + c z
+
+    With c = 2^30 the x beside it is smaller than the rounding of c z, and the projector divides
+    by c: exact to the last digit or two of float32 (and of bfloat16; float16 ends at 65,504).
+    """
+    config, norm = vision.config, vision.post_layernorm
+    width, middle = config.hidden_size, config.intermediate_size
+    if middle < 2 * width:
+        raise ValueError(f"this model cannot be told as a LLaVA: the vision tower's last norm is "
+                         f"said as one more block, which needs an MLP of 2 x {width}, and this "
+                         f"tower's has {middle}. Train with --vision_layer -2, or export it with "
+                         "--to merged")
+    like = vision.layers[0].state_dict()
+    block = {name: torch.zeros_like(tensor) for name, tensor in like.items()}
+    block["layer_norm1.weight"] += 1
+    for scale in ("layer_scale1", "layer_scale2"):  # DINOv2
+        if scale in block:
+            block[scale] += 1
+    block["layer_norm2.weight"], block["layer_norm2.bias"] = norm.weight, norm.bias
+    identity = torch.eye(width, dtype=norm.weight.dtype, device=norm.weight.device)
+    block["fc1.weight"][:2 * width] = torch.cat([identity, -identity])
+    block["fc2.weight"][:, :2 * width] = LOUD * torch.cat([identity, -identity], dim=1)
+    return {prefix + name: tensor.detach() for name, tensor in block.items()}
+
+
+# ---------------------------------------------------------------- the projector
+
+
+def llava_projector(projector: nn.Module, loudness: float) -> dict[str, torch.Tensor]:
+    """linear_2(act(linear_1(x))): a single linear layer is followed by one that changes nothing."""
+    first, second = projector.fc1, projector.fc2
+    D, like = first.out_features, first.weight
+    return {
+        "multi_modal_projector.linear_1.weight": first.weight / loudness,
+        "multi_modal_projector.linear_1.bias": first.bias,
+        "multi_modal_projector.linear_2.weight":
+            second.weight if second is not None else torch.eye(D).to(like),
+        "multi_modal_projector.linear_2.bias":
+            second.bias if second is not None else torch.zeros(D).to(like)}
