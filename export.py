@@ -36,6 +36,7 @@ from model.lora import merge_lora
 from model.peft import peft_adapter
 from model.quantize import quantize
 from model.weights import save
+from model.writable import check_directory
 from training.hub import files_to_push, listing, push
 from training.model_card import CURVE, metrics_of, model_card
 
@@ -171,6 +172,7 @@ def main(arguments=None) -> None:
     flags = read_flags(arguments)
     out = Path(flags.out)
     try:
+        check_directory("--out", flags.out)
         checkpoint = find_model(flags.model)
         refuse_quantized(checkpoint, "export")
         there = out.exists() and any(out.iterdir())

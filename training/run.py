@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataset.batching import Batches
 from dataset.whereabouts import told_by
 from model.checkpoint import newest_checkpoint, own_names
+from model.writable import check_directory
 from training.answers import Answers
 from training.boards import check_installed
 from training.distributed import start_ranks
@@ -44,6 +45,10 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
     docstring, for --help. emoji_kind: what --data emoji means. arguments: as on the command line.
     """
     flags = read_flags(description, stage, arguments)
+    try:
+        check_directory("--out", flags.out)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     try:
         checkpoint, earlier = where_to_start(flags, stage)
     except (OSError, ValueError) as error:
