@@ -7,7 +7,9 @@ read and in what comes next; that is all they say. The loop itself is loop.py.
 """
 
 import errno
+import sys
 from contextlib import contextmanager
+from functools import partial
 
 from dataset.batching import Batches
 from dataset.whereabouts import told_by
@@ -18,8 +20,8 @@ from training.boards import check_installed
 from training.distributed import start_ranks
 from training.features import open_features, told
 from training.held_out import HeldOut, open_held_out
-from training.log import Log, closing, introduction, stopped
-from training.loop import StopTraining, steps_of_run, train
+from training.log import Log, closing, introduction, stopped, way_out
+from training.loop import NotFinite, StopTraining, steps_of_run, train
 from training.memory import in_a_line, predict
 from training.optim import choose_trained, make_optimizer
 from training.parallel import check_same_start, in_turn, make_mesh, spread
@@ -29,6 +31,7 @@ from training.record import describe, launch, summarise
 from training.report import reported
 from training.setup import (
     assemble,
+    changed,
     open_training_data,
     prepare_out,
     saver,
@@ -93,13 +96,16 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
             answers = Answers(unseen, parts.template, parts.processor, settings)
             held_out = HeldOut(unseen, make_batches, answers)
         steps = steps_of_run(settings, batches, progress)
-        facts = describe(settings, stage, ranks, about_data)
+        facts = describe(settings, stage, ranks, about_data, changed(settings, checkpoint))
         save = saver(parts, settings, ranks, facts)
         loaders = [batches, *((held_out.right, held_out.wrong) if held_out else ())]
         with told_plainly(settings.out, loaders):
             log = Log(settings, steps, progress, ranks.main)
             log.say(introduction(parts.model, optimizer, settings, data, batches, steps, ranks))
             log.say(f"numbers   {settings.dtype}: {why}")
+            for change in facts["changes"]:
+                log.say("changed   from step {from_step}: {setting} is {now}, before it was "
+                        "{before}".format(**change))
             if unseen and settings.eval_answers and mesh is not None:
                 log.say("answers   none while it trains: under --parallel fsdp every process would "
                         "have to go through each token; eval.py asks the checkpoints")
@@ -109,8 +115,10 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
                                  parts.held)
                 log.say(in_a_line(memory, settings))
             with reported(settings.out, ranks.main):
-                with (launch(settings.out, facts, progress, steps, ranks.main),
-                      told_plainly(settings.out, loaders), listen() as stop):
+                advice = partial(way_out, settings, stage,
+                                 sys.argv[1:] if arguments is None else arguments)
+                with (launch(settings.out, facts, progress, steps, ranks),
+                      told_plainly(settings.out, loaders, advice), listen() as stop):
                     train(parts.model, batches, optimizer, settings, ranks, log, save, progress,
                           held_out, stop)
                 summary = summarise(settings.out, progress, log.seconds, ranks)
@@ -127,10 +135,14 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
 
 
 @contextmanager
-def told_plainly(out, loaders: list[Batches]):
-    """What stops a run from outside is told in a sentence, with exit status 1: no traceback."""
+def told_plainly(out, loaders: list[Batches], advice=None):
+    """What stops a run from outside is told in a sentence, with exit status 1: no traceback.
+
+    advice() -> what to do about a loss that is not finite."""
     try:
         yield
+    except NotFinite as reason:
+        raise SystemExit(f"\nstopped: {reason} {advice()}") from reason
     except StopTraining as reason:
         raise SystemExit(f"\nstopped: {reason}") from reason
     except RuntimeError as error:
