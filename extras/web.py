@@ -15,6 +15,8 @@ import socket
 import tempfile
 from pathlib import Path
 
+from training.writable import check_directory
+
 PORTS = range(7860, 7960)  # tried in turn, when none is named
 LOCAL = ("127.0.0.1", "localhost", "::1")  # names of this machine that nobody else can mean
 # What a browser may load for this page: what this server gives, and nothing else.
@@ -136,6 +138,7 @@ def listen(host: str, port: int | None) -> socket.socket:
 def main(arguments=None) -> None:
     flags = read_flags(arguments)
     try:
+        check_directory("the directory for uploaded pictures (TMPDIR)", tempfile.gettempdir())
         with tempfile.TemporaryDirectory(prefix="vlm_web_") as directory:  # nobody else's to read
             server, listener, address = prepare(flags, directory)
             print(f"talk to it at {address} (Ctrl-C ends)", flush=True)

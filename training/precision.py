@@ -67,9 +67,10 @@ def next_scale(scale: float, calm: int, overflow: bool) -> tuple[float, int]:
 
     Gradients below 6e-8 are zero in fp16, so the loss is multiplied before the backward pass and
     the gradients divided after it (powers of two, which rounds nothing). How far is found by
-    trial: doubled after CALM good steps, halved when a gradient grew past 65,504. That step is
-    skipped. The rule is torch.amp.GradScaler's; here its state is two numbers of Progress, and
-    every rank comes to the same answer, because each looks at the gradients summed over all.
+    trial: doubled after CALM good steps, halved when a gradient grew past 65,504, or a number of
+    the forward pass did, and so every gradient. That step is skipped. The rule is
+    torch.amp.GradScaler's; here its state is two numbers of Progress, and every rank comes
+    to the same answer, because each looks at the gradients summed over all.
     """
     if overflow:
         return scale / 2, 0

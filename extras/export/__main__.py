@@ -38,6 +38,7 @@ from model.pretrained.checkpoint import (
     write_json,
 )
 from model.pretrained.hub import save
+from training.writable import check_directory
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -171,6 +172,7 @@ def main(arguments=None) -> None:
     flags = read_flags(arguments)
     out = Path(flags.out)
     try:
+        check_directory("--out", flags.out)
         checkpoint = find_model(flags.model)
         refuse_quantized(checkpoint, "export")
         there = out.exists() and any(out.iterdir())
