@@ -145,8 +145,9 @@ def legible(text: str) -> str:
 
 def fold(text: str, width: float) -> list[str]:
     """Lines of at most so many inches; a Chinese character is less than twice a Latin letter."""
+    text = legible(text)
     wide = any(unicodedata.east_asian_width(c) in "WF" for c in text)
-    return textwrap.wrap(legible(text), max(1, int(width / LETTER) // (1 + wide))) or [""]
+    return textwrap.wrap(text, max(1, int(width / LETTER) // (1 + wide))) or [""]
 
 
 def input_image(pixels, processor, side: int) -> np.ndarray:
