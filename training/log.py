@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from extras.trackers import open_board
+from extras.trackers import open_tracker
 from model.pretrained.checkpoint import checkpoints
 from training.presets import settings_of_preset
 
@@ -38,7 +38,7 @@ class Log:
             for name in ("metrics", "evaluations", "answers", "samples"):
                 cut_metrics(self.out / f"{name}.jsonl", progress.step)
             self.file = open(self.out / "metrics.jsonl", "a", encoding="utf-8")
-            self.board, self.close_board = open_board(settings, self.first_step)
+            self.track, self.close_tracker = open_tracker(settings, self.first_step)
 
     def step(self, step: int, figures: dict) -> None:
         """figures: the values of metrics.jsonl but the step's number, in their order."""
@@ -46,7 +46,7 @@ class Log:
             return
         self.file.write(json.dumps({"step": step, **figures}) + "\n")
         self.file.flush()  # a killed run keeps every step that it has made
-        self.board("train", step, figures)
+        self.track("train", step, figures)
         now = time.monotonic()
         left = (now - self.started) / (step - self.first_step + 1) * (self.steps - step)
         loss = "overflow" if figures["loss"] is None else f"{figures['loss']:.3f}"
@@ -65,7 +65,7 @@ class Log:
             return
         with open(self.out / "evaluations.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **figures}) + "\n")
-        self.board("eval", step, figures)
+        self.track("eval", step, figures)
         right, wrong = (f"{loss:.3f}" if loss is not None else "none" for loss in
                         (figures["eval_loss"], figures["eval_loss_wrong_picture"]))
         unusable = f", {figures['skipped']:,} unusable" if figures["skipped"] else ""
@@ -105,7 +105,7 @@ class Log:
     def close(self) -> None:
         if self.enabled:
             self.file.close()
-            self.close_board()
+            self.close_tracker()
 
     def bad_samples(self, new: list[str]) -> None:
         """Show the first few samples that were skipped; count all."""

@@ -10,7 +10,7 @@ import argparse
 from dataclasses import asdict
 
 from dataset.chat import FAMILIES
-from extras.trackers import BOARDS
+from extras.trackers import TRACKERS
 from training.preset_table import PRESETS, Preset, Recipe
 
 OVERFIT_STEPS = 200
@@ -122,7 +122,7 @@ def read_flags(description: str, stage: str, arguments=None) -> argparse.Namespa
         "question of N held-out samples, for OUT/report.html (default: 8; 0: none)")
     add("--overfit", type=int, metavar="N", help="train on the first N samples only, over and "
         "over: the first thing to try when a loss looks wrong (200 steps, if nothing else is said)")
-    add("--log", choices=BOARDS, help="show the figures of metrics.jsonl and evaluations.jsonl "
+    add("--log", choices=TRACKERS, help="show the figures of metrics.jsonl and evaluations.jsonl "
         "there too (requirements-extra.txt)")
     add("--lora_from", metavar="DIR", help="begin with the adapters of a peft directory; it "
         "says their rank, alpha and targets")

@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 
 import torch
+from extras.past import read_object
 from torch.utils.data import Subset
 
 from dataset.chat import DEFAULT_SYSTEM, ChatTemplate
@@ -20,7 +21,6 @@ from dataset.tokenizer import Tokenizer
 from extras.convert.pickle_loader import load_plain
 from extras.convert.published_projector import load_projector
 from extras.fsdp import in_turn, load_optimizer, whole
-from extras.past import read_object
 from model.config import VLMConfig
 from model.language import LanguageModel
 from model.pretrained.checkpoint import (
