@@ -11,7 +11,6 @@ from itertools import count
 from pathlib import Path
 
 import torch
-from extras.past import read_object
 from torch.utils.data import Subset
 
 from dataset.chat import DEFAULT_SYSTEM, ChatTemplate
@@ -45,7 +44,7 @@ from model.projector import Projector
 from model.vision import VisionTransformer
 from model.vlm import VLM
 from training.loop import Progress
-from training.run_metadata import FILES
+from training.run_metadata import FILES, read_object
 
 # What a run may change when it is resumed; all else would make it another run.
 CHANGEABLE = ("out", "resume", "model", "preset", "language", "vision", "steps", "epochs",
