@@ -21,6 +21,7 @@ from extras.preset_list import download_size
 from model.pretrained.hub import WANTED_FILES
 from model.pretrained.manifest import sha256
 from training.presets import PRESETS, Preset
+from training.writable import check_directory
 
 PARTS = ("language", "vision", "data")
 # What is read where a model is not published as safetensors; where it is, these hold it again.
@@ -84,28 +85,40 @@ def list_files(repo: str, kind: str, patterns: list[str], to: str | None) -> lis
     return [file for file in held if any(fnmatch(file.rfilename, p) for p in patterns)]
 
 
+def path_of(repo: str, kind: str, to: str | None, name: str) -> Path | None:
+    """Where a file lies, or would lie; None: it is not in the cache."""
+    path = (Path(to) / name if to is not None
+            else huggingface_hub.try_to_load_from_cache(repo, name, repo_type=kind))
+    return Path(path).resolve() if isinstance(path, str | Path) else None  # the cache has links
+
+
 def print_sizes(repo: str, kind: str, patterns, to: str | None, files: list) -> None:
+    """And stop where what is missing could not be kept."""
     print(f"{endpoint()}/{'datasets/' if kind == 'dataset' else ''}{repo}"
           f" -> {to or 'the cache of the hub'}")
-    missing = 0
+    missing = []
     for file in files:
-        path = (Path(to) / file.rfilename if to else
-                huggingface_hub.try_to_load_from_cache(repo, file.rfilename, repo_type=kind))
-        there = isinstance(path, str | Path) and os.path.isfile(path) and (
-            os.path.getsize(path) == file.size)
-        missing += 0 if there else file.size or 0
+        path = path_of(repo, kind, to, file.rfilename)
+        there = path is not None and path.is_file() and path.stat().st_size == file.size
+        missing += [] if there else [file.size or 0]
         print(f"  {size(file.size):>10}  {file.rfilename}{'  (there)' if there else ''}")
-    print(f"  to fetch: {size(missing)} of {size(sum(file.size or 0 for file in files))}")
+    print(f"  to fetch: {size(sum(missing))} of {size(sum(file.size or 0 for file in files))}")
+    try:
+        if missing:
+            check_directory(*(("the data's directory", to) if to is not None else
+                              ("the cache of the hub (HF_HOME)",
+                               huggingface_hub.constants.HF_HUB_CACHE)))
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
 
 
 def fetch(repo: str, kind: str, patterns, to: str | None, files: list) -> list[str]:
     """Fetch what is not there; check all of it. Returns what is wrong, a line for each file."""
-    directory = Path(huggingface_hub.snapshot_download(
-        repo, repo_type=kind, local_dir=to, endpoint=endpoint(),
-        allow_patterns=[file.rfilename for file in files]))
+    huggingface_hub.snapshot_download(repo, repo_type=kind, local_dir=to, endpoint=endpoint(),
+                                      allow_patterns=[file.rfilename for file in files])
     problems = []
     for file in files:
-        path = (directory / file.rfilename).resolve()  # the cache names a file by a link
+        path = path_of(repo, kind, to, file.rfilename)
         if file.size not in (None, path.stat().st_size):
             problems.append(f"{path}: {path.stat().st_size:,} bytes, the hub says {file.size:,}")
         elif file.lfs and sha256(path) != file.lfs.sha256:

@@ -90,11 +90,11 @@ def write_report(outs: list, file=None) -> Path:
 
 def heading(run: RunRecord, name: str, colour: str) -> str:
     """What it was and where it stands; its square is the legend of the curves."""
-    facts = []
+    facts, losses = [], [m["loss"] for m in run.metrics if m["loss"] is not None]
     if run.metrics:
         facts = [run.recipe, run.outcome, f"{run.last_step:,} steps in "
                  f"{clock(sum(m['seconds'] for m in run.metrics))}", "loss over the last 20 steps "
-                 + text(float(np.mean([m["loss"] for m in run.metrics[-20:]])))]
+                 + text(float(np.mean(losses[-20:])) if losses else None)]
     for last in [e for e in run.evaluations if e["eval_loss"] is not None][-1:]:
         facts += [f"held-out loss {text(last['eval_loss'])}",
                   f"with wrong images {text(last['eval_loss_wrong_picture'])}"]
@@ -109,7 +109,8 @@ def beside_reference(run: RunRecord) -> str:
     if not points:
         return ""
     step, loss = points[-1]["step"], points[-1]["loss"]
-    own = np.mean([m["loss"] for m in run.metrics if abs(m["step"] - step) <= 5])
+    own = np.mean([m["loss"] for m in run.metrics
+                   if m["loss"] is not None and abs(m["step"] - step) <= 5])
     differing = "; ".join(f"{name} {text(here)} instead of {text(there)}" for name, (here, there)
                           in unlike(curve_settings(run), about["settings"]).items())
     return (f"<p>Around step {step:.0f} the loss is {own:.3f}; the reference run of "
@@ -162,14 +163,15 @@ def curves(runs: list[RunRecord]) -> str:
 
 
 def draw(axes, lines: list[dict], name: str, style: str, window: int = 1, **more) -> None:
-    """The mean of `window` neighbouring lines; a missing figure leaves a gap."""
+    """The mean of `window` neighbouring lines; where all of them lack the figure is a gap."""
     lines = lines[::len(lines) // POINTS + 1]
     values = np.array([line.get(name) for line in lines], dtype=float)
     known, window = np.isfinite(values), np.ones(min(window, len(values)))
     if known.any():
-        sums = np.convolve(np.where(known, values, 0), window, "same")
-        values = np.where(known, sums / np.maximum(np.convolve(known, window, "same"), 1), np.nan)
-        axes.plot([line["step"] for line in lines], values, style, **more)
+        sums, counts = (np.convolve(array, window, "same")
+                        for array in (np.where(known, values, 0), known))
+        means = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+        axes.plot([line["step"] for line in lines], means, style, **more)
 
 
 def answers(runs: list[RunRecord], names: list[str]) -> str:
