@@ -17,6 +17,7 @@ from pathlib import Path
 
 import huggingface_hub
 
+from extras.memory import format_bytes
 from extras.preset_list import download_size
 from model.pretrained.hub import WANTED_FILES
 from model.pretrained.manifest import sha256
@@ -96,13 +97,14 @@ def print_sizes(repo: str, kind: str, patterns, to: str | None, files: list) -> 
     """And stop where what is missing could not be kept."""
     print(f"{endpoint()}/{'datasets/' if kind == 'dataset' else ''}{repo}"
           f" -> {to or 'the cache of the hub'}")
-    missing = []
+    missing, whole = [], format_bytes(sum(file.size or 0 for file in files))
     for file in files:
         path = path_of(repo, kind, to, file.rfilename)
         there = path is not None and path.is_file() and path.stat().st_size == file.size
         missing += [] if there else [file.size or 0]
-        print(f"  {size(file.size):>10}  {file.rfilename}{'  (there)' if there else ''}")
-    print(f"  to fetch: {size(sum(missing))} of {size(sum(file.size or 0 for file in files))}")
+        size = "?" if file.size is None else format_bytes(file.size)
+        print(f"  {size:>10}  {file.rfilename}{'  (there)' if there else ''}")
+    print(f"  to fetch: {format_bytes(sum(missing))} of {whole}")
     try:
         if missing:
             check_directory(*(("the data's directory", to) if to is not None else
@@ -124,14 +126,6 @@ def fetch(repo: str, kind: str, patterns, to: str | None, files: list) -> list[s
         elif file.lfs and sha256(path) != file.lfs.sha256:
             problems.append(f"{path}: sha256 {sha256(path)}, the hub says {file.lfs.sha256}")
     return problems
-
-
-def size(number: float | None) -> str:
-    """988000000 -> "988.0 MB"; 1 MB is 1,000,000 bytes, as the hub counts."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number and number >= factor:
-            return f"{number / factor:.1f} {unit}"
-    return "? MB" if number is None else f"{number:.0f} bytes"
 
 
 def gigabytes(part) -> str:
@@ -159,7 +153,7 @@ def by_yourself(preset: Preset, parts: list[str]) -> str:
         name = getattr(preset, part, None)
         if part != "data" and download_size(name):
             directory = f"weights/{name.rsplit('/', 1)[-1]}"
-            lines += [f"  {endpoint()}/{name}/tree/main ({size(download_size(name))}): "
+            lines += [f"  {endpoint()}/{name}/tree/main ({format_bytes(download_size(name))}): "
                       + ", ".join(WANTED_FILES), f"    (or pytorch_model*.bin) -> {directory}/",
                       f"    then add: --{part} {directory}"]
     for part in data_of(preset, parts):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from extras.memory import standing
+from extras.memory import static_memory
 from model.config import LanguageConfig, VisionConfig, VLMConfig
 from model.language import LanguageModel
 from model.projector import Projector
@@ -146,7 +146,7 @@ def costs(name: str) -> dict:
         recipe = getattr(preset, stage)
         model = empty_model(preset)
         choose_trained(model, argparse.Namespace(**{**vars(preset), **vars(recipe)}), None)
-        told[stage] = sum(standing(model))
+        told[stage] = sum(static_memory(model))
     told["models"] = download_size(preset.language) + download_size(preset.vision)
     told["data"] = sum(1e9 * part.gigabytes for part in preset.downloads if part.gigabytes)
     return told
