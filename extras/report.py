@@ -90,16 +90,22 @@ def write_report(outs: list, file=None) -> Path:
 
 def heading(run: RunRecord, name: str, colour: str) -> str:
     """What it was and where it stands; its square is the legend of the curves."""
-    facts, losses = [], [m["loss"] for m in run.metrics if m["loss"] is not None]
+    facts = []
     if run.metrics:
         facts = [run.recipe, run.outcome, f"{run.last_step:,} steps in "
                  f"{clock(sum(m['seconds'] for m in run.metrics))}", "loss over the last 20 steps "
-                 + text(float(np.mean(losses[-20:])) if losses else None)]
+                 + text(mean_loss(run.metrics[-20:]))]
     for last in [e for e in run.evaluations if e["eval_loss"] is not None][-1:]:
         facts += [f"held-out loss {text(last['eval_loss'])}",
                   f"with wrong images {text(last['eval_loss_wrong_picture'])}"]
     return (f'<h1><b style="color: {colour}">&#9632;</b> {text(name)}</h1>'
             f"<p>{text(', '.join(facts))}</p>")
+
+
+def mean_loss(lines: list[dict]) -> float | None:
+    """Of the steps that have one; in fp16 a step that overflows has none."""
+    losses = [line["loss"] for line in lines if line["loss"] is not None]
+    return float(np.mean(losses)) if losses else None
 
 
 def beside_reference(run: RunRecord) -> str:
@@ -109,11 +115,10 @@ def beside_reference(run: RunRecord) -> str:
     if not points:
         return ""
     step, loss = points[-1]["step"], points[-1]["loss"]
-    own = np.mean([m["loss"] for m in run.metrics
-                   if m["loss"] is not None and abs(m["step"] - step) <= 5])
+    own = mean_loss([m for m in run.metrics if abs(m["step"] - step) <= 5])
     differing = "; ".join(f"{name} {text(here)} instead of {text(there)}" for name, (here, there)
                           in unlike(curve_settings(run), about["settings"]).items())
-    return (f"<p>Around step {step:.0f} the loss is {own:.3f}; the reference run of "
+    return (f"<p>Around step {step:.0f} the loss is {text(own)}; the reference run of "
             f"{text(about['recipe'])} ({about['steps']:,} steps, dashed) had {loss:.3f} there."
             + f" This run differs from it, so its curve may too: {differing}." * bool(differing)
             + "</p>")
