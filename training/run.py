@@ -16,7 +16,6 @@ from dataset.batching import Batches
 from dataset.readers.worker_state import told_by
 from extras.fast.feature_cache import open_features, told
 from extras.fsdp import check_same_start, in_turn, make_mesh, spread
-from extras.memory import in_a_line, predict
 from extras.report import reported
 from extras.sample_generations import Answers
 from extras.trackers import check_installed
@@ -111,11 +110,6 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
             if unseen and settings.eval_answers and mesh is not None:
                 log.say("answers   none while it trains: under --parallel fsdp every process would "
                         "have to go through each token; eval.py asks the checkpoints")
-            if ranks.main and mesh is None:  # a prediction for shares of a model is not built
-                memory = predict(parts.model.config, settings, parts.processor.size,
-                                 parts.template.image_tokens, ranks.device, ranks.world_size,
-                                 parts.held)
-                log.say(in_a_line(memory, settings))
             with reported(settings.out, ranks.main):
                 advice = partial(way_out, settings, stage,
                                  sys.argv[1:] if arguments is None else arguments)
@@ -153,8 +147,8 @@ def out_of_memory_explained(settings):
                         "each step, half of them at a time")
         go_on = "; --resume goes on from the last checkpoint" if checkpoints(settings.out) else ""
         raise SystemExit(f"\nout of memory: {str(error).strip().splitlines()[0]}\nWhat helps: "
-                         f"{'; '.join(ways)}{go_on}. `python -m extras.memory PRESET` predicts "
-                         "what a run takes.") from error
+                         f"{'; '.join(ways)}{go_on}. `python -m extras.memory {settings.preset}` "
+                         "with the flags of this run predicts what it takes.") from error
 
 
 @contextmanager
