@@ -17,14 +17,14 @@ from math import sqrt
 
 import torch
 
-from model.language import Attention, LanguageModel, rope_table
+from model.language import Attention, LanguageModel, rope_cos_sin
 
 
 def attention_weights(attention: Attention, x, rope, places=None):
     """One layer's. x (B,T,D): its normed input; rope: of positions 0..T-1; places (R,): of the
     tokens that look, default all -> (B,H,R,T) float32."""
     T = x.shape[1]
-    q, k, _ = attention.heads(x, rope)  # (B,H,T,hd), (B,Hkv,T,hd)
+    q, k, _ = attention.queries_keys_values(x, rope)  # (B,H,T,hd), (B,Hkv,T,hd)
     k = k.repeat_interleave(attention.num_heads // attention.num_key_value_heads, dim=1)
     if places is None:
         places = torch.arange(T, device=x.device)
@@ -43,7 +43,7 @@ def each_layer(decoder: LanguageModel, embeds, places=None):
     1,000 tokens are 1.8 GB.
     """
     positions = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
-    rope = rope_table(positions, decoder.config.head_dim, decoder.config.rope_theta)
+    rope = rope_cos_sin(positions, decoder.config.head_dim, decoder.config.rope_theta)
     x = embeds
     for number, layer in enumerate(decoder.layers):
         weights = attention_weights(layer.self_attn, layer.input_layernorm(x), rope, places)

@@ -11,7 +11,8 @@ Four things stand in memory, and a fifth comes and goes:
     optimizer     8 bytes: AdamW keeps two averages of each trained number's gradient
     activations   what each block keeps of its work until the backward pass comes back to it: in
                   proportion to rows x tokens x layers. With --checkpointing a block keeps its input
-    logits        words x positions, at most CHUNK of them (model/loss.py), twice over
+    logits        words x positions, at most CHUNK of them (extras/fast/chunked_cross_entropy.py),
+                  twice over
 
 The first three are a sum over the parameters. The last two are counted on the model's own code: one
 step is made with tensors that have a shape and no numbers, and each operation's results are added
@@ -29,9 +30,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from extras.fast import prepare_for_training
+from extras.fast.chunked_cross_entropy import chunked_cross_entropy
 from model.language import LanguageModel
-from model.loss import head_loss
 from model.pretrained.checkpoint import own_names
+from model.pretrained.meta_device import meta_device
 from model.projector import Projector
 from model.vision import VisionTransformer
 from model.vlm import VLM
@@ -92,13 +95,14 @@ def predict(config, settings, size: tuple[int, int], K: int, device: torch.devic
 def as_trained(config, settings, keep=frozenset()) -> VLM:
     """The model as a run has it, adapters, frozen parts and each weight's numbers, on the "meta"
     device: shapes and no numbers."""
-    with torch.device("meta"):
+    with meta_device():
         model = VLM(config, LanguageModel(config.language), VisionTransformer(config.vision),
                     Projector(config.projector, config.vision.hidden_size,
                               config.language.hidden_size, config.pixel_shuffle))
     choose_trained(model, argparse.Namespace(**{**vars(settings), "lora_from": None}), None)
     store_weights(model, settings.dtype, set(own_names(model)) | set(keep))
     model.set_checkpointing(settings.checkpointing)
+    prepare_for_training(model)
     return model
 
 
@@ -163,8 +167,9 @@ def step_of(model, settings, size, K: int, kind: str) -> tuple[int, int, int]:
                     # (S,D), copied as in the model: no more than these can be supervised
                     asked = hidden[:, K:].clone().flatten(0, 1)
                     kept, earlier, alive.most = alive.now - before, alive.most, alive.now
-                    loss = head_loss(model.language, asked, ids.flatten() % language.vocab_size,
-                                     device=kind)
+                    loss = chunked_cross_entropy(model.language, asked,
+                                                 ids.flatten() % language.vocab_size,
+                                                 device_type=kind)
                     del hidden, asked
                 first, alive.most = alive.most - alive.now, max(earlier, alive.most)
                 loss.backward()

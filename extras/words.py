@@ -9,7 +9,7 @@ a character. Chinese is written without spaces: there each token that ends a cha
 
 import unicodedata
 
-from dataset.stream import HALF
+from model.generate import REPLACEMENT_CHARACTER
 
 
 def words(tokenizer, ids: list[int]) -> list[tuple[str, list[int]]]:
@@ -17,7 +17,8 @@ def words(tokenizer, ids: list[int]) -> list[tuple[str, list[int]]]:
     found, start, told = [], 0, 0
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:end])
-        if text.endswith(HALF) and end < len(ids):  # the next token may complete the character
+        # The next token may complete the character.
+        if text.endswith(REPLACEMENT_CHARACTER) and end < len(ids):
             continue
         piece, places = text[told:], list(range(start, end))
         start, told = end, len(text)
