@@ -1,10 +1,10 @@
 """One conversation with a model: what you say and show -> the answer's text, piece by piece.
 
-    text, pictures -> Conversation.reply -> template.prompt -> generate -> TextStream -> text
+    text, pictures -> Conversation.reply -> template.prompt -> generate -> TextStreamer -> text
 
 It remembers every turn and picture, and renders all of them anew for each answer: the prompt is
 exactly what training would have made of the same words. As far as the new prompt begins like the
-last one, pictures with it, the decoder's work is still there (Past) and is not done again.
+last one, pictures with it, the decoder's work is still there (PrefixCache) and is not done again.
 """
 
 import time
@@ -13,8 +13,7 @@ import torch
 
 from dataset.chat import IMAGE, Message
 from dataset.images import load_image
-from dataset.stream import TextStream
-from model.generate import Past, generate
+from model.generate import TextStreamer, generate
 
 
 class Conversation:
@@ -25,8 +24,9 @@ class Conversation:
         self.model, self.template, self.processor = model, template, processor
         self.sampling = {**sampling, "generator": torch.Generator().manual_seed(seed)}
         self.speed = "nothing was said yet"
-        self.past = Past()  # outlives a reset: it is compared with each prompt, and the next one
-        self.reset()        # may begin with the same system turn and picture
+        # Outlives a reset: the next prompt may begin with the same system turn and picture.
+        self.prefix_cache = new_prefix_cache()
+        self.reset()
 
     def reset(self, system: str | None = None) -> None:
         """Forget everything. system: the first turn from now on; None: the template's own."""
@@ -68,13 +68,14 @@ class Conversation:
         pixels = [*self.pixels, *self.waiting]
         ids = self.template.prompt(messages)
         tokens = generate(self.model, ids, torch.stack(pixels) if pixels else None,
-                          stop_ids=self.template.stop_ids, past=self.past, **self.sampling)
+                          prefix_cache=self.prefix_cache, stop_ids=self.template.stop_ids,
+                          **self.sampling)
 
         def remember(answer: str) -> None:
             self.messages = [*messages, Message("assistant", answer)]
             self.pixels, self.waiting = pixels, []
 
-        stream, answer, clock = TextStream(self.template.tokenizer), "", [time.perf_counter()]
+        stream, answer, clock = TextStreamer(self.template.tokenizer), "", [time.perf_counter()]
         self.asked, self.answered = ids, stream.ids
         for token in tokens:
             clock.append(time.perf_counter())
@@ -86,6 +87,14 @@ class Conversation:
         piece = stream.end()
         remember(answer + piece)
         yield piece
+
+
+def new_prefix_cache():
+    try:
+        from extras.fast.prefix_cache import PrefixCache
+    except ModuleNotFoundError:  # without extras/ each prompt is computed anew
+        return None
+    return PrefixCache()
 
 
 def speed(prompt: int, clock: list[float]) -> str:

@@ -10,9 +10,6 @@ import torch
 from dataset.chat import DEFAULT_SYSTEM, ChatTemplate
 from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
-from extras.fast.fused import join
-from extras.fast.quantize import compute_in, is_quantized, quantize
-from model.generate import decoder_of
 from model.language import LanguageModel
 from model.lora import merge_lora
 from model.pretrained.checkpoint import (
@@ -59,9 +56,7 @@ def load(flags, name: str | None):
         print(f"model: {directory}", file=sys.stderr)
     if flags.system is not None:
         template.default_system = flags.system or None
-    lighten(model, flags.quantize, dtype, device)
-    model.to(device)
-    join(decoder_of(model))
+    make_ready(model, device, dtype, flags.quantize)
     return model, template, processor
 
 
@@ -77,16 +72,13 @@ def chat_dtype(device: torch.device, wanted: str | None) -> tuple[torch.dtype, s
     return (NUMBERS[dtype], why) if dtype == "bf16" else (torch.float32, why)
 
 
-def lighten(model, bits: str | None, dtype: torch.dtype, device: torch.device) -> None:
-    """Cast or quantize the weights for inference.
-
-    A processor without bf16 instructions reads bf16 weights all the same, and computes in float32:
-    of 64 rows of a prompt each product then takes a sixth of the time.
-    """
-    native = device.type != "cpu" or choose_dtype("auto", device)[0] == "bf16"
-    if dtype == torch.bfloat16 and not native:
-        bits, dtype = bits or "bf16", torch.float32
-    language = decoder_of(model)
-    if bits and not (bits == "bf16" and is_quantized(language)):
-        quantize(language, bits)
-    compute_in(model, dtype)
+def make_ready(model, device: torch.device, dtype: torch.dtype, bits: str | None) -> None:
+    """Move the model to device, with its layers as fast as they can be."""
+    try:
+        from extras.fast import prepare_for_inference
+    except ModuleNotFoundError as error:  # without extras/ everything else works, slower
+        if bits:
+            raise ValueError(f"--quantize {bits} needs extras/fast, which is missing") from error
+        model.to(device, dtype)
+        return
+    prepare_for_inference(model, device, dtype, bits)

@@ -14,9 +14,10 @@ import torch
 from dataset.chat import IMAGE, Message
 from dataset.images import load_image
 from dataset.sample import BadSample
+from evaluation.batched_generation import generate_batch
 from evaluation.eval_samples import Question, questions_of, read_questions
 from evaluation.metrics import is_exact
-from model.generate import decoder_of, generate_batch
+from model.generate import language_model_of
 
 __all__ = ["Answered", "Question", "answer_all", "by_tag", "questions_of", "read_questions",
            "share", "table", "with_wrong_picture", "without_picture"]
@@ -98,7 +99,7 @@ def answer_all(model, template, processor, questions: list[Question], batch_size
     a batch does not depend on it, so that an answer is the same whenever it is asked for.
     Also returned: the questions that cannot be asked, for a broken picture or for their length.
     """
-    limit = decoder_of(model).config.max_position_embeddings
+    limit = language_model_of(model).config.max_position_embeddings
     prompts, bad = {}, []
     for i, question in enumerate(questions):
         ids = template.prompt(question.messages)

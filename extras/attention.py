@@ -25,8 +25,8 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 from dataset.chat import IMAGE
-from dataset.stream import HALF
-from model.language import Attention, LanguageModel, rope_table
+from model.generate import REPLACEMENT_CHARACTER
+from model.language import Attention, LanguageModel, rope_cos_sin
 
 SIDE, CELL = 1.8, 0.62  # inches: of an image, of a token
 COLUMNS, MOST_WORDS = 6, 48
@@ -52,7 +52,7 @@ CHINESE_FONTS = (
 
 def attention_weights(attention: Attention, x, rope):
     """One layer's: its normed input x (B,T,D) -> (B,H,T,T) float32, rows that sum to 1."""
-    q, k, _ = attention.heads(x, rope)  # (B,H,T,hd), (B,Hkv,T,hd)
+    q, k, _ = attention.queries_keys_values(x, rope)  # (B,H,T,hd), (B,Hkv,T,hd)
     k = k.repeat_interleave(attention.num_heads // attention.num_key_value_heads, dim=1)
     scores = q.float() @ k.float().transpose(2, 3) / math.sqrt(attention.head_dim)  # (B,H,T,T)
     later = torch.ones(scores.shape[2:], dtype=torch.bool, device=x.device).triu(1)  # (T,T)
@@ -64,7 +64,7 @@ def each_layer(decoder: LanguageModel, embeds):
     """Yield every layer's weights (B,H,T,T) and the hidden state behind it (B,T,D): one at a time,
     for all 28 layers of 16 heads over 1,000 tokens would be 1.8 GB."""
     positions = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
-    rope = rope_table(positions, decoder.config.head_dim, decoder.config.rope_theta)
+    rope = rope_cos_sin(positions, decoder.config.head_dim, decoder.config.rope_theta)
     x = embeds
     for number, layer in enumerate(decoder.layers):
         weights = attention_weights(layer.self_attn, layer.input_layernorm(x), rope)
@@ -100,7 +100,7 @@ def words(tokenizer, ids: list[int]) -> list[tuple[str, list[int]]]:
     found, start, length = [], 0, 0
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:end])
-        if text.endswith(HALF) and end < len(ids):  # the next token may complete the character
+        if text.endswith(REPLACEMENT_CHARACTER) and end < len(ids):  # the next token may complete the character
             continue
         piece, indices = text[length:], list(range(start, end))
         start, length = end, len(text)

@@ -11,7 +11,8 @@ Four things stay in memory, and a fifth comes and goes:
     optimizer     8 bytes: AdamW keeps two averages of each trained parameter's gradient
     activations   what each block keeps until the backward pass comes back to it: in proportion to
                   rows x tokens x layers. With --checkpointing a block keeps its input alone
-    logits        vocabulary x positions, at most CHUNK of them (model/loss.py), twice over
+    logits        vocabulary x positions, at most CHUNK of them (chunked_cross_entropy.py),
+                  twice over
 
 The first three are a sum over the parameters. The last two are counted on the model's own code: one
 step is made with tensors that have a shape and no values (FakeTensorMode), and each operation's
@@ -30,9 +31,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from extras.fast import prepare_for_training
+from extras.fast.chunked_cross_entropy import chunked_cross_entropy
 from model.language import LanguageModel
-from model.loss import head_loss
 from model.pretrained.checkpoint import own_names
+from model.pretrained.meta_device import meta_device
 from model.projector import Projector
 from model.vision import VisionTransformer
 from model.vlm import VLM
@@ -90,13 +93,14 @@ def predict(config, settings, size: tuple[int, int], K: int, device: torch.devic
 def as_trained(config, settings) -> VLM:
     """The model as a run has it, with adapters, frozen parts and each weight's dtype, on the "meta"
     device: shapes without values."""
-    with torch.device("meta"):
+    with meta_device():
         model = VLM(config, LanguageModel(config.language), VisionTransformer(config.vision),
                     Projector(config.projector, config.vision.hidden_size,
                               config.language.hidden_size, config.pixel_shuffle))
     choose_trained(model, argparse.Namespace(**{**vars(settings), "lora_from": None}), None)
     store_weights(model, settings.dtype, set(own_names(model)))
     model.set_checkpointing(settings.checkpointing)
+    prepare_for_training(model)
     return model
 
 
@@ -162,8 +166,9 @@ def step_of(model, settings, size, K: int, kind: str) -> tuple[int, int, int]:
                     supervised = hidden[:, K:].clone().flatten(0, 1)
                     activations, earlier = tracker.now - before, tracker.most
                     tracker.most = tracker.now
-                    loss = head_loss(model.language, supervised,
-                                     ids.flatten() % language.vocab_size, device=kind)
+                    loss = chunked_cross_entropy(model.language, supervised,
+                                                 ids.flatten() % language.vocab_size,
+                                                 device_type=kind)
                     del hidden, supervised
                 first, tracker.most = tracker.most - tracker.now, max(earlier, tracker.most)
                 loss.backward()

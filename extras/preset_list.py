@@ -14,11 +14,10 @@ import json
 from functools import cache
 from pathlib import Path
 
-import torch
-
 from extras.memory import static_memory
 from model.config import LanguageConfig, VisionConfig, VLMConfig
 from model.language import LanguageModel
+from model.pretrained.meta_device import meta_device
 from model.projector import Projector
 from model.vision import VisionTransformer
 from model.vlm import VLM
@@ -58,7 +57,7 @@ def empty_model(preset: Preset) -> VLM:
     """The whole model in full size, without values: it takes no memory."""
     language = empty_tower(preset.language)
     vision = empty_tower(preset.vision, preset.vision_layer, preset.features)
-    with torch.device("meta"):
+    with meta_device():
         projector = Projector(preset.projector, vision.config.hidden_size,
                               language.config.hidden_size, preset.pixel_shuffle)
     return VLM(VLMConfig(language.config, vision.config, preset.projector, preset.pixel_shuffle,
@@ -67,7 +66,7 @@ def empty_model(preset: Preset) -> VLM:
 
 def empty_tower(name: str, feature_layer: int | None = None, features: str = "patches"):
     """A language model; with a feature_layer, a vision tower."""
-    with torch.device("meta"):
+    with meta_device():
         if feature_layer is None:
             return LanguageModel(LanguageConfig.from_public(facts(name, LANGUAGE)))
         return VisionTransformer(VisionConfig.from_public(facts(name, VISION), feature_layer,

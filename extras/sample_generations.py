@@ -19,7 +19,7 @@ import torch
 from dataset.chat import IMAGE
 from dataset.images import load_image
 from dataset.readers.formats import BadSample
-from model.generate import generate_batch
+from evaluation.batched_generation import generate_batch
 from training.precision import autocast
 
 MAX_NEW_TOKENS = 64  # a model that has not learned to stop would go on

@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor
 
 import training.loop
 from dataset.batching import Batches
+from extras.fast import prepare_for_training
+from extras.fast.chunked_cross_entropy import CHUNK
 from extras.fsdp import (
     clip_gradients,
     make_mesh,
@@ -27,7 +29,6 @@ from extras.fsdp import (
     to_compute,
     whole,
 )
-from model import loss as head_loss
 from tests.ranks_worker import Quiet
 from training.distributed import start_ranks
 from training.loop import Progress, backward
@@ -58,6 +59,7 @@ def prepare(ranks, flags):
     choose_trained(parts.model, settings, None)
     store_weights(parts.model, settings.dtype, set())
     parts.model.set_checkpointing(settings.checkpointing)
+    prepare_for_training(parts.model)
     data, _ = open_training_data(settings, "captions")
     batches = Batches(data, parts.template, parts.processor, settings.batch_size,
                       settings.max_length, settings.seed, ranks.rank, ranks.world_size)
@@ -106,7 +108,7 @@ def one_rank(rank: int, number: int, port: int, directory: str, flags: list) -> 
                       LOCAL_WORLD_SIZE=str(number), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
     torch.set_num_threads(1)
-    head_loss.CHUNK["cpu"] = 2**12  # a few rows at a time; one process alone takes all
+    CHUNK["cpu"] = 2**12  # a few rows at a time; one process alone takes all
     with start_ranks() as ranks:
         for _, way, case in [run for run in RUNS if run[0] == number]:
             told = two_steps(ranks, [*flags, "--batch_size", str(BATCH // number), *CASES[case],

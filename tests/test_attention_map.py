@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from extras.attention import attention_maps, attention_weights, each_layer
-from model.language import LanguageModel, rope_table
+from model.language import LanguageModel, rope_cos_sin
 from tests.families import tiny_vlm
 
 FACTS = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -51,7 +51,7 @@ def test_weights_times_values_are_what_the_layer_computes(pair):
     ids = torch.randint(0, 64, (2, 12))
     x = ours.embed(ids)
     attention = ours.layers[0].self_attn
-    rope = rope_table(torch.arange(12).expand(2, 12), 8, ours.config.rope_theta)
+    rope = rope_cos_sin(torch.arange(12).expand(2, 12), 8, ours.config.rope_theta)
     v = attention.v_proj(x).view(2, 12, 2, 8).transpose(1, 2).repeat_interleave(2, dim=1)
     mixed = attention_weights(attention, x, rope) @ v  # (B,H,T,hd)
     found = attention.o_proj(mixed.transpose(1, 2).reshape(2, 12, 32))

@@ -13,10 +13,12 @@ import eval as script
 import train_pretrain
 import train_sft
 import training.precision
-from evaluation.loading import chat_dtype, lighten
+from evaluation.loading import chat_dtype
+from extras.fast import prepare_for_inference
+from extras.fast.attention import kernel_shares_heads
 from extras.fast.quantize import is_quantized
 from model.config import LanguageConfig
-from model.language import LanguageModel, kernel_shares_heads
+from model.language import LanguageModel
 from tests.tiny import ROOT, make_world
 from training.device import (
     KERNEL_CACHES,
@@ -147,7 +149,7 @@ def test_a_chat_takes_bf16_where_the_processor_is_faster_in_it(native, monkeypat
     model = LanguageModel(LanguageConfig.from_public(dict(
         model_type="qwen2", vocab_size=32, hidden_size=16, intermediate_size=32,
         num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)))
-    lighten(model, None, torch.bfloat16, cpu)
+    prepare_for_inference(model, cpu, torch.bfloat16)
     assert is_quantized(model) is not native
     assert model.norm.weight.dtype == (torch.bfloat16 if native else torch.float32)
 

@@ -10,8 +10,8 @@ import torch
 
 import train_sft
 from benchmarks.memory import longest_batch, random_model
+from extras.fast.chunked_cross_entropy import CHUNK
 from extras.memory import MemoryTracker, main, planned, predict, static_memory
-from model.loss import CHUNK
 from tests.tiny import ROOT, environment, make_world
 from training.distributed import start_ranks
 from training.loop import backward

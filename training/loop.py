@@ -224,21 +224,19 @@ def backward(model, batch, supervised: float, settings, ranks, scale: float = 1.
              files=None) -> torch.Tensor:
     """Add one micro-batch's share to the gradients, scale times as large; return its share of the
     step's loss."""
-    loss_sum, _ = forward(model, batch, settings, ranks, files, scale / supervised)
+    loss_sum, _ = forward(model, batch, settings, ranks, files)
     loss = loss_sum / supervised
     (loss * scale).backward()
     return loss.detach()  # not .item(): that would make a GPU wait after every micro-batch
 
 
-def forward(model, batch, settings, ranks, files=None,
-            factor: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> summed loss, supervised tokens. files: where features of pictures are kept, or None.
-    factor: what the loss will be multiplied by, see model/loss.py."""
+def forward(model, batch, settings, ranks, files=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> summed loss, supervised tokens. files: where features of pictures are kept, or None."""
     batch = batch.to(ranks.device, non_blocking=True)
     with autocast(settings.dtype, ranks.device):
         if files:
             batch = look(model, batch, files, settings.dtype)
-        return model(batch.ids, batch.labels, batch.pixels, batch.order, batch.features, factor)
+        return model(batch.ids, batch.labels, batch.pixels, batch.order, batch.features)
 
 
 def check_bad(progress: Progress, settings, at_end: bool = False) -> None:

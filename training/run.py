@@ -76,6 +76,7 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
             parts.config["lora"] = choose_trained(parts.model, settings, parts.config["lora"])
             store_weights(parts.model, settings.dtype, parts.held | set(own_names(parts.model)))
             parts.model.set_checkpointing(settings.checkpointing)
+            make_fast(parts.model)
             weights_sum = spread(parts.model, mesh, settings, ranks)
         optimizer = make_optimizer(parts.model, settings)
         try:
@@ -128,6 +129,14 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
         log.close()
         if ranks.main:
             log.say(closing(summary, newest_checkpoint(settings.out), next_command + model))
+
+
+def make_fast(model) -> None:
+    try:
+        from extras.fast import prepare_for_training
+    except ModuleNotFoundError:  # without extras/ everything works, slower
+        return
+    prepare_for_training(model)
 
 
 @contextmanager

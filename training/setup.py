@@ -20,7 +20,6 @@ from dataset.tokenizer import Tokenizer
 from extras.convert.pickle_loader import load_plain
 from extras.convert.published_projector import load_projector
 from extras.fsdp import in_turn, load_optimizer, whole
-from extras.runs import read_object
 from model.config import VLMConfig
 from model.language import LanguageModel
 from model.pretrained.checkpoint import (
