@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from training.setup import Parts
 
 from dataset.chat import ChatTemplate
 from dataset.images import ImageProcessor
@@ -33,7 +34,6 @@ from extras.memory import as_trained, planned, standing
 from extras.preset_list import ROOT, VISION, empty_model, facts, image_tokens
 from training import run
 from training.preset_table import PRESETS
-from training.setup import Parts
 
 STAGES = {"pretrain": (16, 24), "sft": (32, 128)}  # words (and tokens) of question and answer
 TOO_LARGE = ("qwen7b-clip",)  # 15 GB of weights in bf16, 31 GB in fp32
