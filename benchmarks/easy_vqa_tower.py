@@ -26,6 +26,7 @@ from tqdm import tqdm
 from dataset.images import ImageProcessor
 from model.pretrained.hub import load_vision, save_vision
 from training.optim import set_learning_rate
+from training.schedules import cosine
 
 ROOT = Path(__file__).resolve().parent.parent
 TOWER = ROOT / "dataset/emoji/vision"

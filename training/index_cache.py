@@ -49,7 +49,8 @@ def load_on_local_leader(open_data, distributed):
     try:
         return read(*results[leader])
     finally:
-        distributed.barrier()  # mapped by all: it lives on without its name, until the last one ends
+        # Mapped by all of them, the file lives on without its name until the last one ends.
+        distributed.barrier()
         if mine:
             with suppress(PermissionError):  # Windows lets no mapped file go
                 os.unlink(mine[1])
