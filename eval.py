@@ -59,7 +59,7 @@ def read_flags(arguments=None) -> argparse.Namespace:
     add("--repetition_penalty", type=float, default=1.0, help="above 1: repeat less")
     add("--seed", type=int, default=0, help="of the draws")
     add("--dtype", choices=("fp32", "bf16"), help="default: bf16 where the GPU or the processor "
-        "multiplies it natively, else fp32; --stats tells which and why")
+        "is faster in it, else fp32; --stats tells which and why")
     add("--quantize", choices=("int8", "int4"), help="the language model's weights in so many "
         "bits: less memory, and on a CPU faster; extras/export can save them so")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")

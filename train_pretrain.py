@@ -5,9 +5,7 @@
 
 Both towers are frozen. The projector starts from random weights, and the gradient that comes back
 through the frozen language model is all that it learns from. Writes checkpoints and metrics.jsonl
-to --out; train_sft.py goes on from there.
-
-Read main() first, then fit() and train(), which both stages share.
+to --out; train_sft.py goes on from there. Both stages share fit() and train().
 """
 
 import math
@@ -59,7 +57,8 @@ def main(arguments=None) -> None:
     with start_distributed(strategy(settings)) as distributed, explain_errors(settings):
         # 2. Data: a line on disk -> Sample. One process of each machine reads the index.
         data = load_on_local_leader(partial(open_data, settings, "pretrain"), distributed)
-        settings.dtype, reason = choose_dtype(settings.dtype, distributed.device)
+        dtype = choose_dtype(settings.dtype, distributed.device)
+        settings.dtype, reason = distributed.gather([dtype])[0]  # measured: rank 0's counts
         distributed.print(f"dtype     {settings.dtype}: {reason}")
         with distributed.one_rank_at_a_time():
             # 3. Model: two public towers, a new projector between them.

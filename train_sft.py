@@ -30,7 +30,8 @@ def main(arguments=None) -> None:
     with start_distributed(strategy(settings)) as distributed, explain_errors(settings):
         # 2. Data: conversations instead of captions.
         data = load_on_local_leader(partial(open_data, settings, "sft"), distributed)
-        settings.dtype, reason = choose_dtype(settings.dtype, distributed.device)
+        dtype = choose_dtype(settings.dtype, distributed.device)
+        settings.dtype, reason = distributed.gather([dtype])[0]  # measured: rank 0's counts
         distributed.print(f"dtype     {settings.dtype}: {reason}")
         with distributed.one_rank_at_a_time():
             # 3. Model: stage one's, its trained projector included.

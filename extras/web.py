@@ -39,7 +39,7 @@ def read_flags(arguments=None) -> argparse.Namespace:
     add("--language", help="where the public language model lies, if not where it was in training")
     add("--vision", help="where the public vision tower lies, if not where it was in training")
     add("--dtype", choices=("fp32", "bf16"), help="default: bf16 where the GPU or the processor "
-        "multiplies it natively, else fp32")
+        "is faster in it, else fp32")
     add("--quantize", choices=("int8", "int4"), help="the language model's weights in so many "
         "bits: less memory, and on a CPU faster")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
