@@ -58,8 +58,8 @@ def nothing_loaded(monkeypatch):
     def loaded(*_):
         raise AssertionError("too early")
 
-    for place in ("training.run.where_to_start", "training.run.open_training_data",
-                  "training.run.assemble", "export.find_model", "eval.load", "web.prepare",
+    for place in ("training.resume.find_start", "train_pretrain.open_data",
+                  "train_pretrain.load_or_build", "export.find_model", "eval.load", "web.prepare",
                   "evaluation.run.find_model"):
         monkeypatch.setattr(place, loaded)
 
