@@ -34,7 +34,7 @@ from training.errors import check_skipped, check_weights, explain_errors, not_fi
 from training.hooks import make_hooks, report_at_end
 from training.index_cache import load_on_local_leader
 from training.log import Log, introduction, way_out
-from training.optim import make_optimizer, set_learning_rate, set_requires_grad
+from training.optim import choose_trainable, make_optimizer, set_learning_rate
 from training.precision import (
     UNSCALED,
     LossScaler,
@@ -64,7 +64,7 @@ def main(arguments=None) -> None:
             # 3. Model: two public towers, a new projector between them.
             bundle = load_or_build(settings, start.checkpoint)
             # 4. What is trained: the projector alone, unless the preset or a flag says more.
-            bundle.config["lora"] = set_requires_grad(bundle.model, settings, bundle.config["lora"])
+            bundle.config["lora"] = choose_trainable(bundle.model, settings, bundle.config["lora"])
             place_model(bundle, settings, distributed)
         # 5. to 8. Optimizer, batches, loop and checkpoints are those of both stages.
         log = fit(bundle, data, settings, start, distributed)

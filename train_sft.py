@@ -18,7 +18,7 @@ from training.data import open_data
 from training.distributed import start_distributed
 from training.errors import explain_errors
 from training.index_cache import load_on_local_leader
-from training.optim import set_requires_grad
+from training.optim import choose_trainable
 from training.precision import choose_dtype
 from training.resume import read_settings
 
@@ -41,7 +41,7 @@ def main(arguments=None) -> None:
             #      --train_language all    every weight of it, 16 bytes each in training
             #      --train_language last:2 its last two layers
             #    The checkpoints hold what was trained and refer to the public towers for the rest.
-            bundle.config["lora"] = set_requires_grad(bundle.model, settings, bundle.config["lora"])
+            bundle.config["lora"] = choose_trainable(bundle.model, settings, bundle.config["lora"])
             place_model(bundle, settings, distributed)
         # 5. to 8. The rest is stage one's. Learning rates by part: --learning_rate for all,
         #    --projector_learning_rate and --vision_learning_rate for those that need another one;

@@ -37,7 +37,7 @@ from model.projector import Projector
 from model.vision import VisionTransformer
 from model.vlm import VLM
 from train_pretrain import backward
-from training.optim import make_optimizer, set_requires_grad
+from training.optim import choose_trainable, make_optimizer
 from training.precision import NUMBERS, cast_weights
 
 SMOLLM2, QWEN = (LANGUAGE[name] for name in ("HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -128,7 +128,7 @@ def ours(work: Work, directory: Path, numbers: str, device, cached: bool):
         vision_learning_rate=None, train_projector=True, train_vision=False, lora=lora,
         train_language="all" if work.trained == "all" else "none", lora_dropout=0.0,
         **{f"lora_{name}": value for name, value in LORA.items()})
-    set_requires_grad(model, settings, None)
+    choose_trainable(model, settings, None)
     cast_weights(model, numbers, set())
     model.to(device).train()
     optimizer = make_optimizer(model, settings)

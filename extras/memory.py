@@ -35,7 +35,7 @@ from model.pretrained.checkpoint import own_names
 from model.projector import Projector
 from model.vision import VisionTransformer
 from model.vlm import VLM
-from training.optim import set_requires_grad
+from training.optim import choose_trainable
 from training.precision import autocast, cast_weights, choose_dtype
 from training.preset_table import PRESETS
 
@@ -96,7 +96,7 @@ def as_trained(config, settings, keep=frozenset()) -> VLM:
         model = VLM(config, LanguageModel(config.language), VisionTransformer(config.vision),
                     Projector(config.projector, config.vision.hidden_size,
                               config.language.hidden_size, config.pixel_shuffle))
-    set_requires_grad(model, argparse.Namespace(**{**vars(settings), "lora_from": None}), None)
+    choose_trainable(model, argparse.Namespace(**{**vars(settings), "lora_from": None}), None)
     cast_weights(model, settings.dtype, set(own_names(model)) | set(keep))
     model.set_checkpointing(settings.checkpointing)
     return model

@@ -23,7 +23,7 @@ from model import loss as head_loss
 from train_pretrain import backward, load_or_build, train
 from training.data import open_training_data
 from training.distributed import Distributed, start_distributed
-from training.optim import make_optimizer, set_requires_grad
+from training.optim import choose_trainable, make_optimizer
 from training.precision import LossScaler, cast_weights
 from training.presets import read_flags, resolve
 from training.state import TrainerState
@@ -48,7 +48,7 @@ LONGEST = 0.05  # gradients of the first step are cut down to this
 def prepare(distributed, flags):
     settings = resolve(read_flags("", "pretrain", flags), "pretrain", {})
     parts = load_or_build(settings, None)
-    set_requires_grad(parts.model, settings, None)
+    choose_trainable(parts.model, settings, None)
     cast_weights(parts.model, settings.dtype, set())
     parts.model.set_checkpointing(settings.checkpointing)
     data, _ = open_training_data(settings, "pretrain")

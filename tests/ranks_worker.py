@@ -16,7 +16,7 @@ from dataset.batching import Batches
 from train_pretrain import backward, load_or_build, train
 from training.data import open_training_data
 from training.distributed import start_distributed
-from training.optim import make_optimizer, set_requires_grad
+from training.optim import choose_trainable, make_optimizer
 from training.presets import read_flags, resolve
 from training.state import TrainerState
 from training.steps import Steps
@@ -27,7 +27,7 @@ TRAINED = ([], ["--train_language", "all", "--train_vision"])
 def prepare(flags, distributed):
     settings = resolve(read_flags("", "pretrain", flags), "pretrain", {})
     parts = load_or_build(settings, None)
-    set_requires_grad(parts.model, settings, None)
+    choose_trainable(parts.model, settings, None)
     data, _ = open_training_data(settings, "pretrain")
     batches = Batches(data, parts.template, parts.processor, settings.batch_size,
                       settings.max_length, settings.seed, distributed.rank, distributed.world_size)

@@ -43,7 +43,8 @@ OPEN = {
         "dataset/batching.py")], "is being shortened"),
     **dict.fromkeys(["core", "support", "extras"], "is being shortened"),
     **dict.fromkeys([
-        "model/config.py", "dataset/sample.py", "dataset/batching.py", "benchmarks/answer.py", "benchmarks/sides.py", "evaluation/benchmarks.py",
+        "model/config.py", "dataset/sample.py", "dataset/batching.py",
+        "benchmarks/answer.py", "benchmarks/sides.py", "evaluation/benchmarks.py",
         "extras/check_data.py", "extras/emoji/train_language.py",
         "model/pretrained/checkpoint.py", "model/pretrained/hub.py"], "is being split"),
     **dict.fromkeys([f"functions of {path}" for path in (

@@ -16,7 +16,7 @@ from tests.tiny import make_world, metrics
 from train_pretrain import backward, load_or_build
 from training.data import open_training_data
 from training.distributed import start_distributed
-from training.optim import set_requires_grad
+from training.optim import choose_trainable
 from training.presets import read_flags, resolve
 
 # (batch_size, accumulate, world_size), one after the other
@@ -97,7 +97,7 @@ def test_gradients_of_a_step_are_those_of_any_split(tmp_path):
     flags = [*make_world(tmp_path, count=34), "--train_language", "all", "--train_vision"]
     settings = resolve(read_flags("", "pretrain", flags), "pretrain", {})
     parts = load_or_build(settings, None)
-    set_requires_grad(parts.model, settings, None)
+    choose_trainable(parts.model, settings, None)
     data, _ = open_training_data(settings, "pretrain")
     trained = [p for p in parts.model.parameters() if p.requires_grad]
     expected = None

@@ -20,7 +20,7 @@ from model.pretrained.hub import load_language, load_vision, save_language, save
 from tests.tiny import curve, make_world, metrics, torchrun
 from train_pretrain import backward, load_or_build
 from training.data import open_training_data
-from training.optim import set_requires_grad
+from training.optim import choose_trainable
 from training.precision import LossScaler, cast_weights, choose_dtype
 from training.presets import read_flags, resolve
 from training.state import TrainerState
@@ -69,7 +69,7 @@ def test_towers_published_in_float32_are_rounded_once(tmp_path, monkeypatch):
 def stored(world, *flags, stage="sft"):
     settings = resolve(read_flags("", stage, [*world, *flags]), stage, {})
     parts = load_or_build(settings, None)
-    set_requires_grad(parts.model, settings, None)
+    choose_trainable(parts.model, settings, None)
     cast_weights(parts.model, settings.dtype, {"projector.fc1.weight", "projector.fc2.weight"})
     return settings, parts
 

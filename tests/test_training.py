@@ -19,7 +19,7 @@ from train_pretrain import backward, load_or_build
 from training.data import open_training_data
 from training.distributed import start_distributed
 from training.log import clock
-from training.optim import make_optimizer, parameter_groups, set_requires_grad
+from training.optim import choose_trainable, make_optimizer, parameter_groups
 from training.precision import choose_dtype
 from training.presets import read_flags, resolve
 from training.schedules import SCHEDULES
@@ -34,7 +34,7 @@ def prepare(flags, stage="pretrain"):
     """-> settings, parts, batches, as the scripts make them."""
     settings = resolve(read_flags("", stage, flags), stage, {})
     parts = load_or_build(settings, None)
-    parts.config["lora"] = set_requires_grad(parts.model, settings, None)
+    parts.config["lora"] = choose_trainable(parts.model, settings, None)
     data, _ = open_training_data(settings, "pretrain")
     batches = Batches(data, parts.template, parts.processor, settings.batch_size,
                       settings.max_length, settings.seed, workers=settings.workers)

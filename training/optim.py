@@ -1,6 +1,6 @@
 """What is trained, and how fast: freezing by part, parameter groups for AdamW.
 
-    VLM + settings -> set_requires_grad -> parameter_groups -> AdamW; share of the peak -> lr
+    VLM + settings -> choose_trainable -> parameter_groups -> AdamW; share of the peak -> lr
 """
 
 import torch
@@ -11,7 +11,7 @@ from model.vlm import set_trainable
 PARTS = ("language", "projector", "vision")
 
 
-def set_requires_grad(model, settings, lora: dict | None) -> dict | None:
+def choose_trainable(model, settings, lora: dict | None) -> dict | None:
     """Freeze all but the parts that the settings name; return the LoRA settings of the model.
 
     lora: those of the adapters that a checkpoint has brought along, or None. A frozen part gets
