@@ -40,8 +40,8 @@ from training.precision import (
     LossScaler,
     autocast,
     cast_weights,
-    choose_dtype,
     first_unfit,
+    settle_dtype,
 )
 from training.resume import changes, read_settings, restore, save
 from training.run_metadata import describe, record_launch, summarise
@@ -57,9 +57,7 @@ def main(arguments=None) -> None:
     with start_distributed(strategy(settings)) as distributed, explain_errors(settings):
         # 2. Data: a line on disk -> Sample. One process of each machine reads the index.
         data = load_on_local_leader(partial(open_data, settings, "pretrain"), distributed)
-        dtype = choose_dtype(settings.dtype, distributed.device)
-        settings.dtype, reason = distributed.gather([dtype])[0]  # measured: rank 0's counts
-        distributed.print(f"dtype     {settings.dtype}: {reason}")
+        settle_dtype(settings, distributed)
         with distributed.one_rank_at_a_time():
             # 3. Model: two public towers, a new projector between them.
             bundle = load_or_build(settings, start.checkpoint)
@@ -90,6 +88,7 @@ def load_or_build(settings, checkpoint) -> ModelBundle:
 
 
 def build(settings) -> ModelBundle:
+    """Two public towers and, between them, a new projector."""
     directories = find_base(settings.language), find_base(settings.vision)
     # Each weight in the dtype of its file; cast_weights decides once it is known what is trained.
     language = LanguageModel.from_pretrained(str(directories[0]), None)

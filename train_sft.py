@@ -19,7 +19,7 @@ from training.distributed import start_distributed
 from training.errors import explain_errors
 from training.index_cache import load_on_local_leader
 from training.optim import choose_trainable
-from training.precision import choose_dtype
+from training.precision import settle_dtype
 from training.resume import read_settings
 
 
@@ -30,9 +30,7 @@ def main(arguments=None) -> None:
     with start_distributed(strategy(settings)) as distributed, explain_errors(settings):
         # 2. Data: conversations instead of captions.
         data = load_on_local_leader(partial(open_data, settings, "sft"), distributed)
-        dtype = choose_dtype(settings.dtype, distributed.device)
-        settings.dtype, reason = distributed.gather([dtype])[0]  # measured: rank 0's counts
-        distributed.print(f"dtype     {settings.dtype}: {reason}")
+        settle_dtype(settings, distributed)
         with distributed.one_rank_at_a_time():
             # 3. Model: stage one's, its trained projector included.
             bundle = load_or_build(settings, start.checkpoint)

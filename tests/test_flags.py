@@ -11,7 +11,7 @@ from model.pretrained.checkpoint import newest_checkpoint, read_run
 from tests.tiny import ROOT, make_world, metrics
 from training.presets import PRESETS, read_flags, resolve, settings_of_preset
 from training.schedules import SCHEDULES
-from training.settings import BENDS, FIXED, FREE, PRESET, SETTINGS
+from training.settings import BENDS, FIXED, FREE, PRESET, SETTINGS, TRACKERS
 
 # Every flag with a value that no preset has; booleans have both of theirs.
 VALUES = {
@@ -43,7 +43,7 @@ VALUES = {
     "lora_from": [("A", "A")], "full_checkpoint": [(True, True), (False, False)],
     "eval_every": [("12", 12)], "eval_data": [("E", "E")], "eval_samples": [("13", 13)],
     "eval_answers": [("3", 3), ("0", 0)], "overfit": [("14", 14)],
-    "log": [(name, name) for name in ("tensorboard", "wandb", "swanlab")],
+    "log": [(name, name) for name in TRACKERS],
     "parallel": [("fsdp", "fsdp"), ("ddp", "ddp")],
 }
 

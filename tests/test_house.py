@@ -55,6 +55,7 @@ OPEN = {
     "circles": "model/ and model/pretrained/ are being parted, extras.memory is being removed",
     "-100": "dataset/batching.py and model/vlm.py are being rewritten",
     "hashlib.sha256": "model/pretrained/files.py is to have the only one",
+    "fast": "extras/fast/__init__.py is being written",
     "without extras": "model/, dataset/ and eval.py still import extras",
 }
 
@@ -215,6 +216,14 @@ def command(directory: Path, *words: str) -> str:
                           env={**environment(), "PYTHONPATH": str(directory)}, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+@pytest.mark.parametrize("what", law(["fast"]))
+def test_with_extras_training_is_fast(what):
+    """train_pretrain.place_model falls back to the plain layers, which must not hide a rename."""
+    from extras.fast import prepare_for_training
+
+    assert callable(prepare_for_training)
 
 
 @pytest.mark.parametrize("what", law(["without extras"]))

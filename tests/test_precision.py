@@ -2,6 +2,7 @@
 fp16 skips what overflows and goes on, as torch's own scaler does, on all ranks alike."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tests.tiny import curve, make_world, metrics, torchrun
 from train_pretrain import backward, load_or_build
 from training.data import open_training_data
 from training.optim import choose_trainable
-from training.precision import LossScaler, cast_weights, choose_dtype
+from training.precision import LossScaler, cast_weights, choose_dtype, settle_dtype
 from training.presets import read_flags, resolve
 from training.state import TrainerState
 
@@ -286,3 +287,20 @@ def test_auto_on_cuda(monkeypatch, name, capability, expected, why):
     suits = torch.bfloat16 if expected == "bf16" else torch.float32
     assert chat_dtype(torch.device("cuda", 0), None)[0] == suits
     assert chat_dtype(torch.device("cuda", 0), "fp32") == (torch.float32, "as asked")
+
+
+def test_all_ranks_take_what_rank_0_has_measured(monkeypatch, capsys):
+    """Two machines, or a busy moment: "auto" may come out differently on each of them."""
+    class Ranks:
+        device = torch.device("cpu")
+
+        def gather(self, items):
+            return [("fp32", "measured on rank 0"), *items]
+
+        def print(self, text):
+            print(text)
+
+    settings = SimpleNamespace(dtype="auto")
+    monkeypatch.setattr(training.precision, "bf16_speedup", lambda: 3.0)
+    settle_dtype(settings, Ranks())
+    assert settings.dtype == "fp32" and "fp32: measured on rank 0" in capsys.readouterr().out

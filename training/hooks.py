@@ -35,7 +35,8 @@ def answer_hooks(bundle, steps, log, held_out) -> list:
         return []
     try:
         from extras.sample_generations import Answers  # here: sample answers are an extra
-    except ImportError:
+    except ModuleNotFoundError as error:
+        log.say(f"answers   none while it trains: {error}")
         return []
     answers = Answers(held_out, bundle.template, bundle.processor, settings)
     return [every_eval(steps, lambda step: log.answers(
@@ -52,9 +53,11 @@ def every_eval(steps, act):
 
 
 def report_at_end(out, main: bool):
-    """The context that writes OUT/report.html when a run ends; nothing without extras/report.py."""
+    """The context that writes OUT/report.html when a run ends, where that can be done."""
     try:
         from extras.report import reported  # here: the report is an extra
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if main:
+            print(f"no report.html: {error}")
         return nullcontext()
     return reported(out, main)

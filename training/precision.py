@@ -42,6 +42,13 @@ def choose_dtype(dtype: str, device: torch.device) -> tuple[str, str]:
     return "fp32", f"bf16 products are {times:.1f} times as fast here"
 
 
+def settle_dtype(settings, distributed) -> None:
+    """--dtype auto -> settings.dtype. It may be measured: all ranks take what rank 0 has found."""
+    choice = choose_dtype(settings.dtype, distributed.device)
+    settings.dtype, reason = distributed.gather([choice])[0]
+    distributed.print(f"dtype     {settings.dtype}: {reason}")
+
+
 @cache
 @torch.no_grad()
 def bf16_speedup() -> float:

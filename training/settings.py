@@ -19,6 +19,8 @@ FREE = "free"  # no step computes anything else because of it
 # resumed from before a step at which that had stopped it, and nowhere else.
 BENDS = "bends"
 
+TRACKERS = ("tensorboard", "wandb", "swanlab")  # extras/trackers.py
+
 PRESET = object()  # the default stands in the preset (preset_table.py)
 
 
@@ -160,7 +162,7 @@ SETTINGS = (
             metavar="N", at_least=1),
     Setting("log", "show the figures of metrics.jsonl and evaluations.jsonl there too "
             "(requirements-extra.txt)", default=None,
-            choices=("tensorboard", "wandb", "swanlab"), on_resume=FREE),
+            choices=TRACKERS, on_resume=FREE),
     Setting("lora_from", "begin with the adapters of a peft directory; it says their rank, alpha "
             "and targets", default=None, metavar="DIR"),
     Setting("full_checkpoint", "copy the public towers into each checkpoint instead of referring "

@@ -52,8 +52,10 @@ class ShuffledImages:
     is no other image at all, a sample with images raises BadSample.
     """
 
-    def __init__(self, data):
-        self.data = data
+    def __init__(self, data, may_lend=lambda sample, other: True):
+        """data: len() and [i] -> Sample, or an evaluation's question. may_lend: whether a sample
+        may get the images of the other one."""
+        self.data, self.may_lend = data, may_lend
 
     def __len__(self) -> int:
         return len(self.data)
@@ -67,7 +69,8 @@ class ShuffledImages:
                 following = self.data[(i + step) % len(self)]
             except BadSample:
                 continue
-            others += [image for image in following.images if image not in sample.images]
+            if self.may_lend(sample, following):
+                others += [image for image in following.images if image not in sample.images]
         if len(others) < len(sample.images):
             raise BadSample(sample.where, "no other picture to show in the place of its own")
         return replace(sample, images=tuple(others[:len(sample.images)]))
