@@ -33,7 +33,8 @@ from training.distributed import Distributed, start_distributed
 from training.errors import check_skipped, check_weights, explain_errors, not_finite
 from training.hooks import make_hooks, report_at_end
 from training.index_cache import load_on_local_leader
-from training.log import Log, introduction, way_out
+from training.log import Log
+from training.messages import introduction, way_out
 from training.optim import choose_trainable, make_optimizer, set_learning_rate
 from training.precision import (
     UNSCALED,

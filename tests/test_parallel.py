@@ -17,7 +17,7 @@ from tests.parallel_worker import BATCH, CASES, LONGEST, RUNS, two_steps
 from tests.test_resume import Killed, die_in_step
 from tests.tiny import ROOT, environment, make_world, metrics, torchrun
 from training.distributed import start_distributed, store_of_this_try
-from training.log import stopped
+from training.messages import stopped
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"),
                                 reason="torch 2.6 shares models out on GPUs only")

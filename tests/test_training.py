@@ -18,7 +18,7 @@ from tests.tiny import curve, make_world, metrics
 from train_pretrain import backward, load_or_build
 from training.data import open_training_data
 from training.distributed import start_distributed
-from training.log import clock
+from training.messages import clock
 from training.optim import choose_trainable, make_optimizer, parameter_groups
 from training.precision import choose_dtype
 from training.presets import read_flags, resolve

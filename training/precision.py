@@ -43,7 +43,7 @@ def choose_dtype(dtype: str, device: torch.device) -> tuple[str, str]:
 
 
 def settle_dtype(settings, distributed) -> None:
-    """--dtype auto -> settings.dtype. It may be measured: all ranks take what rank 0 has found."""
+    """--dtype auto -> settings.dtype. It may be measured: all ranks take rank 0's choice."""
     choice = choose_dtype(settings.dtype, distributed.device)
     settings.dtype, reason = distributed.gather([choice])[0]
     distributed.print(f"dtype     {settings.dtype}: {reason}")
@@ -101,7 +101,7 @@ def cast_weights(model, dtype: str, keep: set[str]) -> None:
 def first_unfit(named, dtype: str, distributed) -> str | None:
     """The first weight that is not finite in dtype, with its value; None when all are. Every rank
     gets the same answer. named: (name, parameter), ..."""
-    greatest, found = torch.finfo(NUMBERS[dtype]).max, []
+    greatest, unfit = torch.finfo(NUMBERS[dtype]).max, []
     for name, parameter in named:
         tensor = distributed.local_tensor(parameter.detach())
         if not tensor.numel():
@@ -109,9 +109,9 @@ def first_unfit(named, dtype: str, distributed) -> str | None:
         low, high = (float(value) for value in tensor.aminmax())  # NaN, if one of them is
         value = low if -low > high else high
         if not abs(value) <= greatest:
-            found.append(f"{name} holds {value:.3g}, and {dtype} ends at {greatest:,.6g}")
+            unfit.append(f"{name} holds {value:.3g}, and {dtype} ends at {greatest:,.6g}")
             break
-    return next(iter(distributed.gather(found)), None)
+    return next(iter(distributed.gather(unfit)), None)
 
 
 class LossScaler:

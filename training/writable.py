@@ -64,7 +64,7 @@ def try_to_write(name: str, path) -> None:
 
 
 def exists(path: Path) -> bool:
-    """As os.path.lexists, but what else is wrong with the path is told: too long a name, say."""
+    """As os.path.lexists, but any other fault of the path raises: too long a name, say."""
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
