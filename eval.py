@@ -106,9 +106,9 @@ def main(arguments=None) -> None:
         else:
             say(conversation, flags.prompt, flags.stats)
             if flags.attention:
-                from extras.attention import save_looks  # here: a chat draws nothing
+                from extras.attention import save_attention  # here: a chat draws nothing
 
-                save_looks(conversation, flags.attention)
+                save_attention(conversation, flags.attention)
     except (OSError, ValueError, KeyError) as error:  # each says what is wrong and what to do
         raise SystemExit(f"eval.py: {error}") from error
     except (RuntimeError, MemoryError) as error:

@@ -14,7 +14,7 @@ import train_sft
 from benchmarks.memory import longest_batch, random_model
 from dataset.batching import Row, collate
 from dataset.sample import Sample
-from extras.attention_map import look
+from extras.attention import attention_maps
 from extras.fast.fused import join
 from extras.fast.quantize import BITS, quantize
 from extras.memory import planned, predict
@@ -263,8 +263,8 @@ def test_few_bits_multiply_as_on_the_cpu(vlm, bits):
 
 def test_looking_back_is_the_same(vlm):
     ids, pixels = random_prompt(7, 12, 1)
-    weights, lens = look(vlm, ids + [3, 4, 5], pixels, 3)
-    there_weights, there_lens = look(there(vlm), ids + [3, 4, 5], pixels, 3)
+    weights, lens = attention_maps(vlm, ids + [3, 4, 5], pixels, 3)
+    there_weights, there_lens = attention_maps(there(vlm), ids + [3, 4, 5], pixels, 3)
     assert_close(there_weights.cpu(), weights, 1e-5, "weights")
     assert [each.tolist() for each in there_lens] == [each.tolist() for each in lens]
 

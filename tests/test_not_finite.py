@@ -11,14 +11,14 @@ import subprocess
 
 import pytest
 import torch
+from extras.charts import last_mean, smooth
+from extras.compare import write_comparison
+from extras.past import means, read_past
 from safetensors.torch import load_file
 
 import train_pretrain
 import train_sft
 from evaluation.report import loss_curve
-from extras.charts import last_mean, smooth
-from extras.compare import write_comparison
-from extras.past import means, read_past
 from extras.report import write_report
 from model.pretrained.checkpoint import checkpoints, newest_checkpoint, read_run
 from tests.test_precision import start_at
