@@ -17,6 +17,7 @@ from pathlib import Path
 
 import huggingface_hub
 
+from extras.memory import format_bytes
 from extras.preset_list import download_size
 from model.pretrained.hub import WANTED_FILES
 from model.pretrained.manifest import sha256
@@ -39,7 +40,6 @@ def main(arguments=None) -> None:
         sources = [(*source, list_files(*source)) for source in sources_of(preset, parts)]
         for source in sources:  # all sizes before the first file
             print_sizes(*source)
-        check_places(sources)
         problems = [problem for source in sources for problem in fetch(*source)]
     except KeyboardInterrupt:
         raise SystemExit("\nstopped: the same command goes on with the next file") from None
@@ -86,57 +86,46 @@ def list_files(repo: str, kind: str, patterns: list[str], to: str | None) -> lis
     return [file for file in held if any(fnmatch(file.rfilename, p) for p in patterns)]
 
 
-def is_there(repo: str, kind: str, to: str | None, file) -> bool:
-    path = (Path(to) / file.rfilename if to else
-            huggingface_hub.try_to_load_from_cache(repo, file.rfilename, repo_type=kind))
-    return isinstance(path, str | Path) and os.path.isfile(path) and (
-        os.path.getsize(path) == file.size)
+def path_of(repo: str, kind: str, to: str | None, name: str) -> Path | None:
+    """Where a file lies, or would lie; None: it is not in the cache."""
+    path = (Path(to) / name if to is not None
+            else huggingface_hub.try_to_load_from_cache(repo, name, repo_type=kind))
+    return Path(path).resolve() if isinstance(path, str | Path) else None  # the cache has links
 
 
-def check_places(sources: list[tuple]) -> None:
-    """Stop before the first byte where what is missing could not be kept."""
+def print_sizes(repo: str, kind: str, patterns, to: str | None, files: list) -> None:
+    """And stop where what is missing could not be kept."""
+    print(f"{endpoint()}/{'datasets/' if kind == 'dataset' else ''}{repo}"
+          f" -> {to or 'the cache of the hub'}")
+    missing, whole = [], format_bytes(sum(file.size or 0 for file in files))
+    for file in files:
+        path = path_of(repo, kind, to, file.rfilename)
+        there = path is not None and path.is_file() and path.stat().st_size == file.size
+        missing += [] if there else [file.size or 0]
+        size = "?" if file.size is None else format_bytes(file.size)
+        print(f"  {size:>10}  {file.rfilename}{'  (there)' if there else ''}")
+    print(f"  to fetch: {format_bytes(sum(missing))} of {whole}")
     try:
-        for repo, kind, _, to, files in sources:
-            if not all(is_there(repo, kind, to, file) for file in files):
-                check_directory(*(("the data's directory", to) if to else
-                                  ("the cache of the hub (HF_HOME)",
-                                   huggingface_hub.constants.HF_HUB_CACHE)))
+        if missing:
+            check_directory(*(("the data's directory", to) if to is not None else
+                              ("the cache of the hub (HF_HOME)",
+                               huggingface_hub.constants.HF_HUB_CACHE)))
     except ValueError as error:
         raise SystemExit(str(error)) from error
 
 
-def print_sizes(repo: str, kind: str, patterns, to: str | None, files: list) -> None:
-    print(f"{endpoint()}/{'datasets/' if kind == 'dataset' else ''}{repo}"
-          f" -> {to or 'the cache of the hub'}")
-    missing = 0
-    for file in files:
-        there = is_there(repo, kind, to, file)
-        missing += 0 if there else file.size or 0
-        print(f"  {size(file.size):>10}  {file.rfilename}{'  (there)' if there else ''}")
-    print(f"  to fetch: {size(missing)} of {size(sum(file.size or 0 for file in files))}")
-
-
 def fetch(repo: str, kind: str, patterns, to: str | None, files: list) -> list[str]:
     """Fetch what is not there; check all of it. Returns what is wrong, a line for each file."""
-    directory = Path(huggingface_hub.snapshot_download(
-        repo, repo_type=kind, local_dir=to, endpoint=endpoint(),
-        allow_patterns=[file.rfilename for file in files]))
+    huggingface_hub.snapshot_download(repo, repo_type=kind, local_dir=to, endpoint=endpoint(),
+                                      allow_patterns=[file.rfilename for file in files])
     problems = []
     for file in files:
-        path = (directory / file.rfilename).resolve()  # the cache names a file by a link
+        path = path_of(repo, kind, to, file.rfilename)
         if file.size not in (None, path.stat().st_size):
             problems.append(f"{path}: {path.stat().st_size:,} bytes, the hub says {file.size:,}")
         elif file.lfs and sha256(path) != file.lfs.sha256:
             problems.append(f"{path}: sha256 {sha256(path)}, the hub says {file.lfs.sha256}")
     return problems
-
-
-def size(number: float | None) -> str:
-    """988000000 -> "988.0 MB"; 1 MB is 1,000,000 bytes, as the hub counts."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number and number >= factor:
-            return f"{number / factor:.1f} {unit}"
-    return "? MB" if number is None else f"{number:.0f} bytes"
 
 
 def gigabytes(part) -> str:
@@ -164,7 +153,7 @@ def by_yourself(preset: Preset, parts: list[str]) -> str:
         name = getattr(preset, part, None)
         if part != "data" and download_size(name):
             directory = f"weights/{name.rsplit('/', 1)[-1]}"
-            lines += [f"  {endpoint()}/{name}/tree/main ({size(download_size(name))}): "
+            lines += [f"  {endpoint()}/{name}/tree/main ({format_bytes(download_size(name))}): "
                       + ", ".join(WANTED_FILES), f"    (or pytorch_model*.bin) -> {directory}/",
                       f"    then add: --{part} {directory}"]
     for part in data_of(preset, parts):

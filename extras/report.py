@@ -102,10 +102,10 @@ def heading(run: RunRecord, name: str, colour: str) -> str:
             f"<p>{text(', '.join(facts))}</p>")
 
 
-def mean_loss(lines: list[dict]) -> float:
-    """Of the steps that have a loss; one that overflowed in fp16 has none."""
+def mean_loss(lines: list[dict]) -> float | None:
+    """Of the steps that have one; in fp16 a step that overflows has none."""
     losses = [line["loss"] for line in lines if line["loss"] is not None]
-    return float(np.mean(losses)) if losses else math.nan
+    return float(np.mean(losses)) if losses else None
 
 
 def beside_reference(run: RunRecord) -> str:
@@ -118,7 +118,7 @@ def beside_reference(run: RunRecord) -> str:
     own = mean_loss([m for m in run.metrics if abs(m["step"] - step) <= 5])
     differing = "; ".join(f"{name} {text(here)} instead of {text(there)}" for name, (here, there)
                           in unlike(curve_settings(run), about["settings"]).items())
-    return (f"<p>Around step {step:.0f} the loss is {own:.3f}; the reference run of "
+    return (f"<p>Around step {step:.0f} the loss is {text(own)}; the reference run of "
             f"{text(about['recipe'])} ({about['steps']:,} steps, dashed) had {loss:.3f} there."
             + f" This run differs from it, so its curve may too: {differing}." * bool(differing)
             + "</p>")
@@ -168,14 +168,15 @@ def curves(runs: list[RunRecord]) -> str:
 
 
 def draw(axes, lines: list[dict], name: str, style: str, window: int = 1, **more) -> None:
-    """The mean of `window` neighbouring lines; a missing figure leaves a gap."""
+    """The mean of `window` neighbouring lines; where all of them lack the figure is a gap."""
     lines = lines[::len(lines) // POINTS + 1]
     values = np.array([line.get(name) for line in lines], dtype=float)
     known, window = np.isfinite(values), np.ones(min(window, len(values)))
     if known.any():
-        sums = np.convolve(np.where(known, values, 0), window, "same")
-        values = np.where(known, sums / np.maximum(np.convolve(known, window, "same"), 1), np.nan)
-        axes.plot([line["step"] for line in lines], values, style, **more)
+        sums, counts = (np.convolve(array, window, "same")
+                        for array in (np.where(known, values, 0), known))
+        means = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+        axes.plot([line["step"] for line in lines], means, style, **more)
 
 
 def answers(runs: list[RunRecord], names: list[str]) -> str:

@@ -63,19 +63,31 @@ def read_run(out) -> RunRecord:
     if not any((out / name).exists() for name in ("metrics.jsonl", "run.json", "answers.jsonl")):
         raise FileNotFoundError(f"{out} holds neither metrics.jsonl nor run.json: give the --out "
                                 "of a training, or a directory of eval.py's scores")
-    whole = [next(iter(read_objects(out / f"{name}.json", whole=True)), {})
-             for name in ("run", "summary", "scores")]
-    return RunRecord(out, *whole, *(read_objects(out / f"{name}.jsonl")
-                                    for name in ("metrics", "evaluations", "answers")))
+    return RunRecord(out, *(read_object(out / f"{name}.json")
+                            for name in ("run", "summary", "scores")),
+                     *(read_objects(out / f"{name}.jsonl")
+                       for name in ("metrics", "evaluations", "answers")))
 
 
-def read_objects(file: Path, whole: bool = False) -> list[dict]:
-    """The JSON objects of a file, one in each line or one in the whole; torn ones are left out."""
-    content = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+def read_object(file: Path) -> dict:
+    """The JSON object of a file; {} where there is none, or a torn one."""
+    return next(iter(objects_of([text_of(file)])), {})
+
+
+def read_objects(file: Path) -> list[dict]:
+    """Those of its lines, without torn ones."""
+    return objects_of(text_of(file).splitlines())
+
+
+def text_of(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+
+
+def objects_of(texts: list[str]) -> list[dict]:
     values = []
-    for part in [content] if whole else content.splitlines():
+    for text in texts:
         try:
-            values.append(json.loads(part))
+            values.append(json.loads(text))
         except ValueError:
             continue
     return [value for value in values if isinstance(value, dict)]
@@ -151,7 +163,7 @@ def keep_reference(run: RunRecord, name: str) -> Path:
     """Write the curve of this run where reference_of finds it."""
     lines = [{"recipe": run.recipe, "steps": run.last_step, "commit": run.run.get("commit"),
               "settings": curve_settings(run)}]
-    metrics = [m for m in run.metrics if m["loss"] is not None]  # in fp16 a step may overflow
+    metrics = [m for m in run.metrics if m["loss"] is not None]  # fp16 overflowed there
     for group in (metrics[i:i + 10] for i in range(0, len(metrics), 10)):
         lines.append({"step": (group[0]["step"] + group[-1]["step"]) / 2,
                       "loss": round(sum(m["loss"] for m in group) / len(group), 4)})

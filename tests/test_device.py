@@ -204,6 +204,7 @@ def test_training_says_what_makes_a_step_smaller(size, said, tmp_path, monkeypat
     text = str(stopped.value)
     assert "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB." in text and said in text
     assert "--resume" not in text, "there is no checkpoint to go on from"
+    assert "`python -m extras.memory emoji` with the flags of this run predicts" in text
     monkeypatch.undo()
     train_pretrain.main([*flags, "--steps", "2", "--save_every", "2"])
     monkeypatch.setattr("train_pretrain.backward", fail)

@@ -8,7 +8,7 @@ from families import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from extras.memory import Alive
+from extras.memory import MemoryTracker
 from model import loss as head_loss
 from model.lora import add_lora
 from model.vlm import set_trainable
@@ -110,7 +110,7 @@ def test_two_chunks_of_numbers_stand_at_a_time(monkeypatch):
     language = trained("projector").language
     hidden, labels = torch.randn(900, 36, requires_grad=True), torch.randint(0, WORDS, (900,))
     monkeypatch.setitem(head_loss.CHUNK, "cpu", 300 * WORDS)
-    with Alive(language) as alive:
+    with MemoryTracker(language) as alive:
         head_loss.head_loss(language, hidden, labels)
     states = 4 * (900 + 900 + 2 * 300) * 36  # hidden, its gradient, and those of two chunks
     assert 2.0 <= (alive.most - states) / (4 * 300 * WORDS) < 2.3

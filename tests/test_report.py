@@ -347,7 +347,9 @@ def test_means_and_long_runs():
     (_, values), = drawn(lines_of(0, 3, 6, 9), window=3)
     np.testing.assert_allclose(values, [1.5, 3, 6, 7.5])
     (_, values), = drawn(lines_of(1.0, None, 2.0, float("inf"), 3.0), window=3)
-    np.testing.assert_allclose(values, [1, np.nan, 2, np.nan, 3])
+    np.testing.assert_allclose(values, [1, 1.5, 2, 2.5, 3])
+    (_, values), = drawn(lines_of(1.0, None, None, None, 3.0), window=3)
+    np.testing.assert_allclose(values, [1, 1, np.nan, 3, 3])
     (steps, values), = drawn(lines_of(*[1.0] * 1_000_000), window=21)
     assert len(steps) <= report.POINTS and (values == 1).all() and steps[0] == 1
 
@@ -363,7 +365,7 @@ def test_one_more_figure_in_each_step_has_its_chart(run, tmp_path, monkeypatch):
                       "tokens per second", "another figure"]
 
 
-def test_a_loss_of_zero_or_below_is_drawn_too(tmp_path):
-    for values in ((1.0, 0.0), (0.0, 0.0), (float("nan"), 1.0)):
+def test_a_loss_of_zero_or_none_is_drawn_too(tmp_path):
+    for values in ((1.0, 0.0), (0.0, 0.0), (float("nan"), 1.0), (None, None)):
         lines = [{"step": i, "seconds": 1.0, "loss": value} for i, value in enumerate(values)]
         assert "base64" in report.curves([record(tmp_path, metrics=lines)])
