@@ -100,7 +100,8 @@ def words(tokenizer, ids: list[int]) -> list[tuple[str, list[int]]]:
     found, start, length = [], 0, 0
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:end])
-        if text.endswith(REPLACEMENT_CHARACTER) and end < len(ids):  # the next token may complete the character
+        # The next token may complete the character.
+        if text.endswith(REPLACEMENT_CHARACTER) and end < len(ids):
             continue
         piece, indices = text[length:], list(range(start, end))
         start, length = end, len(text)

@@ -39,8 +39,8 @@ from model.pretrained.meta_device import meta_device
 from model.projector import Projector
 from model.vision import VisionTransformer
 from model.vlm import VLM
-from training.optim import choose_trained
-from training.precision import autocast, choose_dtype, store_weights
+from training.optim import choose_trainable
+from training.precision import autocast, cast_weights, choose_dtype
 from training.preset_table import PRESETS
 
 ADAM = 8  # bytes: two float32 averages
@@ -97,8 +97,8 @@ def as_trained(config, settings) -> VLM:
         model = VLM(config, LanguageModel(config.language), VisionTransformer(config.vision),
                     Projector(config.projector, config.vision.hidden_size,
                               config.language.hidden_size, config.pixel_shuffle))
-    choose_trained(model, argparse.Namespace(**{**vars(settings), "lora_from": None}), None)
-    store_weights(model, settings.dtype, set(own_names(model)))
+    choose_trainable(model, argparse.Namespace(**{**vars(settings), "lora_from": None}), None)
+    cast_weights(model, settings.dtype, set(own_names(model)))
     model.set_checkpointing(settings.checkpointing)
     prepare_for_training(model)
     return model

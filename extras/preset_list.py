@@ -21,7 +21,7 @@ from model.pretrained.meta_device import meta_device
 from model.projector import Projector
 from model.vision import VisionTransformer
 from model.vlm import VLM
-from training.optim import choose_trained
+from training.optim import choose_trainable
 from training.preset_table import PRESETS, Preset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,7 +93,7 @@ def costs(name: str) -> dict:
     for stage in ("pretrain", "sft"):
         model = empty_model(preset)
         settings = argparse.Namespace(**{**vars(preset), **vars(getattr(preset, stage))})
-        choose_trained(model, settings, None)
+        choose_trainable(model, settings, None)
         sums[stage] = sum(static_memory(model))
     return sums
 

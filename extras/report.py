@@ -34,7 +34,7 @@ from extras.runs import (
     settings_of,
     unlike,
 )
-from training.log import clock
+from training.messages import clock
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
 WINDOW, POINTS, CARDS = 21, 2000, 40  # of a mean; most of a line; most questions in a page

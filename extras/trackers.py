@@ -12,8 +12,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-TRACKERS = ("tensorboard", "wandb", "swanlab", "trackio")
-
 
 def check_installed(tracker: str | None) -> None:
     """Better now than after the model is loaded."""

@@ -13,8 +13,8 @@ from benchmarks.memory import longest_batch, random_model
 from extras.fast.chunked_cross_entropy import CHUNK
 from extras.memory import MemoryTracker, main, planned, predict, static_memory
 from tests.tiny import ROOT, environment, make_world
-from training.distributed import start_ranks
-from training.loop import backward
+from train_pretrain import backward
+from training.distributed import start_distributed
 from training.optim import make_optimizer
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def test_a_step_on_shapes_is_the_step_with_numbers(stage, flags):
     predicted = predict(*plan(stage, *flags), CPU)
     config, settings, size, K = plan(stage, *flags)
     model = random_model(config, settings)
-    with start_ranks() as ranks, MemoryTracker(model) as tracker:
+    with start_distributed() as ranks, MemoryTracker(model) as tracker:
         for _ in range(settings.accumulate):
             backward(model, longest_batch(config, settings, size, K), 99, settings, ranks)
     optimizer = make_optimizer(model, settings)
