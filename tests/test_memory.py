@@ -10,7 +10,8 @@ import torch
 
 import train_sft
 from benchmarks.memory import longest_batch, random_model
-from extras.memory import MemoryTracker, main, planned, predict, static_memory
+from extras.memory import MemoryTracker, main, planned, predict
+from extras.preset_list import static_memory
 from model.loss import CHUNK
 from tests.tiny import ROOT, environment, make_world
 from training.distributed import start_ranks
