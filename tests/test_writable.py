@@ -59,7 +59,8 @@ def nothing_loaded(monkeypatch):
         raise AssertionError("too early")
 
     for place in ("training.run.where_to_start", "training.run.open_training_data",
-                  "training.run.assemble", "export.find_model", "eval.load", "web.prepare",
+                  "training.run.assemble", "extras.export.__main__.find_model", "eval.load",
+                  "extras.web.prepare",
                   "evaluation.run.find_model"):
         monkeypatch.setattr(place, loaded)
 
@@ -94,7 +95,7 @@ def test_a_picture_that_cannot_be_is_told_first(nothing_loaded, place, words):
 
 def test_the_page_has_a_place_for_uploads_or_says_so(nothing_loaded, monkeypatch, here):
     monkeypatch.setattr(tempfile, "tempdir", str(here / "file"))
-    with pytest.raises(SystemExit, match=r"extras/web.py: .*\(TMPDIR\) .*found a file"):
+    with pytest.raises(SystemExit, match=r"extras.web: .*\(TMPDIR\) .*found a file"):
         web.main([])
 
 
