@@ -117,7 +117,7 @@ def place_model(bundle, settings, distributed) -> None:
     model.set_checkpointing(settings.checkpointing)
     try:
         from extras.fast import prepare_for_training  # here: the same results, faster
-    except ImportError:  # the plain layers
+    except ModuleNotFoundError:  # the plain layers
         pass
     else:
         prepare_for_training(model)
