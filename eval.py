@@ -22,6 +22,7 @@ from evaluation.metrics import METRICS
 from evaluation.terminal import chat, say
 from model.pretrained.checkpoint import find_model
 from training.device import is_out_of_memory
+from training.writable import check_directory, check_picture
 
 
 def read_flags(arguments=None) -> argparse.Namespace:
@@ -58,7 +59,7 @@ def read_flags(arguments=None) -> argparse.Namespace:
     add("--repetition_penalty", type=float, default=1.0, help="above 1: repeat less")
     add("--seed", type=int, default=0, help="of the draws")
     add("--dtype", choices=("fp32", "bf16"), help="default: bf16 where the GPU or the processor "
-        "multiplies it natively, else fp32; --stats tells which and why")
+        "is faster in it, else fp32; --stats tells which and why")
     add("--quantize", choices=("int8", "int4"), help="the language model's weights in so many "
         "bits: less memory, and on a CPU faster; extras/export can save them so")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
@@ -67,7 +68,7 @@ def read_flags(arguments=None) -> argparse.Namespace:
     for name in ("max_new_tokens", "batch_size", "repetition_penalty"):
         if not getattr(flags, name) > 0:
             parser.error(f"--{name} {getattr(flags, name)}: expected a number above 0")
-    if flags.attention and not (flags.image and flags.prompt):
+    if flags.attention is not None and not (flags.image and flags.prompt):
         parser.error("--attention needs --image and --prompt")
     if flags.template and flags.model != "none":
         parser.error("--template needs --model none: a checkpoint is asked as it was trained")
@@ -82,6 +83,10 @@ def read_flags(arguments=None) -> argparse.Namespace:
 def main(arguments=None) -> None:
     flags = read_flags(arguments)
     try:
+        if flags.data:
+            check_directory("--report", flags.report if flags.report is not None else "out/scores")
+        if flags.attention is not None:
+            check_picture("--attention", flags.attention)
         name = flags.model
         if flags.data and name != "none":  # a training may save a newer one while this one answers
             name = find_model(name)
@@ -101,9 +106,9 @@ def main(arguments=None) -> None:
         else:
             say(conversation, flags.prompt, flags.stats)
             if flags.attention:
-                from extras.attention import save_looks  # here: a chat draws nothing
+                from extras.attention import save_attention  # here: a chat draws nothing
 
-                save_looks(conversation, flags.attention)
+                save_attention(conversation, flags.attention)
     except (OSError, ValueError, KeyError) as error:  # each says what is wrong and what to do
         raise SystemExit(f"eval.py: {error}") from error
     except (RuntimeError, MemoryError) as error:

@@ -41,21 +41,19 @@ from dataset.readers.json_files import (
     walk_object,
 )
 from dataset.readers.parquet import UNREADABLE, ParquetData
-from dataset.sample import BadSample, existing, find_pictures, shown
+from dataset.sample import PICTURE_KEYS, BadSample, existing, find_pictures, shown
 from evaluation.benchmark_records import (
     LETTERS,
     YES_NO,
     ask,
     caption_question,
-    choice_question,
     metric_of,
-    plain_question,
-    vqa_question,
+    question_of,
 )
 from evaluation.eval_samples import Question
 
 COLUMNS = ("question", "text", "caption", "answer", "answers", "label", "choices", "hint",
-           "category", "answer_type", "image", *LETTERS)  # of a Parquet file; no other is read
+           "category", "answer_type", *PICTURE_KEYS, *LETTERS)  # of a Parquet file
 # What is said behind a question, so that the answer has the form that its metric reads: the words
 # of LLaVA 1.5 (Liu et al. 2023), which the data of many models repeat.
 SUFFIXES = {"vqa": "Answer the question using a single word or phrase.",
@@ -214,8 +212,9 @@ class ParquetRows:
         return self.data.record(i)
 
     def pictures(self, record: dict, i: int) -> tuple:
-        return tuple(StoredPicture(fingerprint(found), self, i, number) for number, found
-                     in enumerate(find_pictures(record, self.data.images_dir, self.where(i))))
+        pictures = find_pictures(record, self.data.images_dir, self.where(i))
+        return tuple(StoredPicture(fingerprint(found), self, i, n, getattr(found, "name", None))
+                     for n, found in enumerate(pictures))
 
 
 @dataclass(frozen=True)
@@ -227,6 +226,7 @@ class StoredPicture:
     rows: ParquetRows = field(compare=False)
     row: int = field(compare=False)
     number: int = field(compare=False)
+    name: str | None = field(default=None, compare=False)  # of its file; None: the bytes lie here
 
     def __call__(self):
         record = self.rows.read(self.row)
@@ -260,9 +260,7 @@ class Records:
             images = tuple(find_pictures(record, self.images_dir, where))
         kind = record.get("category") or record.get("answer_type")
         tags = {"kind": kind} if isinstance(kind, str) and kind.isprintable() else {}
-        make = {"caption": caption_question, "choice": choice_question,
-                "vqa": vqa_question}.get(self.metric, plain_question)
-        return make(record, images, where, tags, self.suffix)
+        return question_of(self.metric, record, images, where, tags, self.suffix)
 
 
 # ---------------------------------------------------------------- layouts of their own
@@ -307,8 +305,8 @@ class VQAData:
         annotation = self.annotations.read(self.order[place])
         images = (existing(self.images_dir, f"COCO_{self.subtype}_{image:012d}.jpg", where),)
         kind = annotation.get("answer_type")
-        return vqa_question({**annotation, **record}, images, where,
-                            {"kind": kind} if isinstance(kind, str) else {}, self.suffix)
+        return question_of("vqa", {**annotation, **record}, images, where,
+                           {"kind": kind} if isinstance(kind, str) else {}, self.suffix)
 
 
 class CaptionData:

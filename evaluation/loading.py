@@ -63,8 +63,8 @@ def load(flags, name: str | None):
 def chat_dtype(device: torch.device, wanted: str | None) -> tuple[torch.dtype, str]:
     """wanted: fp32, bf16, or None for what suits the device -> the dtype, and why.
 
-    bf16 where the hardware multiplies it: half the bytes to read for each token. Never fp16: in it
-    some public models grow past 65,504.
+    bf16 where the hardware is faster in it, with half the bytes to read for each token. Never fp16:
+    in it some public models grow past 65,504.
     """
     if wanted:
         return NUMBERS[wanted], "as asked"

@@ -18,7 +18,7 @@ import gradio as gr
 
 from evaluation.conversation import Conversation
 from evaluation.loading import load
-from extras.attention import draw_looks
+from extras.attention import draw_attention
 from extras.page_texts import LANGUAGES, TEXTS, preferred
 from extras.upload_guard import OWN, new_file
 from model.pretrained.checkpoint import checkpoints, newest_checkpoint
@@ -133,7 +133,7 @@ def looked(talk: Talk | None, language: str):
         tell(TEXTS[language]["no_answer"])
         return None, gr.update(visible=False)
     try:
-        return draw_looks(talk.conversation), gr.update(visible=True)
+        return draw_attention(talk.conversation), gr.update(visible=True)
     except ValueError as error:
         tell(str(error).removeprefix("--attention: "))
         return None, gr.update(visible=False)
@@ -206,7 +206,7 @@ def build(models: Models, directory: Path) -> gr.Blocks:
                 return None, visible
             # Left to gradio it would lie where everyone's does; it shows what one session uploaded.
             file = new_file(request.request.scope[OWN], "looks.png")
-            picture.save(file)
+            picture.savefig(file, dpi=100)
             return str(file), visible
 
         def arrive(request: gr.Request):

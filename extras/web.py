@@ -15,6 +15,8 @@ import socket
 import tempfile
 from pathlib import Path
 
+from training.writable import check_directory
+
 PORTS = range(7860, 7960)  # tried in turn, when none is named
 LOCAL = ("127.0.0.1", "localhost", "::1")  # names of this machine that nobody else can mean
 # What a browser may load for this page: what this server gives, and nothing else.
@@ -37,7 +39,7 @@ def read_flags(arguments=None) -> argparse.Namespace:
     add("--language", help="where the public language model lies, if not where it was in training")
     add("--vision", help="where the public vision tower lies, if not where it was in training")
     add("--dtype", choices=("fp32", "bf16"), help="default: bf16 where the GPU or the processor "
-        "multiplies it natively, else fp32")
+        "is faster in it, else fp32")
     add("--quantize", choices=("int8", "int4"), help="the language model's weights in so many "
         "bits: less memory, and on a CPU faster")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
@@ -136,6 +138,7 @@ def listen(host: str, port: int | None) -> socket.socket:
 def main(arguments=None) -> None:
     flags = read_flags(arguments)
     try:
+        check_directory("the directory for uploaded pictures (TMPDIR)", tempfile.gettempdir())
         with tempfile.TemporaryDirectory(prefix="vlm_web_") as directory:  # nobody else's to read
             server, listener, address = prepare(flags, directory)
             print(f"talk to it at {address} (Ctrl-C ends)", flush=True)

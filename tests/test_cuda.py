@@ -15,7 +15,7 @@ from benchmarks.memory import longest_batch, random_model
 from dataset.batching import Row, collate
 from dataset.sample import Sample
 from evaluation.batched_generation import generate_batch
-from extras.attention_map import look
+from extras.attention import attention_maps
 from extras.fast import prepare_for_inference, prepare_for_training
 from extras.fast.attention import SharedHeadsAttention
 from extras.fast.cuda_graph import CUDAGraphDecodeStep
@@ -32,10 +32,10 @@ from tests.test_generate import greedy_without_cache, random_prompt
 from tests.test_generate import language as language  # noqa: PLC0414, fixtures
 from tests.test_generate import vlm as vlm  # noqa: PLC0414
 from tests.tiny import ROOT, curve, make_world, metrics, torchrun
-from training.distributed import start_ranks
-from training.loop import backward
+from train_pretrain import backward
+from training.distributed import start_distributed
 from training.optim import make_optimizer
-from training.precision import NUMBERS, autocast, choose_dtype, store_weights
+from training.precision import NUMBERS, autocast, cast_weights, choose_dtype
 
 HERE = torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(not HERE, reason="needs a GPU that torch can use")
@@ -126,7 +126,7 @@ def step(model, dtype, device, checkpointing=False, fast=True):
     model.set_checkpointing(checkpointing)
     if fast:
         prepare_for_training(model)
-    store_weights(model, dtype, set())
+    cast_weights(model, dtype, set())
     ids, labels, pixels = (tensor.to(device) for tensor in batch())
     torch.manual_seed(4)
     with autocast(dtype, device):
@@ -275,8 +275,8 @@ def test_few_bits_multiply_as_on_the_cpu(vlm, bits):
 
 def test_looking_back_is_the_same(vlm):
     ids, pixels = random_prompt(7, 12, 1)
-    weights, lens = look(vlm, ids + [3, 4, 5], pixels, 3)
-    there_weights, there_lens = look(there(vlm), ids + [3, 4, 5], pixels, 3)
+    weights, lens = attention_maps(vlm, ids + [3, 4, 5], pixels, 3)
+    there_weights, there_lens = attention_maps(there(vlm), ids + [3, 4, 5], pixels, 3)
     assert_close(there_weights.cpu(), weights, 1e-5, "weights")
     assert [each.tolist() for each in there_lens] == [each.tolist() for each in lens]
 
@@ -359,7 +359,7 @@ def test_memory_is_what_was_told(preset, stage, flags):
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    with start_ranks() as ranks:
+    with start_distributed() as ranks:
         model = random_model(config, settings).to(GPU)
         optimizer = make_optimizer(model, settings)
         for _ in range(2):

@@ -10,7 +10,7 @@ from tiny import make_runs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import eval as script
-from extras.attention_map import each_layer
+from extras.attention import each_layer
 from extras.fast.fused import FusedGateUpMLP, FusedQKVAttention, fuse
 from extras.fast.quantize import BITS, quantize, set_compute_dtype
 from model.generate import KVCache

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from extras.fast import chunked_cross_entropy as fast_loss
-from extras.memory import Alive
+from extras.memory import MemoryTracker
 from model import loss as plain_loss
 from model.lora import add_lora
 from model.vlm import set_trainable
@@ -124,7 +124,7 @@ def test_two_chunks_of_numbers_stand_at_a_time(monkeypatch):
     language = trained("projector").language
     hidden, labels = torch.randn(900, 36, requires_grad=True), torch.randint(0, WORDS, (900,))
     monkeypatch.setitem(fast_loss.CHUNK, "cpu", 300 * WORDS)
-    with Alive(language) as alive:
+    with MemoryTracker(language) as alive:
         fast_loss.chunked_cross_entropy(language, hidden, labels)
     states = 4 * (900 + 900 + 2 * 300) * 36  # hidden, its gradient, and those of two chunks
     assert 2.0 <= (alive.most - states) / (4 * 300 * WORDS) < 2.3

@@ -176,7 +176,7 @@ def test_where_it_looked(world, models, warned):
     assert page.looked(None, "中文")[0] is None and warned == ["还没有回答可以查看。"]
     _, _, talk = respond(models, "hello")[-1]
     if talk.conversation.answered:
-        assert page.looked(talk, "English")[0] is None and "no picture" in warned[-1]
+        assert page.looked(talk, "English")[0] is None and "no image" in warned[-1]
 
 
 def test_both_languages_say_everything():

@@ -23,6 +23,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from extras.export.transformers import same_names
+from model.language import LanguageModel
 from model.lora import LoRALinear, add_lora, linear_names
 from model.pretrained.hub import all_tensors, read_json
 from model.pretrained.meta_device import meta_device
@@ -41,9 +43,15 @@ def peft_adapter(language: nn.Module, lora: dict, base: str) -> tuple[dict, dict
     """-> adapter_config.json, {peft's name: tensor}. lora: config.json's, as add_lora got it.
 
     All adapters of a file have one rank; those on a single layer are filled up with zeros where
-    others need a higher one.
+    others need a higher one. ValueError: a tensor that is neither the base's nor of an adapter:
+    peft has no place for it.
     """
     adapters = {name: language.get_submodule(name) for name in linear_names(language, LoRALinear)}
+    with meta_device():
+        places = LanguageModel(language.config).state_dict()
+    same_names(language.state_dict(), places, "this model is no adapter on its base",
+               "An adapter is lora_a and lora_b of linear layers of the base. Use --to merged",
+               [f"{name}.{half}" for name in adapters for half in ("lora_a", "lora_b")])
     every = published_layers(language)
     adapted = {public: ours for public, ours in every.items() if adapters.keys() & set(ours)}
     several = max(map(len, adapted.values()))
