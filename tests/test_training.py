@@ -171,6 +171,16 @@ def test_rates_and_decay_by_part(world):
     assert make_optimizer(parts.model, settings).param_groups[2]["lr"] == 0.5
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.1, 0.5])
+def test_a_schedule_gives_shares_of_the_peak(name, warmup_ratio):
+    """In a line up over the warmup, then never above 1 and never 0: each step learns something."""
+    shares = [SCHEDULES[name](step, 100, warmup_ratio) for step in range(1, 101)]
+    warmup = int(100 * warmup_ratio)
+    assert shares[:warmup] == pytest.approx([step / warmup for step in range(1, warmup + 1)])
+    assert all(0 < share <= 1 for share in shares) and max(shares) > 0.99
+
+
 def test_the_cosine_rises_to_one_and_falls_to_a_tenth():
     schedule = SCHEDULES["cosine"]
     shares = [schedule(step, 100, 0.1) for step in range(1, 101)]
