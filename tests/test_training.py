@@ -2,6 +2,8 @@
 
 import json
 import math
+from contextlib import contextmanager
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
@@ -273,3 +275,27 @@ def test_progress_is_told(world, tmp_path, capsys):
     assert "step 1/6  loss " in told and "step 6/6  loss " in told
     assert "next: python train_sft.py --lora --model" in told
     assert [clock(s) for s in (0, 151, 3725)] == ["0:00", "2:31", "1:02:05"]
+
+
+def test_an_error_in_the_loop_ends_the_workers(world, tmp_path, monkeypatch):
+    """A rank that fails leaves without the usual exit, which would end them otherwise."""
+    before, left = set(active_children()), []
+
+    def fail(*_):
+        raise RuntimeError("a fault of the program")
+
+    def summary(*arguments, plain=train_pretrain.record_launch):
+        @contextmanager
+        def note():
+            try:
+                with plain(*arguments):
+                    yield
+            finally:
+                left.extend(set(active_children()) - before)
+        return note()
+
+    monkeypatch.setattr(train_pretrain, "record_launch", summary)
+    monkeypatch.setattr(train_pretrain, "backward", fail)
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        train_pretrain.main([*world, "--workers", "2", "--out", str(tmp_path)])
+    assert left == []
