@@ -32,6 +32,7 @@ from model.pretrained.checkpoint import STEP, find_base, find_model, read_run
 from model.pretrained.hub import file_hashes
 from model.pretrained.manifest import sha256
 from model.projector import Projector
+from training.inference import load_model
 from training.setup import free_name, matching
 
 LISTED = 5  # unusable samples named on the screen; scores.json counts them all
@@ -42,10 +43,8 @@ RESULTS = ("answers.jsonl", "contact_sheet.png", "loss.png", "scores.json")
 NAME_BYTES = 60  # of a model and of a file in result_name: some file systems take 143 in all
 
 
-def evaluate(flags, load, checkpoint, model, template, processor) -> None:
-    """checkpoint: the directory that the model was loaded from, or "none" for --language alone.
-    load: eval.py's own function, to load the model of stage one in the same way.
-    """
+def evaluate(flags, checkpoint, model, template, processor) -> None:
+    """checkpoint: the directory that the model was loaded from, or "none" for --language alone."""
     metric, data = open_questions(flags)
     questions, bad = read_questions(data, flags.limit)
     name = " ".join(flags.data)
@@ -77,7 +76,7 @@ def evaluate(flags, load, checkpoint, model, template, processor) -> None:
         make_room(out, scored)
         runs = runs_of(checkpoint) if flags.report else []
         if len(runs) == 2:
-            earlier, _, _ = load(flags, str(runs[0]))
+            earlier, _, _ = load_model(flags, str(runs[0]))
             who = model_files(flags, runs[0])
             ask("pretrain", earlier, questions, who)
             earlier.projector = untrained_projector(earlier)

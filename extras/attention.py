@@ -30,7 +30,7 @@ INK, GREY = (30, 30, 30), (110, 110, 110)
 
 def draw_looks(conversation) -> Image.Image:
     """The last answer of a Conversation. ValueError: there is no picture or no word to draw."""
-    prompt, answer = conversation.asked, conversation.answered
+    prompt, answer = conversation.prompt_ids, conversation.answer_ids
     model, pixels = conversation.model, conversation.pixels
     if not pixels or not answer:
         raise ValueError("--attention: there is no " + ("word in the answer" if pixels else

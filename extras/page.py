@@ -16,12 +16,11 @@ from pathlib import Path
 
 import gradio as gr
 
-from evaluation.conversation import Conversation
-from evaluation.loading import load
 from extras.attention import draw_looks
 from extras.page_texts import LANGUAGES, TEXTS, preferred
 from extras.upload_guard import OWN, new_file
 from model.pretrained.checkpoint import checkpoints, newest_checkpoint
+from training.inference import Conversation, load_model
 
 KEPT = 2  # loaded models; sessions that pick others in turn would load them again and again
 PAUSE = 0.1  # seconds between two looks of a growing answer: for each, gradio reads all pictures
@@ -65,7 +64,7 @@ class Models:
             if name not in self.loaded:
                 while len(self.loaded) >= KEPT:
                     del self.loaded[next(iter(self.loaded))]
-                self.loaded[name] = load(self.flags, name)
+                self.loaded[name] = load_model(self.flags, name)
             return self.loaded[name]
 
 
@@ -129,7 +128,7 @@ def show(conversation: Conversation, files: list) -> None:
 def looked(talk: Talk | None, language: str):
     """-> the picture of where the last answer's words were looked for, and whether there is one;
     if there is none, a sentence tells why."""
-    if talk is None or not talk.conversation.answered:
+    if talk is None or not talk.conversation.answer_ids:
         tell(TEXTS[language]["no_answer"])
         return None, gr.update(visible=False)
     try:

@@ -11,7 +11,7 @@ from tiny import make_runs
 
 import eval as script
 from dataset.chat import Message
-from evaluation.conversation import Conversation, speed
+from training.inference import Conversation, format_speed
 
 SAMPLING = {"max_new_tokens": 12}
 
@@ -24,7 +24,7 @@ def world(tmp_path_factory):
 @pytest.fixture
 def conversation(world):
     flags = script.read_flags(["--model", str(world / "sft"), "--device", "cpu"])
-    return Conversation(*script.load(flags, flags.model), SAMPLING)
+    return Conversation(*script.load_model(flags, flags.model), SAMPLING)
 
 
 def say(conversation, text) -> str:
@@ -40,7 +40,7 @@ def expected(world, text, *pictures, model="sft") -> str:
     """What eval.py must print for one thing said."""
     name = model if model == "none" else str(world / model)
     flags = script.read_flags(["--device", "cpu", "--language", str(world / "language")])
-    talk = Conversation(*script.load(flags, name), {"max_new_tokens": 8})
+    talk = Conversation(*script.load_model(flags, name), {"max_new_tokens": 8})
     for picture in pictures:
         talk.show(world / picture)
     return say(talk, text) + "\n"
@@ -118,9 +118,9 @@ def test_an_error_leaves_the_conversation_as_it_was(world, conversation, text):
 
 
 def test_speed_by_hand():
-    assert speed(7, [1.0, 1.5, 1.75, 2.0]) == (
+    assert format_speed(7, [1.0, 1.5, 1.75, 2.0]) == (
         "7 prompt tokens in 0.50 s, 3 tokens answered, 4.0 tokens/s")
-    assert speed(7, [1.0, 1.5]) == "7 prompt tokens in 0.50 s, 1 tokens answered"
+    assert format_speed(7, [1.0, 1.5]) == "7 prompt tokens in 0.50 s, 1 tokens answered"
 
 
 # ---------------------------------------------------------------- the whole script

@@ -8,10 +8,10 @@ from PIL import Image
 
 import eval as script
 import train_pretrain
-from evaluation.conversation import Conversation
 from extras import attention as looks
 from extras import text_drawing as lettering
 from tests.tiny import make_world
+from training.inference import Conversation
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def world(tmp_path_factory):
 
 def conversation(world, name="plain"):
     flags = script.read_flags(["--device", "cpu"])
-    talk = Conversation(*script.load(flags, str(world / name)), {"max_new_tokens": 7})
+    talk = Conversation(*script.load_model(flags, str(world / name)), {"max_new_tokens": 7})
     torch.manual_seed(0)
     for parameter in talk.model.parameters():  # so that it talks and does not stop
         parameter.data.normal_(std=0.3)
@@ -56,14 +56,15 @@ def test_two_pictures_and_a_second_turn(world):
     ask(talk, "Which?", world / "red.png", world / "blue.png")
     first = looks.draw_looks(talk)
     ask(talk, "And now?")
-    assert len(talk.asked) > 20 and looks.draw_looks(talk).size != (0, 0) and first.height > 300
+    assert looks.draw_looks(talk).size != (0, 0) and first.height > 300
+    assert len(talk.prompt_ids) > 20
 
 
 def test_the_brightest_patch_is_the_one_that_was_looked_at(world, monkeypatch):
     """All of the attention put on one patch of the second picture: light falls there alone."""
     talk = conversation(world)
     ask(talk, "Which?", Image.new("RGB", (16, 16), "white"), Image.new("RGB", (16, 16), "white"))
-    images = [i for i, token in enumerate(talk.asked)
+    images = [i for i, token in enumerate(talk.prompt_ids)
               if token == talk.model.config.image_token_id]
     given = []
 
@@ -103,7 +104,7 @@ def test_nothing_to_draw_is_said(world):
         looks.draw_looks(talk)
     talk = conversation(world)
     ask(talk, "Which?", world / "red.png")
-    talk.answered = []
+    talk.answer_ids = []
     with pytest.raises(ValueError, match="no word in the answer"):
         looks.draw_looks(talk)
 

@@ -21,10 +21,10 @@ from tests.tiny import make_world
 gradio = pytest.importorskip("gradio", reason="needs gradio: pip install -r requirements-dev.txt")
 
 import extras.web as web  # noqa: E402, behind the question whether gradio is there
-from evaluation import conversation as talking  # noqa: E402
-from evaluation.conversation import Conversation  # noqa: E402
+import training.inference as inference  # noqa: E402
 from extras import page  # noqa: E402
 from extras.page_texts import TEXTS, preferred  # noqa: E402
+from training.inference import Conversation  # noqa: E402
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 PATIENCE = 120  # seconds until something must have happened, on a busy machine
@@ -79,7 +79,7 @@ def server(world, models, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:  # undone as well where the server does not start
         echo.tokenizer = models.get(models.names()[0])[1].tokenizer
-        patch.setattr(talking, "generate", echo)
+        patch.setattr(inference, "generate", echo)
         patch.setattr(socket.socket, "connect", local_only)
         running, listener, address = web.prepare(flags_of(world, "--max_upload", "0.5"),
                                                  str(tmp_path_factory.mktemp("uploads")))
@@ -108,7 +108,7 @@ def respond(models, text="", files=(), talk=None, name=None, language="English",
 
 
 def test_the_answer_is_the_chats_own(world, models):
-    """Piece by piece, two turns, against evaluation/conversation.py alone."""
+    """Piece by piece, two turns, against training/inference.py alone."""
     told = respond(models, "Which colour?", [world / "red.png"])
     shown, box, talk = told[-1]
     alone = Conversation(*models.get(models.names()[0]), {"max_new_tokens": 6})
@@ -161,7 +161,7 @@ def test_what_cannot_be_done_is_a_sentence_and_the_words_stay(world, models, war
 
 
 def test_a_stopped_answer_is_shown_and_remembered_as_far_as_it_came(world, models, monkeypatch):
-    monkeypatch.setattr(talking, "generate", echo)
+    monkeypatch.setattr(inference, "generate", echo)
     echo.tokenizer = models.get(models.names()[0])[1].tokenizer
     said = {"text": "hello", "files": []}
     stream = page.respond(models, said, None, models.names()[0], 0.0, 1.0, 99, "English")
@@ -175,7 +175,7 @@ def test_a_stopped_answer_is_shown_and_remembered_as_far_as_it_came(world, model
 def test_where_it_looked(world, models, warned):
     assert page.looked(None, "中文")[0] is None and warned == ["还没有回答可以查看。"]
     _, _, talk = respond(models, "hello")[-1]
-    if talk.conversation.answered:
+    if talk.conversation.answer_ids:
         assert page.looked(talk, "English")[0] is None and "no picture" in warned[-1]
 
 

@@ -10,7 +10,6 @@ from tiny import COLOURS, make_data, make_pair
 from dataset.chat import DEFAULT_SYSTEM, ChatTemplate
 from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
-from evaluation.conversation import Conversation
 from model.config import VLMConfig
 from model.generate import Past
 from model.language import LanguageModel
@@ -18,6 +17,7 @@ from model.projector import Projector
 from model.step import KVCache
 from model.vision import VisionTransformer
 from model.vlm import VLM
+from training.inference import Conversation
 
 FAMILIES = ("qwen2", "qwen3", "minimind")  # qwen3 takes the opening of an earlier answer away
 

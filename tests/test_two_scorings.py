@@ -128,7 +128,7 @@ def test_an_older_checkpoint_of_the_run_is_another_model(world, run):
 def test_answers_are_of_the_checkpoint_that_was_loaded(world, run, monkeypatch):
     """The training of --model goes on: while this one loads, a newer checkpoint is saved."""
     shutil.copytree(world / "sft", "sft")
-    newer, load = Path("sft/step_000006"), script.load
+    newer, load = Path("sft/step_000006"), script.load_model
     newer.rename("newer")
 
     def slow(*rest):
@@ -137,7 +137,7 @@ def test_answers_are_of_the_checkpoint_that_was_loaded(world, run, monkeypatch):
             Path("newer").rename(newer)
         return found
 
-    monkeypatch.setattr(script, "load", slow)
+    monkeypatch.setattr(script, "load_model", slow)
     assert "model: sft/step_000003" in run("--model", "sft", "--data", world / "data.jsonl")
     header = (scores_of("sft-step_000003") / "journal" / "sft.jsonl").read_text().splitlines()[0]
     manifest = json.loads(Path("sft/step_000003/manifest.json").read_text())
