@@ -70,39 +70,38 @@ def bleu4(mean) -> float:
 
 
 def cider(captions: list[list[str]], references: list[list[list[str]]]) -> list[float]:
-    """CIDEr-D of each picture (Vedantam, Zitnick, Parikh 2015), 0 to 10; published figures are
+    """CIDEr-D of each image (Vedantam, Zitnick, Parikh 2015), 0 to 10; published figures are
     the mean times 100.
 
-    N-grams are vectors weighted by how rare they are: log(pictures / pictures whose references
+    N-grams are vectors weighted by how rare they are: log(images / images whose references
     have it). The cosine to each reference, a count no higher than the reference's own, times a
-    penalty for another length; the mean over orders and references, times 10. With one picture
+    penalty for another length; the mean over orders and references, times 10. With one image
     alone nothing is rare, and all is 0.
     """
-    rarity, pictures = Counter(), math.log(len(captions)) if captions else 0.0
+    rarity, images = Counter(), math.log(len(captions)) if captions else 0.0
     for several in references:
         rarity.update({gram for text in several for gram in grams(text)})
 
     def vectors(text: list[str]) -> list[dict]:
-        found = [{} for _ in range(ORDERS)]
+        by_order = [{} for _ in range(ORDERS)]
         for gram, count in grams(text).items():
-            found[len(gram) - 1][gram] = count * (pictures - math.log(max(1, rarity[gram])))
-        return found
+            by_order[len(gram) - 1][gram] = count * (images - math.log(max(1, rarity[gram])))
+        return by_order
 
     return [10 * sum(similarity(vectors(caption), vectors(text), caption, text)
                      for text in several) / len(several)
             for caption, several in zip(captions, references)]
 
 
-def similarity(found: list[dict], truth: list[dict], caption: list, reference: list) -> float:
+def similarity(ours: list[dict], theirs: list[dict], caption: list, reference: list) -> float:
     """Of a caption and one reference, 0 to 1: the mean over the orders of n-grams."""
     # The published code counts pairs of words where the paper speaks of length.
     longer = max(len(caption) - 1, 0) - max(len(reference) - 1, 0)
     cosines = 0.0
-    for ours, theirs in zip(found, truth):
-        norms = math.sqrt(sum(v * v for v in ours.values()) * sum(v * v for v in theirs.values()))
+    for a, b in zip(ours, theirs):
+        norms = math.sqrt(sum(v * v for v in a.values()) * sum(v * v for v in b.values()))
         if norms:
-            shared = sum(min(weight, theirs[gram]) * theirs[gram]
-                         for gram, weight in ours.items() if gram in theirs)
+            shared = sum(min(weight, b[gram]) * b[gram] for gram, weight in a.items() if gram in b)
             cosines += shared / norms
     return cosines / ORDERS * math.exp(-longer ** 2 / (2 * SIGMA ** 2))
 

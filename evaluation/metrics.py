@@ -1,4 +1,4 @@
-"""How good is an answer: the rules of the benchmarks, as pure functions.
+"""How good an answer is: the rules of the benchmarks, as pure functions.
 
     answers, questions -> measure -> rows (Q,S): what each question adds to the figures
     mean of the rows   -> figures -> {"accuracy": 0.8, "f1": 0.75, ...}
@@ -20,8 +20,6 @@ import re
 import numpy as np
 
 METRICS = ("exact", "vqa", "choice", "yesno", "caption")
-HEADLINE = {"exact": "exact", "vqa": "vqa_accuracy", "choice": "accuracy", "yesno": "accuracy",
-            "caption": "cider"}
 RESAMPLES, LEVEL = 1000, 0.95  # of the bootstrap; LEVEL: share of the resamples in an interval
 
 
@@ -48,7 +46,7 @@ def figures(metric: str, mean) -> dict[str, float]:
         from evaluation.captions import bleu4
 
         return {"cider": mean[0], "bleu4": bleu4(mean[1:])}
-    return {HEADLINE[metric]: mean[0]}
+    return {{"exact": "exact", "vqa": "vqa_accuracy"}[metric]: mean[0]}
 
 
 def ratio(part: float, whole: float) -> float:
@@ -61,8 +59,8 @@ def ratio(part: float, whole: float) -> float:
 def intervals(metric: str, rows: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> dict:
     """{figure: (low, high)}: 95 % of the resamples of the questions lie between (Efron's
     percentile bootstrap). What other questions of the same kind would have given, roughly."""
-    drawn = [figures(metric, mean) for mean in resampled_means(rows, resamples, seed)]
-    return {name: bounds([one[name] for one in drawn]) for name in drawn[0]}
+    samples = [figures(metric, mean) for mean in resampled_means(rows, resamples, seed)]
+    return {name: bounds([sample[name] for sample in samples]) for name in samples[0]}
 
 
 def fall(rows: np.ndarray, control: np.ndarray, resamples: int = RESAMPLES, seed: int = 0):
@@ -74,7 +72,7 @@ def fall(rows: np.ndarray, control: np.ndarray, resamples: int = RESAMPLES, seed
 
 
 def resampled_means(rows: np.ndarray, resamples: int, seed: int):
-    """Draw as many questions as there are, with putting back; yield the mean row of each draw."""
+    """Draw as many questions as there are, with replacement; yield the mean row of each draw."""
     rng, count = np.random.default_rng(seed), len(rows)
     for _ in range(resamples):
         times = np.bincount(rng.integers(count, size=count), minlength=count)
@@ -187,9 +185,9 @@ def chosen_letter(answer: str, options: dict[str, str]) -> str | None:
     """
     letters, text = "".join(options) or "ABCDEFGHIJ", answer.strip()
     ends = r"""[.:,;)\]*"'、。：，）]|\s*$"""
-    found = re.match(rf"""[(\[*"'\s（]*([{letters}])(?:{ends})""", text, re.I)
-    if found:
-        return found[1].upper()
+    first = re.match(rf"""[(\[*"'\s（]*([{letters}])(?:{ends})""", text, re.I)
+    if first:
+        return first[1].upper()
     named = re.findall(
         rf"""(?:(?i:answer|option|choice)(?i:\s+is)?|答案|选项?|选择)[是为]?[\s:：(（*"']*"""
         rf"""([{letters}](?![\w'])|[{letters.lower()}](?={ends}))""", text)
@@ -199,14 +197,14 @@ def chosen_letter(answer: str, options: dict[str, str]) -> str | None:
     alone = set(re.findall(rf"(?<![\w'])[{letters}](?![\w'])", capitals))
     if len(alone) == 1:
         return alone.pop()
-    plain = bare(text)
-    texts = {letter: bare(option) for letter, option in options.items() if bare(option)}
-    meant = ([letter for letter, option in texts.items() if option == plain]
-             or [letter for letter, option in texts.items() if option in plain])
-    return meant[0] if len(meant) == 1 else None
+    text = normalize_answer(text)
+    options = {letter: normalize_answer(option) for letter, option in options.items()}
+    matches = ([letter for letter, option in options.items() if option and option == text]
+               or [letter for letter, option in options.items() if option and option in text])
+    return matches[0] if len(matches) == 1 else None
 
 
-def bare(text: str) -> str:
+def normalize_answer(text: str) -> str:
     return text.casefold().strip().rstrip(".。 ")
 
 
@@ -222,10 +220,10 @@ def yesno_row(answer: str, question) -> tuple:
     if truth is None:
         raise ValueError(f"{question.where}: the true answer {question.truth[:60]!r} is neither "
                          "yes nor no; try --metric exact")
-    found = yes_or_no(answer)
-    yes = found != "no"  # whoever does not say no has said yes, by POPE's rule
+    said = yes_or_no(answer)
+    yes = said != "no"  # whoever does not say no has said yes, by POPE's rule
     return (float(yes == (truth == "yes")), float(yes and truth == "yes"),
-            float(yes and truth == "no"), float(not yes and truth == "yes"), float(found is None))
+            float(yes and truth == "no"), float(not yes and truth == "yes"), float(said is None))
 
 
 def yes_or_no(answer: str) -> str | None:

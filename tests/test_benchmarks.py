@@ -6,11 +6,12 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from torch.utils.data import ConcatDataset
 
 from dataset.images import load_image
 from dataset.sample import BadSample, MissingPicture
 from evaluation.benchmark_records import options_in
-from evaluation.benchmarks import SUFFIXES, Joined, open_benchmark
+from evaluation.benchmarks import SUFFIXES, open_benchmark
 from evaluation.eval_samples import read_questions
 from tests.published_data import jpeg, save_pictures, write_json
 from tests.tiny import COLOURS, make_data
@@ -236,7 +237,7 @@ def test_easy_vqa(tmp_path):
 def test_several_files_are_one_benchmark(tmp_path):
     files = [pope(tmp_path, f"coco_pope_{name}.json") for name in ("random", "popular")]
     benchmark = open_benchmark(files, tmp_path / "val2014")
-    assert isinstance(benchmark.data, Joined) and len(benchmark.data) == 8
+    assert isinstance(benchmark.data, ConcatDataset) and len(benchmark.data) == 8
     assert [benchmark.data[i].where for i in (3, 4)] == [f"{files[0]}:4", f"{files[1]}:1"]
     with pytest.raises(IndexError):
         benchmark.data[8]

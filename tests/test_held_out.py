@@ -25,7 +25,7 @@ from tests.tiny import ROOT, curve, make_data, make_world, metrics, torchrun
 from training.distributed import start_ranks
 from training.presets import read_flags, resolve
 from training.setup import open_training_data
-from training.validation import HeldOut, WrongPictures, open_held_out
+from training.validation import HeldOut, ShuffledImages, open_held_out
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens(world, unseen, tmp_path
                 parts.model, settings, ranks)
     assert parts.model.training, "training goes on with dropout"
     for name, samples in (("eval_loss", held_out),
-                          ("eval_loss_wrong_picture", WrongPictures(held_out))):
+                          ("eval_loss_wrong_picture", ShuffledImages(held_out))):
         total = count = 0
         for batch, _ in Batches(samples, parts.template, parts.processor, 1, 128, 0).epoch(0):
             loss, tokens = parts.model(batch.ids, batch.labels, batch.pixels, batch.order)
@@ -98,7 +98,7 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens(world, unseen, tmp_path
 
 def test_wrong_pictures_are_other_pictures_and_text_stays(world, unseen):
     data = open_mixture([unseen[1]])
-    wrong = WrongPictures(data)
+    wrong = ShuffledImages(data)
     assert len(wrong) == len(data) == 10
     for i in range(10):
         assert wrong[i].messages == data[i].messages

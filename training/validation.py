@@ -38,7 +38,7 @@ class HeldOut:
         """data: len() and [i] -> Sample. make_batches: data -> Batches for this rank.
         answers: an Answers that asks some of them, see answers.py."""
         self.data, self.answers = data, answers
-        self.right, self.wrong = make_batches(data), make_batches(WrongPictures(data))
+        self.right, self.wrong = make_batches(data), make_batches(ShuffledImages(data))
 
     def losses(self, model, settings, ranks) -> dict:
         """-> what stands in a line of evaluations.jsonl, but for the step. All ranks call it."""
@@ -48,15 +48,17 @@ class HeldOut:
                 "skipped": bad}
 
 
-class WrongPictures:
-    """The same samples, each with the pictures of those that follow it, in a circle.
+class ShuffledImages:
+    """The same samples, each with the images of those that follow it, in a circle.
 
-    Text without pictures stays as it is, so that both losses are over the same tokens. When there
-    is no other picture at all, a sample with pictures raises BadSample.
+    Text without images stays as it is, so that both losses are over the same tokens. When there
+    is no other image at all, a sample with images raises BadSample.
     """
 
-    def __init__(self, data):
-        self.data = data
+    def __init__(self, data, may_lend=lambda sample, other: True):
+        """data: len() and [i] -> Sample, or an evaluation's Question. may_lend: whether a sample
+        may get the images of the other one."""
+        self.data, self.may_lend = data, may_lend
 
     def __len__(self) -> int:
         return len(self.data)
@@ -70,7 +72,8 @@ class WrongPictures:
                 following = self.data[(i + step) % len(self)]
             except BadSample:
                 continue
-            others += [image for image in following.images if image not in sample.images]
+            if self.may_lend(sample, following):
+                others += [image for image in following.images if image not in sample.images]
         if len(others) < len(sample.images):
             raise BadSample(sample.where, "no other picture to show in the place of its own")
         return replace(sample, images=tuple(others[:len(sample.images)]))
