@@ -17,7 +17,7 @@ import sys
 
 from dataset.chat import FAMILIES
 from model.pretrained.checkpoint import find_model
-from training.inference import Conversation, exit_on_error, load_model
+from training.inference import Conversation, add_model_flags, exit_on_error, load_model
 from training.terminal import HELP, command, prepare_editing, printable, read_turn
 
 
@@ -98,8 +98,7 @@ def read_flags(arguments=None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", metavar="DIR", help="checkpoint or run (default: the newest in out/sft, else "
         "in out/pretrain); none: the language model of --language alone")
-    add("--language", help="where the public language model lies, if not where it was in training")
-    add("--vision", help="where the public vision tower lies, if not where it was in training")
+    add_model_flags(parser)
     add("--image", nargs="+", default=[], metavar="FILE", help="pictures shown with --prompt, or "
         "with the first thing you say")
     add("--prompt", help="ask this once: only the answer goes to stdout")
@@ -126,11 +125,6 @@ def read_flags(arguments=None) -> argparse.Namespace:
     add("--top_p", type=float, default=1.0, help="draw from the likeliest that reach this share")
     add("--repetition_penalty", type=float, default=1.0, help="above 1: repeat less")
     add("--seed", type=int, default=0, help="of the draws")
-    add("--dtype", choices=("fp32", "bf16"), help="default: bf16 where the GPU or the processor "
-        "multiplies it natively, else fp32; --stats tells which and why")
-    add("--quantize", choices=("int8", "int4"), help="the language model's weights in so many "
-        "bits: less memory, and on a CPU faster; extras/export can save them so")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
     add("--stats", action="store_true", help="print the dtype, and the speed of each answer, to "
         "stderr")
     flags = parser.parse_args(arguments)

@@ -32,11 +32,23 @@ from training.device import check_dtype, choose_device, is_out_of_memory, prepar
 from training.precision import NUMBERS, choose_dtype
 
 
+def add_model_flags(parser) -> None:
+    """How a model is loaded, whichever program asks."""
+    add = parser.add_argument
+    add("--language", help="where the public language model lies, if not where it was in training")
+    add("--vision", help="where the public vision tower lies, if not where it was in training")
+    add("--dtype", choices=("fp32", "bf16"), help="default: bf16 where the GPU or the processor "
+        "multiplies it natively, else fp32; eval.py --stats tells which and why")
+    add("--quantize", choices=("int8", "int4"), help="the language model's weights in so many "
+        "bits: less memory, and on a CPU faster; extras/export can save them so")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
+
+
 def load_model(flags, name: str | None) -> tuple:
     """A checkpoint or run (None: the newest) -> (model, template, processor).
 
     Name "none": the language model of --language alone, whose processor is None.
-    flags: device, dtype, quantize, language, vision, template and system, as eval.py reads them.
+    flags: those of add_model_flags, and template and system, as eval.py reads them.
     """
     device = choose_device(flags.device)
     prepare_device(device)
