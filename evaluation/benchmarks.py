@@ -38,14 +38,10 @@ from dataset.readers.parquet import UNREADABLE, ParquetData
 from dataset.sample import BadSample, existing, find_pictures, shown
 from evaluation.benchmark_records import LETTERS, YES_NO, ask, metric_of, question_of, tags_of
 from evaluation.eval_samples import Question
+from evaluation.metrics import METRICS
 
 COLUMNS = ("question", "text", "caption", "answer", "answers", "label", "choices", "hint",
            "category", "answer_type", "image", *LETTERS)  # of a Parquet file; no other is read
-# What is said behind a question, so that the answer has the form that its metric reads: the words
-# of LLaVA 1.5 (Liu et al. 2023), which the data of many models repeat.
-SUFFIXES = {"vqa": "Answer the question using a single word or phrase.",
-            "yesno": "Answer the question using a single word or phrase.",
-            "choice": "Answer with the option's letter from the given choices directly."}
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ def open_benchmark(files: list, images_dir=None, suffix: str | None = None) -> B
     """Files of one benchmark -> its questions and metric; None: they are not a benchmark's.
 
     images_dir: where image names start from; None: where each file lies, for easy-VQA the folder
-    `images` beside it. suffix: said behind every question; None: what SUFFIXES has.
+    `images` beside it. suffix: said behind every question; None: the usual words for its metric.
     Raises ValueError for files that cannot be scored together.
     """
     files = [Path(file) for file in files]
@@ -72,14 +68,14 @@ def open_benchmark(files: list, images_dir=None, suffix: str | None = None) -> B
                              "v2_..._annotations.json); the answers of its test split are not "
                              "published")
         data = VQAData(files[kinds.index("questions")], files[kinds.index("annotations")],
-                       images_dir, SUFFIXES["vqa"] if suffix is None else suffix)
+                       images_dir, METRICS["vqa"].suffix if suffix is None else suffix)
         return Benchmark("vqa", data)
     if len(set(kinds)) > 1:
         each = ", ".join(f"{file} by {kind or 'exact'}" for file, kind in zip(files, kinds))
         raise ValueError(f"files that are scored in unlike ways: {each}; score them one by one")
     kind = kinds[0]
     metric = {"coco": "caption", "easy-vqa": "exact"}.get(kind, kind)
-    suffix = SUFFIXES.get(metric, "") if suffix is None else suffix
+    suffix = METRICS[metric].suffix if suffix is None else suffix
     open_one = {"coco": CaptionData, "easy-vqa": EasyVQAData}.get(kind, partial(Records, metric))
     parts = [open_one(file, images_dir, suffix) for file in files]
     return Benchmark(metric, parts[0] if len(parts) == 1 else ConcatDataset(parts))

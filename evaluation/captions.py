@@ -13,8 +13,6 @@ import math
 import re
 from collections import Counter
 
-import numpy as np
-
 ORDERS = 4  # n-grams of 1 to 4 words
 SIGMA = 6.0  # of the penalty for another length, in words
 # A Chinese character; a word, with hyphens, apostrophes and numbers (3.5) inside; else a mark.
@@ -33,17 +31,17 @@ def words(text: str) -> list[str]:
     return found
 
 
-def measure_captions(captions: list[str], references: list[tuple[str, ...]]) -> np.ndarray:
+def measure_captions(captions: list[str], questions: list) -> list[list[float]]:
     """-> (Q,11): CIDEr; BLEU's right n-grams and all n-grams, each of 1 to 4 words; the lengths of
     the caption and of the reference that is closest in length."""
     captions = [words(caption) for caption in captions]
-    references = [[words(text) for text in several] for several in references]
+    references = [[words(text) for text in question.truths] for question in questions]
     bleu = sacrebleu()
     rows = []
     for score, caption, several in zip(cider(captions, references), captions, references):
         counted = bleu.sentence_score(" ".join(caption), [" ".join(text) for text in several])
         rows.append([score, *counted.counts, *counted.totals, counted.sys_len, counted.ref_len])
-    return np.array(rows, float)
+    return rows
 
 
 def sacrebleu():

@@ -29,8 +29,6 @@ from evaluation.results_cache import ResultsCache, changes, locked
 from evaluation.score import Predictor, with_shuffled_images, without_images
 from evaluation.summary import (
     CONDITIONS,
-    TITLES,
-    UNITS,
     accuracy,
     format_summary,
     summarize,
@@ -57,9 +55,9 @@ def evaluate(flags, checkpoint, model, template, processor) -> None:
     # 1. Read the questions, and refuse a metric that does not fit before hours of answering.
     metric, data = open_questions(flags)
     questions, bad = read_questions(data, flags.limit)
-    name = " ".join(flags.data)
+    data_name = " ".join(flags.data)
     if not questions:
-        raise ValueError(f"--data {name}: no question to score in {len(data)} samples"
+        raise ValueError(f"--data {data_name}: no question to score in {len(data)} samples"
                          + (f"; the first problem is {bad[0]}" if bad else ""))
     print_skipped(bad)
     some = questions[:1] if metric == "caption" else questions
@@ -68,7 +66,7 @@ def evaluate(flags, checkpoint, model, template, processor) -> None:
     # 2. All that an answer depends on: the key of the cache.
     settings = answer_settings(flags, metric, questions, template, model)
     scored = {"name": result_name(flags, checkpoint), "model": model_name(flags, checkpoint),
-              "data": name, "key": {**model_files(flags, checkpoint), **settings}}
+              "data": data_name, "key": {**model_files(flags, checkpoint), **settings}}
     out = Path(flags.report or Path("out") / "scores" / scored["name"])
     predictions, rows, skipped = {}, {}, {"data": len(bad)}
     with locked(out / "cache"):
@@ -76,26 +74,25 @@ def evaluate(flags, checkpoint, model, template, processor) -> None:
 
         # 3. Ask the questions under each condition, and score the answers.
         runs = runs_of(checkpoint) if flags.report else []
-        for condition, asked_model, asked, files in conditions(flags, runs, checkpoint, model,
-                                                               questions):
-            cache = ResultsCache(out / "cache" / f"{condition}.jsonl",
-                                 {"condition": condition, **files, **settings})
-            predictor = Predictor(asked_model, template, processor, flags.batch_size,
-                                  flags.max_new_tokens, stops_after_truth(metric))
-            found, bad = predict(CONDITIONS[condition], predictor, asked, cache)
-            skipped[condition] = len(bad)
-            if found:
-                rows[condition] = measure(metric, [p.answer for p in found],
-                                          [p.question for p in found])
-                predictions[condition] = [replace(p, score=float(row[0]))
-                                          for p, row in zip(found, rows[condition])]
+        ours = Predictor(model, template, processor, flags.batch_size, flags.max_new_tokens,
+                         METRICS[metric].stop_after_truth)
+        for name, predictor, asked, files in conditions(flags, runs, checkpoint, ours, questions):
+            cache = ResultsCache(out / "cache" / f"{name}.jsonl",
+                                 {"condition": name, **files, **settings})
+            answered, bad = predict(CONDITIONS[name], predictor, asked, cache)
+            skipped[name] = len(bad)
+            if answered:
+                rows[name] = measure(metric, [p.answer for p in answered],
+                                     [p.question for p in answered])
+                predictions[name] = [replace(p, score=float(row[0]))
+                                     for p, row in zip(answered, rows[name])]
         if "sft" not in predictions:
-            raise ValueError(f"--data {name}: none of the {len(questions)} questions could be "
+            raise ValueError(f"--data {data_name}: none of the {len(questions)} questions could be "
                              "asked")
 
         # 4. Count, print and write.
-        print(f"\n{TITLES[metric]} {len(predictions['sft']):,} questions of {name}\n")
-        print(table(predictions["sft"], UNITS.get(metric, "%")))
+        print(f"\n{METRICS[metric].title} {len(predictions['sft']):,} questions of {data_name}\n")
+        print(table(predictions["sft"], METRICS[metric].unit))
         details = {"scored": scored, "metric": metric,
                    "questions": {c: len(p) for c, p in predictions.items()},
                    "skipped": skipped, **summarize(metric, predictions, rows)}
@@ -123,20 +120,20 @@ def open_questions(flags) -> tuple[str, object]:
     return metric if flags.metric == "auto" else flags.metric, data
 
 
-def conditions(flags, runs: list[Path], checkpoint, model, questions: list):
-    """Yield (condition, model, questions, the model's files)."""
+def conditions(flags, runs: list[Path], checkpoint, predictor: Predictor, questions: list):
+    """Yield (condition, predictor, questions, the model's files)."""
     if len(runs) == 2:
-        earlier, _, _ = load_model(flags, str(runs[0]))
-        files = model_files(flags, runs[0])
+        model, _, _ = load_model(flags, str(runs[0]))
+        earlier, files = replace(predictor, model=model), model_files(flags, runs[0])
         yield "pretrain", earlier, questions, files
-        earlier.projector = random_projector(earlier)
+        model.projector = random_projector(model)
         yield "before", earlier, questions, {**files, "projector": "random"}
-        del earlier
+        del model, earlier  # its memory is free for the answers of the next one
     files = model_files(flags, checkpoint)
-    yield "sft", model, questions, files
+    yield "sft", predictor, questions, files
     if any(q.images for q in questions):
-        yield "no_picture", model, without_images(questions), files
-        yield "wrong_picture", model, with_shuffled_images(questions), files
+        yield "no_picture", predictor, without_images(questions), files
+        yield "wrong_picture", predictor, with_shuffled_images(questions), files
 
 
 # ---------------------------------------------------------------- where the scores lie
@@ -204,7 +201,7 @@ def answer_settings(flags, metric: str, questions: list, template, model) -> dic
     files = [] if flags.data == ["emoji"] else list(map(data_hash, data_files(flags)))
     weight = next(model.parameters())
     return {"data": files, "questions": digest.hexdigest(), "images": flags.images,
-            "system": template.default_system, "stop_after_truth": stops_after_truth(metric),
+            "system": template.default_system, "stop_after_truth": METRICS[metric].stop_after_truth,
             "batch_size": flags.batch_size, "max_new_tokens": flags.max_new_tokens,
             "dtype": str(weight.dtype), "quantize": flags.quantize,
             "device": weight.device.type}
@@ -216,11 +213,6 @@ def model_files(flags, checkpoint) -> dict:
         return {"model": file_hashes(find_base(model_name(flags, checkpoint)))}
     return {"model": {name: sha256(Path(checkpoint) / name) for name in CHECKPOINT_FILES
                       if (Path(checkpoint) / name).is_file()}}
-
-
-def stops_after_truth(metric: str) -> bool:
-    """Whether an answer that is longer than the longest truth is wrong whatever follows."""
-    return metric in ("exact", "vqa")
 
 
 def runs_of(checkpoint) -> list[Path]:

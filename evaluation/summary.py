@@ -15,16 +15,13 @@ from pathlib import Path
 
 from dataset.chat import IMAGE
 from evaluation.benchmarks import StoredImage
-from evaluation.metrics import fall, figures, intervals
+from evaluation.metrics import METRICS, fall, figures, intervals
 from evaluation.score import Prediction
 
 CONDITIONS = {"before": "before training: a random projector", "pretrain": "after stage one",
               "sft": "this model", "no_picture": "this model, picture withheld",
               "wrong_picture": "this model, picture of another sample"}
 CONTROLS = {"no_picture": "is withheld", "wrong_picture": "is another one"}
-TITLES = {"exact": "exact answers to", "vqa": "VQA accuracy on", "choice": "right letters to",
-          "yesno": "right with yes or no on", "caption": "CIDEr of the captions to"}
-UNITS = {"caption": ""}  # CIDEr is no share: its published figures are times 100, without %
 
 
 def accuracy(predictions: list[Prediction]) -> float:
@@ -89,7 +86,7 @@ def question_key(prediction: Prediction) -> tuple:
 
 def format_summary(metric: str, details: dict) -> str:
     """The figures for a reader, and whether the model looks at all."""
-    unit, lines = UNITS.get(metric, "%"), []
+    unit, lines = METRICS[metric].unit, []
 
     def percent(figure: dict) -> str:
         return (f"{100 * figure['value']:6.1f}{unit} ({100 * figure['low']:.1f} to "

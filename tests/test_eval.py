@@ -180,6 +180,24 @@ def test_bf16_and_sampling_run(world, monkeypatch, capsys):
         "--temperature", "0.8", "--top_k", "5", "--top_p", "0.9", "--repetition_penalty", "1.1")
 
 
+def test_without_the_fast_extras_the_answers_are_the_same(world, monkeypatch, capsys):
+    expected = run(monkeypatch, capsys, ["Which colour?"], "--model", world / "sft", "--dtype",
+                   "fp32", "--image", world / "red.png").out
+    for name in ("fused", "quantize"):
+        monkeypatch.setitem(sys.modules, f"extras.fast.{name}", None)
+    out, _ = run(monkeypatch, capsys, ["Which colour?"], "--model", world / "sft", "--dtype",
+                 "fp32", "--image", world / "red.png")
+    assert out == expected and len(out) > 1
+    with pytest.raises(SystemExit, match="--quantize int8 needs extras/fast"):
+        run(monkeypatch, capsys, ["Hello"], "--model", world / "sft", "--quantize", "int8")
+
+
+def test_a_metric_that_is_none_is_refused(world, tmp_path):
+    with pytest.raises(SystemExit, match="--metric f1: expected auto, exact, vqa, choice"):
+        script.main(["--model", str(world / "sft"), "--data", str(world / "data.jsonl"),
+                     "--metric", "f1", "--report", str(tmp_path)])
+
+
 def test_a_language_model_alone_chats(world, monkeypatch, capsys):
     out, err = run(monkeypatch, capsys, ["Hello", "/image " + str(world / "red.png")],
                    "--model", "none", "--language", world / "language")
