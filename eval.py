@@ -19,11 +19,18 @@ from dataset.chat import FAMILIES
 from model.pretrained.checkpoint import find_model
 from training.inference import Conversation, add_model_flags, exit_on_error, load_model
 from training.terminal import HELP, command, prepare_editing, printable, read_turn
+from training.writable import check_directory, check_picture
 
 
 def main(arguments=None) -> None:
     flags = read_flags(arguments)
     with exit_on_error("eval.py"):
+        # 0. What cannot be written is refused now, not after an hour's work.
+        if flags.data:
+            check_directory("--report", "out/scores" if flags.report is None else flags.report)
+        if flags.attention is not None:
+            check_picture("--attention", flags.attention)
+
         # 1. Load the weights, the chat template and the image processor: all lie in the checkpoint.
         name = flags.model
         if flags.data and name != "none":  # a training may save a newer one while this one answers
@@ -131,7 +138,7 @@ def read_flags(arguments=None) -> argparse.Namespace:
     for name in ("max_new_tokens", "batch_size", "repetition_penalty"):
         if not getattr(flags, name) > 0:
             parser.error(f"--{name} {getattr(flags, name)}: expected a number above 0")
-    if flags.attention and not (flags.image and flags.prompt):
+    if flags.attention is not None and not (flags.image and flags.prompt):
         parser.error("--attention needs --image and --prompt")
     if flags.template and flags.model != "none":
         parser.error("--template needs --model none: a checkpoint is asked as it was trained")

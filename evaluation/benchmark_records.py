@@ -10,13 +10,28 @@ import re
 from collections import Counter
 
 from dataset.chat import IMAGE, Message
-from dataset.sample import CHINESE, PROMPTS, TURNS, BadSample, shown
+from dataset.sample import (
+    CHINESE,
+    PROMPTS,
+    TURNS,
+    BadSample,
+    picture_key,
+    refuse_mark,
+    refuse_unread,
+    shown,
+    texts_in,
+)
 from evaluation.eval_samples import Question
 
 LETTERS = "ABCDEFGHIJ"
 # "Options: A: on the book., B: beneath the cat." -> where each option begins
 OPTION = re.compile(r"(?:(?<=[\s,;])|^)\(?([A-J])[:.)]\s")
 YES_NO = ("yes", "no")
+# What is read of a record beside its image, by metric; a choice's options: see question_of.
+READ = {"vqa": ("question", "answers"), "caption": ("caption",),
+        "choice": ("question", "answer", "hint"), "yesno": ("question", "answer", "text", "label"),
+        "exact": ("question", "answer")}
+SHOWN = ("question", "text", "hint", "choices", *LETTERS)  # those of them that the model reads
 
 
 def metric_of(record: dict) -> str | None:
@@ -42,7 +57,17 @@ def metric_of(record: dict) -> str | None:
 
 def question_of(metric: str, record: dict, images: tuple, where: str, tags: dict,
                 suffix: str) -> Question:
-    """A record that is scored by metric -> its question. BadSample: it cannot be one."""
+    """A record that is scored by metric -> its question. BadSample: it cannot be one, or a key that
+    is not read seems to hold its image or its options."""
+    keys = [*READ[metric], picture_key(record)]
+    if metric == "choice":
+        keys += ["choices"] if isinstance(record.get("choices"), list) else LETTERS
+    text = "\n".join(text for key in keys if key in SHOWN for text in texts_in(record.get(key)))
+    refuse_unread(record, keys, where, images, text)
+    if IMAGE in text and not images:
+        raise BadSample(where, f"the question has {IMAGE}, and there is no picture; expected it "
+                               "under 'image'")
+    refuse_mark(text, where, images)
     make = {"caption": caption_question, "choice": choice_question,
             "vqa": vqa_question}.get(metric, plain_question)
     return make(record, images, where, tags, suffix)

@@ -35,13 +35,13 @@ from torch.utils.data import ConcatDataset
 from dataset.readers.formats import open_data
 from dataset.readers.json_files import CocoData, JsonWalk, Pieces, is_id, walk_object
 from dataset.readers.parquet import UNREADABLE, ParquetData
-from dataset.sample import BadSample, existing, find_pictures, shown
+from dataset.sample import PICTURE_KEYS, BadSample, existing, find_pictures, shown
 from evaluation.benchmark_records import LETTERS, YES_NO, ask, metric_of, question_of, tags_of
 from evaluation.eval_samples import Question
 from evaluation.metrics import METRICS
 
 COLUMNS = ("question", "text", "caption", "answer", "answers", "label", "choices", "hint",
-           "category", "answer_type", "image", *LETTERS)  # of a Parquet file; no other is read
+           "category", "answer_type", *PICTURE_KEYS, *LETTERS)  # of a Parquet file
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,8 @@ class Records:
         record, where = self.read(i), self.where(i)
         images = find_pictures(record, self.images_dir, where)
         if self.parquet:
-            images = [StoredImage(fingerprint(image), self, i, n) for n, image in enumerate(images)]
+            images = [StoredImage(fingerprint(image), self, i, n, getattr(image, "name", None))
+                      for n, image in enumerate(images)]
         return question_of(self.metric, record, tuple(images), where, tags_of(record), self.suffix)
 
 
@@ -179,6 +180,7 @@ class StoredImage:
     records: Records = field(compare=False)
     row: int = field(compare=False)
     number: int = field(compare=False)
+    name: str | None = field(default=None, compare=False)  # of its file; None: the bytes lie here
 
     def __call__(self):
         record = self.records.read(self.row)

@@ -160,6 +160,7 @@ def loss_curve(runs: dict[str, Path], path) -> None:
     axes, start = figure.subplots(), 0
     for name, file in runs.items():
         metrics = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        metrics = [m for m in metrics if m["loss"] is not None]  # fp16 overflowed there
         steps = [start + m["step"] for m in metrics]
         losses = [m["loss"] for m in metrics]
         line, = axes.plot(steps, losses, alpha=0.25)

@@ -30,14 +30,18 @@ class Curve:
 
 def smooth(values: list, reach: int = 10) -> list:
     """Each value's mean with those up to `reach` places before and behind it: single steps jump
-    too much to be read. In the middle of its window, a mean does not lag behind."""
-    sums = [0.0, *itertools.accumulate(values)]
+    too much to be read. In the middle of its window, a mean does not lag behind. A value of None
+    counts for nothing."""
+    sums = [0.0, *itertools.accumulate(value or 0.0 for value in values)]
+    counts = [0, *itertools.accumulate(value is not None for value in values)]
     spans = [(max(0, i - reach), min(len(values), i + reach + 1)) for i in range(len(values))]
-    return [(sums[end] - sums[start]) / (end - start) for start, end in spans]
+    return [(sums[end] - sums[start]) / (counts[end] - counts[start])
+            if counts[end] > counts[start] else None for start, end in spans]
 
 
 def last_mean(values: list, window: int = 20) -> float | None:
-    return sum(values[-window:]) / len(values[-window:]) if values else None
+    known = [value for value in values if value is not None][-window:]
+    return sum(known) / len(known) if known else None
 
 
 def thin(xs: list, ys: list, most: int = POINTS) -> tuple[list, list]:

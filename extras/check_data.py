@@ -7,8 +7,10 @@
 
 It reports rows that are broken, pictures that are missing or damaged, how long the conversations
 are in tokens, and what --max_length would cut or refuse. The exit code is 1 when more than 1 % of
-the samples cannot be used, the share at which training stops too. --show prints one sample as the
-model will see it, the text that it learns to say in green.
+the samples cannot be used, the share at which training stops too; and when a file shows no picture
+at all, unless --text_only says that it is meant so: every preset has a vision tower, which would
+learn nothing from it. --show prints one sample as the model will see it, the text that it learns to
+say in green.
 """
 
 import argparse
@@ -269,6 +271,7 @@ def main(arguments=None) -> int:
         help="tokens a picture takes: 16 emoji, 64 minimind-3v, 196 qwen2.5-siglip, 256 "
         "qwen7b-clip (default: %(default)s)")
     add("--max_length", type=int, metavar="N", help="tell what this limit would cut or refuse")
+    add("--text_only", action="store_true", help="the files are meant to hold no picture")
     add("--workers", type=int, default=0, help="processes that open samples")
     add("--show", type=int, metavar="N", help="only print sample N of each file, from 1")
     flags = parser.parse_args(arguments)
@@ -283,8 +286,8 @@ def main(arguments=None) -> int:
                 continue
             report = check(data, template, flags.max_length, flags.workers, Path(source).name)
             print(tell(report, source, template, flags.max_length) + slowness(data))
-            print(verdict(report), end="\n\n")
-            good = good and report.ok
+            print(verdict(report, flags.text_only), end="\n\n")
+            good = good and report.ok and (report.pictures > 0 or flags.text_only)
     except (OSError, ValueError, BadSample) as error:  # each says what is wrong and what to do
         print(error, file=sys.stderr)
         return 1
@@ -300,9 +303,13 @@ def slowness(data) -> str:
             f"dataset.readers.parquet {data.file} {data.file.with_suffix('.small.parquet')}")
 
 
-def verdict(report: Report) -> str:
+def verdict(report: Report, text_only: bool) -> str:
     if not report.samples:
         return "\n  NOT READY: the file holds no samples"
+    if report.ok and not report.pictures and not text_only:
+        return ("\n  NOT READY: no sample shows a picture, so the vision tower would learn nothing;"
+                "\n  they are read from 'image', 'images' or 'image_bytes'. If it is meant to be "
+                "text alone,\n  say --text_only")
     if report.ok:
         return "\n  ready" + (f": the {report.bad:,} unusable are skipped" if report.bad else "")
     words = f"\n  NOT READY: {report.bad / report.samples:.1%} unusable, more than {ALLOWED:.0%}"

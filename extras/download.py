@@ -27,6 +27,7 @@ from huggingface_hub.utils import build_hf_headers
 from extras.preset_list import download_size
 from model.pretrained.hub import WANTED_FILES
 from training.presets import PRESETS, Preset
+from training.writable import check_directory
 
 PARTS = ("language", "vision", "data")
 # What is read where a model is not published as safetensors; where it is, these hold it again.
@@ -93,6 +94,7 @@ def main(arguments=None) -> None:
     try:
         files = [file for part in parts for file in look_up(preset, part)]
         report(files)
+        check_places(files)
         problems = download(files)
     except KeyboardInterrupt:
         raise SystemExit("\nstopped: the same command goes on from here") from None
@@ -157,6 +159,19 @@ def report(files: list[File]) -> None:
         wanted = [file for file in files if not file.there()]
         print(f"to fetch: {size(sum(file.size or 0 for file in wanted))} of "
               f"{size(sum(file.size or 0 for file in files))}")
+
+
+def check_places(files: list[File]) -> None:
+    """Stop where what is to be fetched could not be kept; a place that has it all may be such that
+    nothing can be written there."""
+    try:
+        for file in files:
+            if not file.there():
+                check_directory(*(("the data's directory", file.to) if file.to is not None else
+                                  ("the cache of the hub (HF_HOME)",
+                                   huggingface_hub.constants.HF_HUB_CACHE)))
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
 
 
 def download(files: list[File]) -> list[str]:

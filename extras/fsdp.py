@@ -160,6 +160,23 @@ def clip_gradients(parameters: list, longest: float, ranks) -> float:
     return norm
 
 
+def unfit(named, dtype: str, ranks) -> str | None:
+    """The first weight that is not finite in the numbers of dtype, with its value; None when all
+    are. Every rank hears the same. named: (name, parameter), ..."""
+    greatest, found = torch.finfo(NUMBERS[dtype]).max, []
+    for name, parameter in named:
+        share = parameter.detach()
+        share = share.to_local() if isinstance(share, DTensor) else share
+        if not share.numel():
+            continue
+        low, high = (float(number) for number in share.aminmax())  # NaN, if one of them is
+        value = low if -low > high else high
+        if not abs(value) <= greatest:
+            found.append(f"{name} holds {value:.3g}, and {dtype} ends at {greatest:,.6g}")
+            break
+    return next(iter(ranks.gather(found)), None)
+
+
 # ---------------------------------------------------------------- to a file and back
 
 

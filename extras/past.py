@@ -130,6 +130,7 @@ def unlike_preset(past: PastRun) -> dict:
 
 def means(metrics: list[dict], together: int = TOGETHER) -> list[dict]:
     """The mean loss of every so many steps, at the middle one."""
+    metrics = [m for m in metrics if m["loss"] is not None]  # fp16 overflowed there
     groups = [metrics[i:i + together] for i in range(0, len(metrics), together)]
     return [{"step": (group[0]["step"] + group[-1]["step"]) / 2,
              "loss": round(sum(m["loss"] for m in group) / len(group), 4)} for group in groups]

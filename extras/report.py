@@ -106,7 +106,7 @@ def normal(past: PastRun, reference) -> str:
     if not reference or not past.metrics:
         return ""
     about, points = reference
-    own = {m["step"]: m["loss"] for m in past.metrics}
+    own = {m["step"]: m["loss"] for m in past.metrics if m["loss"] is not None}
     shared = [p for p in points if p["step"] <= past.last_step]
     if not shared:
         return ""
@@ -217,6 +217,9 @@ def settings(past: PastRun) -> str:
     told = "; ".join(f"{name}: {text(value)}" for name, value in sorted(others.items()))
     note = (f"Highlighted: what the preset {text(past.settings['preset'])} has otherwise ({told})."
             if others else "All as the preset has it.")
+    note += "".join(text(f" From step {change['from_step']} on {change['setting']} is "
+                         f"{change['now']}; before, it was {change['before']}.")
+                    for change in past.run.get("changes", []))
     return (f'<h2>Settings</h2><p class="quiet">{note}</p><div class="columns">'
             f"{table(rows, told=set(others))}</div>")
 

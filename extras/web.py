@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from training.inference import add_model_flags, exit_on_error
+from training.writable import check_directory
 
 PORTS = range(7860, 7960)  # tried in turn, when none is named
 LOCAL = ("127.0.0.1", "localhost", "::1")  # names of this machine that nobody else can mean
@@ -93,14 +94,16 @@ def listen(host: str, port: int | None) -> socket.socket:
 
 def main(arguments=None) -> None:
     flags = read_flags(arguments)
-    with exit_on_error("extras.web"), tempfile.TemporaryDirectory(prefix="vlm_web_") as directory:
-        try:
-            server, listener, address = prepare(flags, directory)
-        except ImportError as error:
-            raise SystemExit("the page needs gradio: pip install gradio (requirements-extra.txt)"
-                             f" [{error}]") from error
-        print(f"talk to it at {address} (Ctrl-C ends)", flush=True)
-        server.run(sockets=[listener])
+    with exit_on_error("extras.web"):
+        check_directory("the directory for uploaded pictures (TMPDIR)", tempfile.gettempdir())
+        with tempfile.TemporaryDirectory(prefix="vlm_web_") as directory:  # nobody else's to read
+            try:
+                server, listener, address = prepare(flags, directory)
+            except ImportError as error:
+                raise SystemExit("the page needs gradio: pip install gradio "
+                                 f"(requirements-extra.txt) [{error}]") from error
+            print(f"talk to it at {address} (Ctrl-C ends)", flush=True)
+            server.run(sockets=[listener])
 
 
 if __name__ == "__main__":

@@ -104,10 +104,10 @@ def test_lengths_are_those_of_the_template(run, folder, tiny_tokenizer_dir):
 
 def test_more_than_one_percent_fails(run):
     good, bad = [row()] * 99, '{"oops'
-    assert run([*good, bad])[0] == 0
-    code, out, _ = run([*good, bad])
+    assert run([*good, bad], "--text_only")[0] == 0
+    code, out, _ = run([*good, bad], "--text_only")
     assert "ready: the 1 unusable are skipped" in out
-    assert run([*good, bad, bad])[0] == 1
+    assert run([*good, bad, bad], "--text_only")[0] == 1
     code, out, _ = run(["", " "])
     assert code == 1
 
@@ -126,22 +126,40 @@ def test_workers_change_nothing(run):
 
 def test_progress_is_shown_and_files_are_told_apart(run, folder):
     (folder / "two.jsonl").write_text(json.dumps(row(image="gone.png")))
-    code, out, err = run([row()] * 3, others=[folder / "two.jsonl"])
+    code, out, err = run([row()] * 3, "--text_only", others=[folder / "two.jsonl"])
     assert code == 1 and "3/3" in err and "1/1" in err and "d.jsonl" in err
     assert out.index("d.jsonl") < out.index("ready") < out.index("two.jsonl") < out.index("NOT")
-    assert run([row()], others=[f"{folder / 'd.jsonl'}:3"])[0] == 0  # as it was given to --data
+    weighted = [f"{folder / 'd.jsonl'}:3"]  # as it was given to --data
+    assert run([row()], "--text_only", others=weighted)[0] == 0
 
 
 def test_parquet_in_giant_groups_is_told_to_be_slow(folder, tiny_tokenizer_dir, capsys,
                                                     monkeypatch):
     path = folder / "d.parquet"
     pq.write_table(pa.table({"conversations": [json.dumps(row()["conversations"])] * 9}), path)
-    flags = [str(path), "--language", str(tiny_tokenizer_dir)]
+    flags = [str(path), "--language", str(tiny_tokenizer_dir), "--text_only"]
     assert check.main(flags) == 0 and "slow" not in capsys.readouterr().out
     monkeypatch.setattr(check, "SLOW", 10)
     assert check.main(flags) == 0
     assert f"python -m dataset.readers.parquet {path} {folder / 'd.small.parquet'}" in (
         capsys.readouterr().out)
+
+
+def test_no_file_without_a_picture_is_ready_unless_it_is_meant_so(run, folder):
+    code, out, _ = run([row()] * 3)
+    assert code == 1 and "NOT READY: no sample shows a picture" in out and "--text_only" in out
+    assert "image_bytes" in out and not out.rstrip().endswith("ready")
+    code, out, _ = run([row()] * 3, "--text_only")
+    assert code == 0 and out.rstrip().endswith("ready")
+    for flags in ((), ("--text_only",)):  # a mixed file needs no flag, and minds none
+        assert run([row(), row(image="a.png")], *flags)[0] == 0
+    (folder / "two.jsonl").write_text(json.dumps(row(image="a.png")))
+    code, out, _ = run([row()], others=[folder / "two.jsonl"])  # file by file
+    assert code == 1 and out.index("NOT READY") < out.index("two.jsonl") < out.rindex("ready")
+    unread = [{**row(), "image_path": "a.png"}, {"file_name": "a.png", "caption": "A cat."}]
+    code, out, _ = run(unread, "--text_only")
+    assert code == 1 and "d.jsonl:1: 'image_path'" in out and "d.jsonl:2: 'file_name'" in out
+    assert "NOT READY: 100.0% unusable" in out
 
 
 def test_show_marks_what_is_learned(run, folder, monkeypatch):

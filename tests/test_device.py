@@ -4,6 +4,7 @@ the dtype that the hardware multiplies; running out of memory is a sentence that
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 import eval as script
 import train_pretrain
 import train_sft
+import training.precision
 from extras.fast.quantize import is_quantized
 from model.config import LanguageConfig
 from model.language import LanguageModel, kernel_shares_heads
@@ -23,7 +25,7 @@ from training.device import (
     prepare_device,
 )
 from training.inference import inference_dtype, prepare_for_inference
-from training.precision import choose_dtype
+from training.precision import bf16_speedup
 
 
 @pytest.fixture
@@ -117,15 +119,29 @@ def test_only_the_cpu_and_flash_attention_share_heads(kind, shares):
 # ---------------------------------------------------------------- the dtype of a chat
 
 
+def test_bf16_is_timed_against_float32(monkeypatch):
+    """By a clock that each product moves on by what it is said to take."""
+    now, cost = [0.0], {torch.float32: 2.0, torch.bfloat16: 0.5}
+
+    def linear(x, weight):
+        now[0] += cost[x.dtype]
+
+    monkeypatch.setattr(training.precision.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(training.precision.F, "linear", linear)
+    bf16_speedup.cache_clear()
+    assert bf16_speedup() == 4.0
+    assert bf16_speedup.cache_info().misses == 1
+    bf16_speedup.cache_clear()
+
+
 @pytest.mark.parametrize("native", [True, False])
-def test_a_chat_takes_bf16_where_the_processor_multiplies_it(native, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+def test_a_chat_takes_bf16_where_the_processor_is_faster_in_it(native, monkeypatch):
+    monkeypatch.setattr(training.precision, "bf16_speedup", lambda: 2.0 if native else 0.5)
     cpu = torch.device("cpu")
     dtype, why = inference_dtype(cpu, None)
     assert dtype == (torch.bfloat16 if native else torch.float32)
-    assert why == ("this processor multiplies it natively" if native else
-                   "this processor has no bf16 instructions")
+    assert why == ("its products are 2.0 times as fast as float32's here" if native else
+                    "bf16 products are 0.5 times as fast here")
     assert inference_dtype(cpu, "fp32")[0] == torch.float32
     # bf16 weights: multiplied as they are, or read as bf16 and multiplied in float32.
     model = LanguageModel(LanguageConfig.from_public(dict(
@@ -217,8 +233,10 @@ def test_eval_says_what_takes_less_memory(monkeypatch):
 
 def test_memory_does_not_grow_with_the_number_of_shapes():
     """Where the processor multiplies bf16, oneDNN compiles a kernel for each new shape."""
-    if choose_dtype("auto", torch.device("cpu"))[0] != "bf16":
+    if not torch.cpu._is_avx512_bf16_supported():
         pytest.skip("this processor's bf16 products do not go through oneDNN")
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("only Linux says how much memory a process holds now")
     code = """
 import os, resource, sys, torch, torch.nn.functional as F
 for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
@@ -227,11 +245,11 @@ if sys.argv[1] == "bounded":
     from training.device import prepare_device
     prepare_device(torch.device("cpu"))
 w = torch.randn(256, 256).bfloat16()
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def held(): return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 1e6
 for n in range(1, 65): F.linear(torch.randn(n, 256).bfloat16(), w)
-before = peak()
+before = held()
 for n in range(65, 500): F.linear(torch.randn(n, 256).bfloat16(), w)
-print(peak() - before)
+print(held() - before)
 """
     grown = {how: float(subprocess.run([sys.executable, "-c", code, how], cwd=ROOT, check=True,
                                        capture_output=True, text=True).stdout)

@@ -13,6 +13,7 @@ from tiny import make_world
 import eval as script
 import extras.export.__main__ as export
 import train_sft
+import training.precision
 from extras.fast.quantize import (
     BITS,
     GROUP,
@@ -240,8 +241,7 @@ def test_it_answers(world, capsys):
 
 @pytest.mark.parametrize("native", [True, False])
 def test_bf16_on_a_cpu_keeps_bf16_weights_and_its_own_stream(world, native, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(training.precision, "bf16_speedup", lambda: 2.0 if native else 0.5)
     model = opened(world / "sft", "--dtype", "bf16")
     layer = model.language.layers[0].mlp.gate_up_proj
     # Without bf16 instructions the weights are read as bf16 and multiplied in float32.

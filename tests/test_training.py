@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import train_pretrain
 import train_sft
+import training.precision
 import training.run
 from dataset.batching import Batches, collate
 from model.pretrained.checkpoint import load_checkpoint, newest_checkpoint
@@ -178,12 +179,12 @@ def test_schedule_rises_to_one_and_falls_to_a_tenth():
     assert schedule(1, 1, 0.0) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("native, expected", [(True, "bf16"), (False, "fp32")])
-def test_auto_takes_bf16_only_where_the_hardware_multiplies_it(native, expected, monkeypatch):
+@pytest.mark.parametrize("times, expected", [(3.9, "bf16"), (1.0, "fp32"), (0.25, "fp32")])
+def test_auto_takes_bf16_only_where_the_processor_is_faster_in_it(times, expected, monkeypatch):
     cpu = torch.device("cpu")
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert choose_dtype("auto", cpu)[0] == expected
+    monkeypatch.setattr(training.precision, "bf16_speedup", lambda: times)
+    dtype, why = choose_dtype("auto", cpu)
+    assert dtype == expected and f"{times:.1f} times as fast" in why
     for asked in ("bf16", "fp32"):
         assert choose_dtype(asked, cpu) == (asked, "as asked")
 

@@ -38,7 +38,7 @@ def add_model_flags(parser) -> None:
     add("--language", help="where the public language model lies, if not where it was in training")
     add("--vision", help="where the public vision tower lies, if not where it was in training")
     add("--dtype", choices=("fp32", "bf16"), help="default: bf16 where the GPU or the processor "
-        "multiplies it natively, else fp32; eval.py --stats tells which and why")
+        "is faster in it, else fp32; eval.py --stats tells which and why")
     add("--quantize", choices=("int8", "int4"), help="the language model's weights in so many "
         "bits: less memory, and on a CPU faster; extras/export can save them so")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
@@ -85,8 +85,8 @@ def load_model(flags, name: str | None) -> tuple:
 def inference_dtype(device: torch.device, name: str | None) -> tuple[torch.dtype, str]:
     """name: fp32, bf16, or None for what suits the device -> the dtype, and why.
 
-    bf16 where the hardware multiplies it: half the bytes to read for each token. Never fp16: in it
-    some public models grow past 65,504.
+    bf16 where the hardware is faster in it, with half the bytes to read for each token. Never fp16:
+    in it some public models grow past 65,504.
     """
     if name:
         return NUMBERS[name], "as asked"

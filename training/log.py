@@ -16,6 +16,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from extras.trackers import open_board
+from model.pretrained.checkpoint import checkpoints
+from training.presets import settings_of_preset
 
 LISTED_BAD = 5  # so many bad samples are shown in full; the rest are only counted
 
@@ -47,7 +49,8 @@ class Log:
         self.board("train", step, figures)
         now = time.monotonic()
         left = (now - self.started) / (step - self.first_step + 1) * (self.steps - step)
-        line = (f"step {step}/{self.steps}  loss {figures['loss']:.3f}  "
+        loss = "overflow" if figures["loss"] is None else f"{figures['loss']:.3f}"
+        line = (f"step {step}/{self.steps}  loss {loss}  "
                 f"lr {figures['learning_rate']:.1e}  "
                 f"{figures['tokens_per_second']:,.0f} tok/s  left {clock(left)}")
         if self.terminal:
@@ -187,15 +190,55 @@ def introduction(model, optimizer, settings, data, batches, steps: int, ranks) -
 
 def stopped(progress, stage: str, settings) -> str:
     """After a signal: what is there, and the command that goes on from it."""
-    program, where = "python", ""
-    if dist.is_torchelastic_launched():
-        program = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}"
-        nodes = os.environ["GROUP_WORLD_SIZE"]
-        if nodes != "1":
-            program += f" --nnodes {nodes}"
-            where = ", on each machine and with the --rdzv flags of before"
+    program, where = started_with()
     return (f"asked to stop: step {progress.step} is finished and saved. To go on{where}:\n"
             f"{program} train_{stage}.py --resume --out {shlex.quote(str(settings.out))}")
+
+
+def started_with() -> tuple[str, str]:
+    """The program that starts a script as this run was started, and where, if that is to be said.
+    """
+    if not dist.is_torchelastic_launched():
+        return "python", ""
+    program, nodes = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}", ""
+    if os.environ["GROUP_WORLD_SIZE"] != "1":
+        program += f" --nnodes {os.environ['GROUP_WORLD_SIZE']}"
+        nodes = ", on each machine and with the --rdzv flags of before"
+    return program, nodes
+
+
+def way_out(settings, stage: str, arguments: list[str]) -> str:
+    """After a loss that is not finite: the commands that go on. arguments: of this launch."""
+    program, where = started_with()
+    script, there = f"{program} train_{stage}.py", checkpoints(settings.out)
+    resume = f"{script} --resume --out {shlex.quote(str(settings.out))}"
+    start = resume if there else f"{script} {shlex.join(arguments)}"
+    rates = [f"--learning_rate {lower_rate(settings, stage, 'learning_rate'):g}"]
+    for part in ("projector", "vision"):
+        name = f"{part}_learning_rate"
+        if getattr(settings, name) is not None and getattr(settings, f"train_{part}"):
+            rates.append(f"--{name} {lower_rate(settings, stage, name):g}")
+    commands = f"a lower learning rate{where}: {start} {' '.join(rates)}"
+    if settings.dtype != "fp32":
+        commands += f" or in float32: {start} --dtype fp32"
+    if not there:
+        return ("There is no checkpoint yet. If the samples are sound, start again with "
+                + commands)
+    further = "there is no older one, so start the run anew, with a lower --learning_rate"
+    if len(there) > 1:
+        last, aside = (shlex.quote(str(path)) for path in
+                       (there[-1], there[-1].with_name(f"bad_{there[-1].name}")))
+        further = f"leave it out, and the same goes on from {there[-2].name}: mv {last} {aside}"
+    return (f"The last checkpoint is good: {there[-1]}. If the samples are sound, go on from it "
+            f"with {commands} (--clip and --warmup_ratio may change too). If it then stops here "
+            f"again, the weights of that checkpoint are the reason; {further}")
+
+
+def lower_rate(settings, stage: str, name: str) -> float:
+    """A tenth, or the preset's if that is lower still."""
+    usual = settings_of_preset(settings.preset, stage)[name]
+    tenth = getattr(settings, name) / 10
+    return tenth if usual is None else min(tenth, usual)
 
 
 def closing(summary: dict, checkpoint: Path, next_command: str) -> str:

@@ -22,7 +22,7 @@ from itertools import chain
 import torch
 
 from extras.fast.feature_cache import look
-from extras.fsdp import clip_gradients, sum_gradients, to_compute
+from extras.fsdp import clip_gradients, sum_gradients, to_compute, unfit
 from training.log import kind_of
 from training.optim import schedule, set_learning_rate
 from training.precision import autocast, next_scale
@@ -58,6 +58,15 @@ class Progress:
 
 class StopTraining(Exception):
     """The run cannot go on; the text says why and what to do. Checkpoints stay as they are."""
+
+
+class NotFinite(StopTraining):
+    """The loss, or what an update made of a weight, is no number to go on with. What bends the
+    curve is the way out: a resume from before `step` may change it, see setup.BENDING."""
+
+    def __init__(self, step: int, text: str):
+        super().__init__(text)
+        self.step = step
 
 
 def places_left(settings, batches, progress: Progress) -> int:
@@ -140,9 +149,14 @@ def train(model, batches, optimizer, settings, ranks, log, save, progress: Progr
                 torch._foreach_div_([parameter.grad for parameter in trained], scale)
             norm = clip_gradients(trained, settings.clip, ranks)
             # Both numbers are sums over all ranks: all of them skip the same steps.
-            overflow = half and math.isfinite(loss) and not math.isfinite(norm) and scale > 1
-            if not (math.isfinite(loss) and (math.isfinite(norm) or overflow)):
-                raise StopTraining(not_finite(step, loss, norm, micro, losses, ranks))
+            finite = math.isfinite(loss) and math.isfinite(norm)
+            weight = None if finite else unfit(model.named_parameters(), settings.dtype, ranks)
+            # In fp16 the forward pass may overflow too. At the latest with a scale of 1, after
+            # 16 such steps in a row from where it starts, it is no accident any more; nor is it
+            # one when a weight is too large for fp16, which the next batch would meet as well.
+            overflow = half and not finite and scale > 1 and weight is None
+            if not (finite or overflow):
+                raise NotFinite(step, not_finite(step, loss, norm, micro, losses, ranks, weight))
             rate = set_learning_rate(optimizer,
                                      schedule(step + ahead, steps + ahead, settings.warmup_ratio))
             if not overflow:
@@ -157,7 +171,8 @@ def train(model, batches, optimizer, settings, ranks, log, save, progress: Progr
             progress.useful += int(useful)
             seconds = time.monotonic() - began
             log.step(step, {
-                "loss": loss, "grad_norm": None if overflow else norm, "learning_rate": rate,
+                "loss": loss if math.isfinite(loss) else None,  # JSON knows no other numbers
+                "grad_norm": None if overflow else norm, "learning_rate": rate,
                 "supervised_tokens": int(supervised),
                 "tokens_per_second": round(useful / seconds, 1), "seconds": round(seconds, 4),
                 **({"loss_scale": scale, "overflows": progress.overflows} if half else {})})
@@ -167,6 +182,7 @@ def train(model, batches, optimizer, settings, ranks, log, save, progress: Progr
                     log.answers(step, held_out.answers.ask(model, settings, ranks))
             if step % settings.save_every == 0 or step == steps or stopping:
                 check_bad(progress, settings, at_end=step == steps)
+                check_weights(model, step, micro, settings, ranks)
                 save_checked(save, step, progress, optimizer, ranks)
             if stopping:
                 break
@@ -236,14 +252,27 @@ def check_bad(progress: Progress, settings, at_end: bool = False) -> None:
             "Repair the data or check --images and --max_length; or allow more with --max_bad.")
 
 
-def not_finite(step: int, loss: float, norm: float, micro, losses, ranks) -> str:
-    """Say which samples made the loss infinite or NaN, as far as this rank knows."""
+def check_weights(model, step: int, micro, settings, ranks) -> None:
+    """Before a save: a checkpoint with which no loss can be finite is no way back for anyone."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if weight := unfit(trained, settings.dtype, ranks):
+        raise NotFinite(step, f"step {step}: after its update {weight}. {samples_of(micro, ranks)} "
+                              "It was not saved.")
+
+
+def not_finite(step: int, loss: float, norm: float, micro, losses, ranks,
+               weight: str | None = None) -> str:
+    """Say which samples made the loss infinite or NaN, as far as this rank knows. weight: what
+    unfit() says."""
     guilty = [batch for batch, own in zip(micro, losses) if not math.isfinite(float(own))]
     if not math.isfinite(norm) and math.isfinite(loss):
         guilty = micro  # the loss was fine, some derivative was not: any of them may have done it
-    lines = [where for batch in guilty for where in batch.where]
-    return (f"step {step}: the loss is {loss:g} and the gradient's length {norm:g}. Rank "
-            f"{ranks.rank} was at these samples: "
-            f"{', '.join(lines) or 'none that was not finite, look at the other ranks'}. Weights "
-            "were not changed, and the last checkpoint is good. If the samples are sound, a lower "
-            "--learning_rate or --dtype fp32 helps; then go on with --resume.")
+    return (f"step {step}: the loss is {loss:g} and the gradient's length {norm:g}"
+            + (f"; {weight}" if weight else "") + f". {samples_of(guilty, ranks)} Weights were not "
+            "changed.")
+
+
+def samples_of(batches, ranks) -> str:
+    lines = [where for batch in batches for where in batch.where]
+    return (f"Rank {ranks.rank} was at these samples: "
+            f"{', '.join(lines) or 'none that was not finite, look at the other ranks'}.")

@@ -8,7 +8,9 @@ read and in what comes next; that is all they say. The loop itself is loop.py.
 
 import errno
 import math
+import sys
 from contextlib import contextmanager
+from functools import partial
 
 from dataset.batching import Batches
 from dataset.readers.worker_state import told_by
@@ -22,14 +24,15 @@ from model.pretrained.checkpoint import checkpoints, newest_checkpoint, own_name
 from training.device import is_out_of_memory
 from training.distributed import start_ranks
 from training.index_cache import open_once
-from training.log import Log, closing, introduction, stopped
-from training.loop import StopTraining, steps_of_run, train
+from training.log import Log, closing, introduction, stopped, way_out
+from training.loop import NotFinite, StopTraining, steps_of_run, train
 from training.optim import choose_trained, make_optimizer
 from training.precision import choose_dtype, store_weights
 from training.presets import read_flags, resolve
 from training.run_metadata import describe, launch, summarise
 from training.setup import (
     assemble,
+    changed,
     open_training_data,
     prepare_out,
     saver,
@@ -37,6 +40,7 @@ from training.setup import (
 )
 from training.signal_handler import listen
 from training.validation import HeldOut, open_held_out
+from training.writable import check_directory
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share, the file
 
@@ -46,6 +50,10 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
     docstring, for --help. emoji_kind: what --data emoji means. arguments: as on the command line.
     """
     flags = read_flags(description, stage, arguments)
+    try:
+        check_directory("--out", flags.out)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     try:
         checkpoint, earlier = where_to_start(flags, stage)
     except (OSError, ValueError) as error:
@@ -90,13 +98,16 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
             answers = Answers(unseen, parts.template, parts.processor, settings)
             held_out = HeldOut(unseen, make_batches, answers)
         steps = steps_of_run(settings, batches, progress)
-        facts = describe(settings, stage, ranks, about_data)
+        facts = describe(settings, stage, ranks, about_data, changed(settings, checkpoint))
         save = saver(parts, settings, ranks, facts)
         loaders = [batches, *((held_out.right, held_out.wrong) if held_out else ())]
         with told_plainly(settings.out, loaders):
             log = Log(settings, steps, progress, ranks.main)
             log.say(introduction(parts.model, optimizer, settings, data, batches, steps, ranks))
             log.say(f"numbers   {settings.dtype}: {why}")
+            for change in facts["changes"]:
+                log.say("changed   from step {from_step}: {setting} is {now}, before it was "
+                        "{before}".format(**change))
             if unseen and settings.eval_answers and mesh is not None:
                 log.say("answers   none while it trains: under --parallel fsdp every process would "
                         "have to go through each token; eval.py asks the checkpoints")
@@ -106,8 +117,10 @@ def run(stage: str, description: str, emoji_kind: str, next_command: str, argume
                                  parts.held)
                 log.say(in_a_line(memory, settings))
             with reported(settings.out, ranks.main):
-                with (launch(settings.out, facts, progress, steps, ranks.main),
-                      told_plainly(settings.out, loaders), listen() as stop):
+                advice = partial(way_out, settings, stage,
+                                 sys.argv[1:] if arguments is None else arguments)
+                with (launch(settings.out, facts, progress, steps, ranks),
+                      told_plainly(settings.out, loaders, advice), listen() as stop):
                     train(parts.model, batches, optimizer, settings, ranks, log, save, progress,
                           held_out, stop)
                 summary = summarise(settings.out, progress, log.seconds, ranks)
@@ -145,10 +158,14 @@ def out_of_memory_explained(settings):
 
 
 @contextmanager
-def told_plainly(out, loaders: list[Batches]):
-    """What stops a run from outside is told in a sentence, with exit status 1: no traceback."""
+def told_plainly(out, loaders: list[Batches], advice=None):
+    """What stops a run from outside is told in a sentence, with exit status 1: no traceback.
+
+    advice() -> what to do about a loss that is not finite."""
     try:
         yield
+    except NotFinite as reason:
+        raise SystemExit(f"\nstopped: {reason} {advice()}") from reason
     except StopTraining as reason:
         raise SystemExit(f"\nstopped: {reason}") from reason
     except RuntimeError as error:

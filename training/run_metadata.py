@@ -23,15 +23,19 @@ import torch
 
 from model.pretrained.checkpoint import ROOT, write_json
 from training.distributed import cores
+from training.loop import NotFinite
 
 # What a run writes beside its checkpoints; a new run in the same OUT moves them aside.
 FILES = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "run.json",
          "summary.json", "tensorboard", "answers.jsonl", "held_out", "report.html", "scores.json")
 
 
-def describe(settings, stage: str, ranks, about_data: dict) -> dict:
-    """All that decides what a run computes. Each checkpoint carries it along."""
-    return {"stage": stage, "settings": vars(settings), "processes": ranks.world_size,
+def describe(settings, stage: str, ranks, about_data: dict, changes: list = ()) -> dict:
+    """All that decides what a run computes. Each checkpoint carries it along.
+
+    changes: of the settings, on the way: setup.changed's."""
+    return {"stage": stage, "settings": vars(settings), "changes": list(changes),
+            "processes": ranks.world_size,
             "data": about_data, "commit": commit(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "safetensors": safetensors.__version__,
@@ -76,20 +80,27 @@ def physical_memory() -> int | None:
 
 
 @contextmanager
-def launch(out, facts: dict, progress, steps: int, enabled: bool):
+def launch(out, facts: dict, progress, steps: int, ranks):
     """Keep OUT/run.json while a run goes on: written at its start, and again at its end with how
-    it ended, an error included. Only rank 0 is `enabled`.
+    it ended, an error included. Rank 0 writes.
 
-    progress: of the training loop, which moves it on.
+    progress: of the training loop, which moves it on. A loss that was not finite is told as
+    "not_finite_step" too, since a resume looks for it.
     """
-    if not enabled:
-        yield
+    if not ranks.main:
+        try:
+            yield
+        except SystemExit as error:
+            if not_finite_step(error):
+                ranks.wait()  # torchrun ends rank 0 when the first one leaves: let it write
+            raise
         return
     path, launches = Path(out) / "run.json", []
     if progress.step and path.exists():
         launches = json.loads(path.read_text(encoding="utf-8")).get("launches", [])
     now = {"started": clock_time(), "first_step": progress.step + 1, "ended": None,
-           "last_step": None, "outcome": None, "processes": facts["processes"],
+           "last_step": None, "outcome": None, "not_finite_step": None,
+           "processes": facts["processes"],
            "commit": facts["commit"], "machine": facts["machine"]}
 
     def write() -> None:
@@ -105,10 +116,18 @@ def launch(out, facts: dict, progress, steps: int, enabled: bool):
     try:
         yield
     except (Exception, SystemExit, KeyboardInterrupt) as error:
+        now["not_finite_step"] = not_finite_step(error)
         with suppress(OSError):  # on a full disk: what is to be told is the error itself
             end(f"{type(error).__name__}: {error}".strip())
+        if now["not_finite_step"]:
+            ranks.wait()
         raise
     end("finished" if progress.step >= steps else f"stopped before step {steps}")
+
+
+def not_finite_step(error: BaseException) -> int | None:
+    """The step whose loss was not finite, when that is what has ended the run: on all ranks."""
+    return error.__cause__.step if isinstance(error.__cause__, NotFinite) else None
 
 
 def clock_time() -> str:
@@ -127,6 +146,7 @@ def summarise(out, progress, wall_seconds: float, ranks) -> dict | None:
         return None
     metrics, evaluations = (read_lines(Path(out) / name) for name in FILES[:2])
     seconds = sum(line["seconds"] for line in metrics)
+    losses = [line["loss"] for line in metrics if line["loss"] is not None]
     best = min((e for e in evaluations if e["eval_loss"] is not None),
                key=lambda e: e["eval_loss"], default={})
     summary = {
@@ -140,8 +160,8 @@ def summarise(out, progress, wall_seconds: float, ranks) -> dict | None:
         "training_seconds": round(seconds, 3), "wall_seconds": round(wall_seconds, 3),
         "peak_memory": memory, "peak_gpu_memory": gpu_memory,
         "overflow_steps": progress.overflows,  # skipped, with fp16
-        "last_loss": metrics[-1]["loss"] if metrics else None,
-        "best_loss": min((line["loss"] for line in metrics), default=None),
+        "last_loss": losses[-1] if losses else None,
+        "best_loss": min(losses, default=None),
         "best_eval_loss": best.get("eval_loss"), "best_eval_step": best.get("step"),
         "last_evaluation": evaluations[-1] if evaluations else None,
     }

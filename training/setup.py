@@ -20,6 +20,7 @@ from dataset.tokenizer import Tokenizer
 from extras.convert.pickle_loader import load_plain
 from extras.convert.published_projector import load_projector
 from extras.fsdp import in_turn, load_optimizer, whole
+from extras.past import read_object
 from model.config import VLMConfig
 from model.language import LanguageModel
 from model.pretrained.checkpoint import (
@@ -51,6 +52,10 @@ CHANGEABLE = ("out", "resume", "model", "preset", "language", "vision", "steps",
               "batch_size", "accumulate", "save_every", "keep", "workers", "max_bad",
               "log_samples", "full_checkpoint", "eval_every", "eval_data", "eval_answers", "log",
               "checkpointing", "parallel", "cache_features", "cache_gb")
+# What bends the curve, and is the way out of a loss that is not finite: it may change where a run
+# is resumed from before a step at which that had stopped it, and nowhere else.
+BENDING = ("learning_rate", "projector_learning_rate", "vision_learning_rate", "warmup_ratio",
+           "clip", "dtype")
 
 
 @dataclass
@@ -70,10 +75,16 @@ def where_to_start(flags, stage: str) -> tuple[Path | None, dict]:
     except TornError as error:
         raise SystemExit(f"{error}. Without --resume the run starts anew.") from error
     if checkpoint:
+        past = read_object(Path(flags.out) / "run.json")
         earlier = {"features": "patches", "lora_from": None, "init_projector": None,
                    "fast_images": None, **template_facts(read_config(checkpoint)),
-                   **read_run(checkpoint)["settings"]}
-        return checkpoint, check_resumed(flags, earlier, checkpoint)
+                   **read_run(checkpoint)["settings"],
+                   # Changed after this checkpoint was saved: that still holds.
+                   **{name: value for name, value in past.get("settings", {}).items()
+                      if name in BENDING}}
+        stops = [launch.get("not_finite_step") or 0 for launch in past.get("launches", [])]
+        return checkpoint, check_resumed(flags, earlier, checkpoint,
+                                         bending=max(stops, default=0) > step_of(checkpoint))
     if flags.model == "none" or (stage == "pretrain" and flags.model is None):
         return None, {}
     try:
@@ -108,13 +119,27 @@ def template_facts(config: dict) -> dict:
     return {"template": config.get("template", "qwen2"), "image_token": config.get("image_token")}
 
 
-def check_resumed(flags, earlier: dict, checkpoint: Path) -> dict:
+def check_resumed(flags, earlier: dict, checkpoint: Path, bending: bool = False) -> dict:
+    """bending: whether BENDING may change too."""
+    allowed = CHANGEABLE + BENDING if bending else CHANGEABLE
     for name, value in vars(flags).items():
-        if name not in CHANGEABLE and value is not None and value != earlier.get(name):
+        if name not in allowed and value is not None and value != earlier.get(name):
             raise SystemExit(f"--{name} {value}: the run to resume, {checkpoint}, was started with "
                              f"{earlier.get(name)}. Leave the flag out, or start a new run with "
                              "another --out.")
     return earlier
+
+
+def changed(settings, checkpoint: Path | None) -> list[dict]:
+    """What of BENDING was changed since the run began, for run.json: each with the first step that
+    was made with it. The last ones are those of this very resume."""
+    if not (settings.resume and checkpoint):
+        return []
+    run = read_run(checkpoint)
+    return run.get("changes", []) + [
+        {"from_step": run["step"] + 1, "setting": name, "before": run["settings"][name],
+         "now": getattr(settings, name)} for name in BENDING
+        if name in run["settings"] and run["settings"][name] != getattr(settings, name)]
 
 
 def loudness(language) -> float:
@@ -259,8 +284,17 @@ def prepare_out(settings, ranks, checkpoint: Path | None, optimizer, about_data:
         with in_turn(ranks, wanted=settings.parallel == "fsdp"):
             # As data alone: nothing of it runs.
             state = load_plain(checkpoint / "training_state.pt")
+            peaks = [group["peak"] for group in optimizer.param_groups]
             load_optimizer(optimizer, state["optimizer"])
-        return progress_of(state["progress"], run)
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["peak"] = peak  # the settings', which may have changed since
+        progress = progress_of(state["progress"], run)
+        if changed(settings, checkpoint) != run.get("changes", []):
+            # With other numbers or rates the scale of fp16's loss is looked for anew: it may have
+            # fallen to 1 before the run stopped.
+            fresh = Progress()
+            progress.scale, progress.calm = fresh.scale, fresh.calm
+        return progress
     written = [out / name for name in FILES]
     if ranks.main and (checkpoints(out) or any(path.exists() for path in written)):
         earlier = free_name(out, "earlier")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.sample import TEXT_KEYS, BadSample, Sample, shown, to_sample
+from dataset.sample import TEXT_KEYS, BadSample, Sample, refuse_unread, shown, to_sample
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors put it in front of a text
 WINDOW = 1 << 20  # characters of a file that JsonWalk holds at a time
@@ -134,6 +134,7 @@ class CocoData:
         if not isinstance(image.get("file_name"), str):
             raise BadSample(where, f"image {number} has no 'file_name' "
                                    f"({self.images.where(self.order[place])})")
+        refuse_unread(annotation, ("caption",), where, [Path(image["file_name"])])
         return {"caption": annotation["caption"], "image": [image["file_name"]]}
 
 
