@@ -13,6 +13,7 @@ import eval as script
 import train_pretrain
 import train_sft
 import training.precision
+from extras.fast import prepare_for_inference
 from extras.fast.quantize import is_quantized
 from model.config import LanguageConfig
 from model.language import LanguageModel, kernel_shares_heads
@@ -24,7 +25,7 @@ from training.device import (
     is_out_of_memory,
     prepare_device,
 )
-from training.inference import inference_dtype, prepare_for_inference
+from training.inference import inference_dtype
 from training.precision import bf16_speedup
 
 
@@ -147,7 +148,7 @@ def test_a_chat_takes_bf16_where_the_processor_is_faster_in_it(native, monkeypat
     model = LanguageModel(LanguageConfig.from_public(dict(
         model_type="qwen2", vocab_size=32, hidden_size=16, intermediate_size=32,
         num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)))
-    prepare_for_inference(model, None, torch.bfloat16, cpu)
+    prepare_for_inference(model, cpu, torch.bfloat16)
     assert is_quantized(model) is not native
     assert model.norm.weight.dtype == (torch.bfloat16 if native else torch.float32)
 

@@ -18,7 +18,7 @@ from dataset.chat import DEFAULT_SYSTEM, IMAGE, ChatTemplate, Message
 from dataset.images import ImageProcessor, load_image
 from dataset.stream import TextStream
 from dataset.tokenizer import Tokenizer
-from model.generate import Past, decoder_of, generate
+from model.generate import Past, generate
 from model.language import LanguageModel
 from model.lora import merge_lora
 from model.pretrained.checkpoint import (
@@ -78,7 +78,7 @@ def load_model(flags, name: str | None) -> tuple:
         print(f"model: {directory}", file=sys.stderr)
     if flags.system is not None:
         template.default_system = flags.system or None
-    prepare_for_inference(model, flags.quantize, dtype, device)
+    make_ready(model, device, dtype, flags.quantize)
     return model, template, processor
 
 
@@ -94,29 +94,16 @@ def inference_dtype(device: torch.device, name: str | None) -> tuple[torch.dtype
     return (NUMBERS[chosen], why) if chosen == "bf16" else (torch.float32, why)
 
 
-def prepare_for_inference(model, bits: str | None, dtype: torch.dtype, device) -> None:
-    """Cast or quantize the weights, fuse layers that read the same input, move all to the device.
-
-    A processor without bf16 instructions reads bf16 weights all the same, and computes in float32:
-    of 64 rows of a prompt each product then takes a sixth of the time.
-    """
-    decoder = decoder_of(model)
+def make_ready(model, device: torch.device, dtype: torch.dtype, bits: str | None) -> None:
+    """Move the model to the device, with its layers as fast as they can be."""
     try:
-        from extras.fast.fused import join
-        from extras.fast.quantize import compute_in, is_quantized, quantize
-    except ModuleNotFoundError:  # the same answers, slower
+        from extras.fast import prepare_for_inference
+    except ModuleNotFoundError as error:  # without extras/ everything else works, slower
         if bits:
-            raise ValueError(f"--quantize {bits} needs extras/fast, which is not here") from None
+            raise ValueError(f"--quantize {bits} needs extras/fast, which is missing") from error
         model.to(device, dtype)
         return
-    native = device.type != "cpu" or choose_dtype("auto", device)[0] == "bf16"
-    if dtype == torch.bfloat16 and not native:
-        bits, dtype = bits or "bf16", torch.float32
-    if bits and not (bits == "bf16" and is_quantized(decoder)):
-        quantize(decoder, bits)
-    compute_in(model, dtype)
-    model.to(device)
-    join(decoder)
+    prepare_for_inference(model, device, dtype, bits)
 
 
 class Conversation:
