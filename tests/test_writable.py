@@ -59,8 +59,9 @@ def nothing_loaded(monkeypatch):
         raise AssertionError("too early")
 
     for place in ("training.run.where_to_start", "training.run.open_training_data",
-                  "training.run.assemble", "extras.export.__main__.find_model",
-                  "eval.load_model", "extras.web.prepare", "evaluation.run.find_model"):
+                  "training.run.assemble", "extras.export.__main__.find_model", "eval.load_model",
+                  "extras.web.prepare",
+                  "evaluation.run.find_model"):
         monkeypatch.setattr(place, loaded)
 
 

@@ -43,7 +43,7 @@ class Progress:
 
     step: int = 0  # optimizer steps made
     block: int | None = None  # what the first micro-batch was on all ranks; None: not begun
-    hands: int | None = None  # the ranks that a window was dealt out to; 1: each read all of it
+    hands: int | None = None  # the ranks that share the reading of a window; 1: each reads all
     epoch: int = 0
     place: int = 0
     bad: int = 0  # samples skipped so far, on all ranks

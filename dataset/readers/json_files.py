@@ -80,6 +80,10 @@ class JsonData:
     def __getitem__(self, i: int) -> Sample:
         return self.sample(i)
 
+    def sizes(self, numbers: np.ndarray) -> np.ndarray:
+        """Bytes of these records: about how long their texts are, known without reading them."""
+        return np.asarray(self.pieces.sizes)[numbers]
+
     def sample(self, i: int, draw: int = 0) -> Sample:
         """draw: which of several captions, see records.py."""
         i = range(len(self))[i]  # IndexError past the end, which is what ends a for loop
@@ -114,6 +118,9 @@ class CocoData:
 
     def __getitem__(self, i: int) -> Sample:
         return self.sample(i)
+
+    def sizes(self, numbers: np.ndarray) -> np.ndarray:
+        return np.asarray(self.annotations.sizes)[numbers]
 
     def sample(self, i: int, draw: int = 0) -> Sample:
         i = range(len(self))[i]
