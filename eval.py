@@ -106,7 +106,7 @@ def read_flags(arguments=None) -> argparse.Namespace:
     add("--model", metavar="DIR", help="checkpoint or run (default: the newest in out/sft, else "
         "in out/pretrain); none: the language model of --language alone")
     add_model_flags(parser)
-    add("--image", nargs="+", default=[], metavar="FILE", help="pictures shown with --prompt, or "
+    add("--image", nargs="+", default=[], metavar="FILE", help="images shown with --prompt, or "
         "with the first thing you say")
     add("--prompt", help="ask this once: only the answer goes to stdout")
     add("--attention", metavar="PNG", help="with --prompt: also draw where the model looked for "

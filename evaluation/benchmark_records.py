@@ -65,7 +65,7 @@ def question_of(metric: str, record: dict, images: tuple, where: str, tags: dict
     text = "\n".join(text for key in keys if key in SHOWN for text in texts_in(record.get(key)))
     refuse_unread(record, keys, where, images, text)
     if IMAGE in text and not images:
-        raise BadSample(where, f"the question has {IMAGE}, and there is no picture; expected it "
+        raise BadSample(where, f"the question has {IMAGE}, and there is no image; expected it "
                                "under 'image'")
     refuse_mark(text, where, images)
     make = {"caption": caption_question, "choice": choice_question,

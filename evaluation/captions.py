@@ -1,6 +1,6 @@
 """Captions against what people wrote: CIDEr and BLEU-4, in English words and Chinese characters.
 
-    captions, references -> words -> cider (one score a picture), BLEU's counts -> rows (Q,S)
+    captions, references -> words -> cider (one score an image), BLEU's counts -> rows (Q,S)
 
 BLEU comes from sacrebleu. CIDEr is written here: its only package, pycocoevalcap, weighs 104 MB
 and had its last release in 2020; the tests compare with it. The published COCO figures cut words
@@ -24,11 +24,11 @@ CLITIC = re.compile(r"(n't|'(?:s|re|ve|ll|d|m)|(?<=^can)not)$")
 
 def words(text: str) -> list[str]:
     """Lower case, marks dropped, a Chinese character a word of its own."""
-    found = []
+    parts = []
     for word in WORD.findall(text.lower().replace("\u2019", "'")):
         stem = CLITIC.sub("", word)
-        found += [part for part in (stem, word[len(stem):]) if part]
-    return found
+        parts += [part for part in (stem, word[len(stem):]) if part]
+    return parts
 
 
 def measure_captions(captions: list[str], questions: list) -> list[list[float]]:

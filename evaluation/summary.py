@@ -19,8 +19,8 @@ from evaluation.metrics import METRICS, fall, figures, intervals
 from evaluation.score import Prediction
 
 CONDITIONS = {"before": "before training: a random projector", "pretrain": "after stage one",
-              "sft": "this model", "no_picture": "this model, picture withheld",
-              "wrong_picture": "this model, picture of another sample"}
+              "sft": "this model", "no_picture": "this model, image withheld",
+              "wrong_picture": "this model, image of another sample"}
 CONTROLS = {"no_picture": "is withheld", "wrong_picture": "is another one"}
 
 
@@ -101,7 +101,7 @@ def format_summary(metric: str, details: dict) -> str:
     for condition, words in CONTROLS.items():
         lost = details["falls"].get(condition)
         if lost and lost["low"] <= 0:
-            lines.append(f"The score does not fall when the picture {words}"
+            lines.append(f"The score does not fall when the image {words}"
                          f" (by {100 * lost['value']:.1f}, {100 * lost['low']:.1f} to "
                          f"{100 * lost['high']:.1f}): it tells nothing of seeing.")
     return "\n".join([*lines, "in brackets: where 95 % of the scores lie when the questions are "

@@ -31,9 +31,9 @@ FONTS = ["system-ui", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "san
 # {component: {property: text}}, and the texts that stand by themselves
 TEXTS = {
     "English": {
-        "title": {"value": "## Show it a picture and talk about it"},
+        "title": {"value": "## Show it an image and talk about it"},
         "chat": {"label": "Conversation", "placeholder": "Nothing was said yet."},
-        "box": {"placeholder": "Drop pictures here, then ask"},
+        "box": {"placeholder": "Drop images here, then ask"},
         "stop": {"value": "Stop"}, "reset": {"value": "New conversation"},
         "look": {"value": "Where did it look?"}, "examples": {"label": "Examples"},
         "model": {"label": "Model"}, "refresh": {"value": "Look for new models"},
@@ -114,7 +114,7 @@ def respond(models: Models, said: dict, session: Session | None, name: str, samp
         return
     try:
         if len(files) > MAX_IMAGES or len(text) > MAX_CHARACTERS:
-            raise ValueError(f"{len(files)} pictures and {len(text):,} characters at once: at most "
+            raise ValueError(f"{len(files)} images and {len(text):,} characters at once: at most "
                              f"{MAX_IMAGES} and {MAX_CHARACTERS:,} are taken")
         if session is None or session.model != name:
             session = Session(name, Conversation(*models.get(name), {}))
@@ -248,15 +248,15 @@ def build(models: Models, directory: Path) -> gr.Blocks:
             return [c[name] for name in names]
 
         # One answer at a time: the machine has one model to compute with. Others wait in line.
-        asked = c["box"].submit(
+        answering = c["box"].submit(
             answer, of("box", "session", "model", "temperature", "top_p", "longest", "language"),
             of("chat", "box", "session"), concurrency_limit=1, show_progress="minimal",
             api_name="ask")
-        c["stop"].click(None, cancels=[asked], api_visibility="private")
+        c["stop"].click(None, cancels=[answering], api_visibility="private")
         # The chat has a small button of its own that clears it: it must not clear the view alone.
         gr.on([c["reset"].click, c["chat"].clear],
               lambda: ([], None, None, None, gr.update(visible=False)), None,
-              of("chat", "box", "session", "looks", "below"), cancels=[asked], api_name="reset")
+              of("chat", "box", "session", "looks", "below"), cancels=[answering], api_name="reset")
         c["look"].click(look, of("session", "language"), of("looks", "below"), concurrency_limit=1,
                         api_name="look")
         c["refresh"].click(lambda: gr.update(choices=models.names()), None, c["model"],

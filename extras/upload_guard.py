@@ -78,8 +78,8 @@ class SecurityMiddleware:
         try:
             if self.hosts and host_name(request.headers.get("host", "")) not in self.hosts:
                 raise Refused(403, "not the name of this server")
-            _, found, path = scope["path"].partition(FILE)
-            if found and not self.may_read(path[1:], own):
+            _, is_file, path = scope["path"].partition(FILE)
+            if is_file and not self.may_read(path[1:], own):
                 raise Refused(403, "this file is not of your session, or no longer here")
             if scope["path"] == UPLOAD and scope["method"] == "POST":
                 answer = JSONResponse(await self.upload(request, own))
@@ -128,7 +128,7 @@ class SecurityMiddleware:
         path = value["path"]
         if not self.may_read(path, own) or (path.startswith(f"{own}{os.sep}")
                                             and self.used.setdefault(path, page) != page):
-            raise Refused(403, "this picture was not uploaded in this session, or is no longer "
+            raise Refused(403, "this image was not uploaded in this session, or is no longer "
                           "here: upload it, with the cookie that the page has set")
         return {"path": path, "meta": {"_type": "gradio.FileData"}}
 

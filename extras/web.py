@@ -1,4 +1,4 @@
-"""Talk to a trained model in the browser: pictures, several turns, where it looked.
+"""Talk to a trained model in the browser: images, several turns, where it looked.
 
     python -m extras.web                       the runs under out/, on http://127.0.0.1:7860
     python -m extras.web --model out/demo/sft
@@ -30,7 +30,7 @@ def read_flags(arguments=None) -> argparse.Namespace:
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets everyone in who "
         "reaches this machine, without a password (%(default)s)")
     add("--port", type=int, help="default: the first free one from 7860")
-    add("--max_upload", type=float, default=20, metavar="MB", help="largest picture file "
+    add("--max_upload", type=float, default=20, metavar="MB", help="largest image file "
         "(%(default)s)")
     add_model_flags(parser)
     flags = parser.parse_args(arguments)
@@ -43,7 +43,7 @@ def read_flags(arguments=None) -> argparse.Namespace:
 def prepare(flags, directory: str):
     """-> (the server, a socket that listens, its address); server.run(sockets=[socket]) serves.
 
-    directory: for uploaded pictures. By default gradio puts them where every gradio on this machine
+    directory: for uploaded images. By default gradio puts them where every gradio on this machine
     does, and each clears up there when it ends.
     Gradio's own launch() would ask itself for the page first, through the proxy of the environment
     if it names one, and fail where that knows no 127.0.0.1; so the server is uvicorn itself.
@@ -95,7 +95,7 @@ def listen(host: str, port: int | None) -> socket.socket:
 def main(arguments=None) -> None:
     flags = read_flags(arguments)
     with exit_on_error("extras.web"):
-        check_directory("the directory for uploaded pictures (TMPDIR)", tempfile.gettempdir())
+        check_directory("the directory for uploaded images (TMPDIR)", tempfile.gettempdir())
         with tempfile.TemporaryDirectory(prefix="vlm_web_") as directory:  # nobody else's to read
             try:
                 server, listener, address = prepare(flags, directory)

@@ -131,7 +131,7 @@ def test_a_pipe_gets_answers_and_nothing_else(world, monkeypatch, capsys):
              "Hello", "/quit", "never read"]
     out, err = run(monkeypatch, capsys, lines, "--model", world / "sft")
     assert out == expected(world, "Which colour?", "red.png") + expected(world, "Hello")
-    assert "1 picture" in err and "/image PATH" in err and "forgotten" in err
+    assert "1 image" in err and "/image PATH" in err and "forgotten" in err
 
 
 def test_pictures_of_the_flag_go_with_the_first_line_of_a_pipe(world, monkeypatch, capsys):
@@ -200,7 +200,7 @@ def test_a_metric_that_is_none_is_refused(world, tmp_path):
 def test_a_language_model_alone_chats(world, monkeypatch, capsys):
     out, err = run(monkeypatch, capsys, ["Hello", "/image " + str(world / "red.png")],
                    "--model", "none", "--language", world / "language")
-    assert out == expected(world, "Hello", model="none") and "sees no pictures" in err
+    assert out == expected(world, "Hello", model="none") and "sees no images" in err
 
 
 def test_newest_checkpoint_and_what_to_do_without_one(world, monkeypatch, capsys, tmp_path):

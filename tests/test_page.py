@@ -148,9 +148,9 @@ def test_what_cannot_be_done_is_a_sentence_and_the_words_stay(world, models, war
     before = list(talk.turns)
     for said, files, words in (
             ("a", [bomb], "bomb.png"), ("a", [world / "red.png", text], "text.png"),
-            ("a", [cut], "cut.png"), ("a <image> b", [], "0 pictures wait"),
+            ("a", [cut], "cut.png"), ("a <image> b", [], "0 images wait"),
             ("a " * 600, [], "shorten it"), ("a" * 5000, [], "at most 8 and 4,000"),
-            ("a", [world / "red.png"] * 9, "9 pictures")):
+            ("a", [world / "red.png"] * 9, "9 images")):
         shown, box, same = respond(models, said, files, talk)[-1]
         assert shown == before and same is talk and box["text"] == said
         assert talk.conversation.waiting == [] or not files

@@ -100,7 +100,7 @@ def test_report_writes_everything(world, monkeypatch, capsys, tmp_path):
     assert sum(a["right"] for a in told) == round(scores["sft"] * 24)
     for name in ("contact_sheet.png", "loss.png"):
         assert Image.open(tmp_path / name).width > 100
-    assert "this model, picture withheld" in out and "python eval.py --model" in out
+    assert "this model, image withheld" in out and "python eval.py --model" in out
     assert find_model(str(world / "sft")).name == "step_000006"  # nothing in the run was touched
 
 
@@ -151,7 +151,7 @@ def test_benchmarks_are_scored_by_their_own_metric(world, monkeypatch, capsys, t
         assert f"{100 * expected[0]:.1f}% (" in out
     for condition, fall in details["falls"].items():
         assert fall["low"] <= fall["value"] <= fall["high"], condition
-    assert "this model, picture withheld" in out and "in brackets" in out
+    assert "this model, image withheld" in out and "in brackets" in out
 
 
 def test_a_metric_that_does_not_fit_is_refused_before_anything_is_asked(world, monkeypatch, capsys):
@@ -168,7 +168,7 @@ def test_a_score_that_does_not_fall_is_called_so(world, monkeypatch, capsys):
         dict.fromkeys(prompts, "It is green"), {}))
     out, _ = run(monkeypatch, capsys, "--model", world / "sft", "--data", world / "data.jsonl")
     for words in ("is withheld", "is another one"):
-        assert f"The score does not fall when the picture {words} (by 0.0" in out
+        assert f"The score does not fall when the image {words} (by 0.0" in out
 
 
 def test_the_words_behind_a_question_can_be_chosen(world, monkeypatch, capsys, tmp_path):

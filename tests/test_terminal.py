@@ -117,7 +117,7 @@ def test_what_is_saved_is_read_back_as_the_same_sample(world, conversation, tmp_
         if conversation.messages[turn].role == "assistant":
             conversation.messages[turn] = Message("assistant", f"answer {turn} <image>")
     told = terminal.command(conversation, f"/save {tmp_path / 'new' / 'talk.json'}")
-    assert "4 turns and 3 pictures" in told
+    assert "4 turns and 3 images" in told
     sample, = open_data(tmp_path / "new" / "talk.json")
     assert list(sample.messages) == conversation.messages == conversation.transcript()
     template, processor = conversation.template, conversation.processor
@@ -160,7 +160,7 @@ def test_image_command_takes_several_and_names_with_spaces(world, conversation):
     Image.new("RGB", (9, 9)).save(spaced)
     terminal.command(conversation, f"/image {world / 'red.png'} {world / 'blue.png'}")
     told = terminal.command(conversation, f"/image {spaced}")
-    assert len(conversation.waiting) == 3 and told.startswith("3 picture")
+    assert len(conversation.waiting) == 3 and told.startswith("3 image")
     with pytest.raises(OSError, match="no_such.png"):
         terminal.command(conversation, "/image no_such.png")
     assert len(conversation.waiting) == len(conversation.sources) == 3
@@ -252,14 +252,14 @@ def test_a_whole_chat_in_a_terminal(world, tmp_path):
     screen = Screen(["--model", checkpoint], tmp_path)
     screen.until("you: ")
     screen.type(f"/im\t{world}/re\t\n")  # both are completed
-    seen = screen.until("1 picture(s) go with")
+    seen = screen.until("1 image(s) go with")
     assert f"/image {world}/red.png" in seen
     screen.until("you: ")
     screen.type("What \\\ncolour?\n")
     screen.until("...: ")
     screen.until("you: ")
     screen.type("\x1b[A\x1b[A\x1b[A\x1b[D\x1b[D\n")  # three up: the command; the cursor moves
-    assert "2 picture(s)" not in screen.until("1 picture(s) go with")
+    assert "2 image(s)" not in screen.until("1 image(s) go with")
     screen.until("you: ")
     screen.type("half a wo")
     screen.until("half a wo")

@@ -128,7 +128,7 @@ class Conversation:
     def show(self, image) -> None:
         """A path or a PIL image goes with the next message. OSError: it cannot be read."""
         if self.processor is None:
-            raise ValueError("a language model alone sees no pictures")
+            raise ValueError("a language model alone sees no images")
         self.waiting.append(self.processor(load_image(image, self.processor.draft)))
         self.sources.append(image)
 
@@ -151,8 +151,8 @@ class Conversation:
         if placeholders == 0:
             text = f"{IMAGE}\n" * len(self.waiting) + text
         elif placeholders != len(self.waiting):
-            raise ValueError(f"you wrote {IMAGE} {placeholders} times, which stands for a picture, "
-                             f"but {len(self.waiting)} pictures wait; without it they come first")
+            raise ValueError(f"you wrote {IMAGE} {placeholders} times, which stands for an image, "
+                             f"but {len(self.waiting)} images wait; without it they come first")
         messages = [*self.messages, Message("user", text)]
         pixels = [*self.pixels, *self.waiting]
         ids = self.template.prompt(messages)

@@ -3,7 +3,7 @@
     stdin -> read_turn -> "/..." -> command -> a message for the user
                        -> text, the next turn of the conversation
 
-The history lives as long as the chat: what is asked about a picture may be private, so no file of
+The history lives as long as the chat: what is asked about an image may be private, so no file of
 it is ever written. /save writes the conversation, where the user says.
 """
 
@@ -17,11 +17,11 @@ from pathlib import Path
 from dataset.images import load_image
 
 HELP = """\
-/image PATH [PATH ...]   show pictures with the next thing you say
+/image PATH [PATH ...]   show images with the next thing you say
 /scene N                 show unseen scene number N of the emoji world, and save it to look at
 /reset                   forget the conversation
 /system TEXT             forget it, and begin with this system turn
-/save FILE.json          write the conversation and its pictures, as training reads them
+/save FILE.json          write the conversation and its images, as training reads them
 /speed                   tokens per second of the last answer
 /quit                    end (as Ctrl-D does); Ctrl-C stops an answer
 A line that ends with \\ goes on in the next one; so does all between two lines of \"\"\"."""
@@ -125,7 +125,7 @@ def command(conversation, line: str) -> str:
     if name == "/image" and rest:
         for path in split_paths(rest):
             conversation.show(path)
-        return f"{len(conversation.waiting)} picture(s) go with the next thing you say"
+        return f"{len(conversation.waiting)} image(s) go with the next thing you say"
     if name == "/scene" and rest.isdecimal():
         return show_scene(conversation, int(rest))
     if name == "/reset":
@@ -172,4 +172,4 @@ def save(conversation, file: Path) -> str:
     for name, image in zip(names, images):
         image.save(file.with_name(name))
     file.write_text(json.dumps([sample], ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    return f"{len(turns)} turns and {len(names)} pictures are in {file}"
+    return f"{len(turns)} turns and {len(names)} images are in {file}"
