@@ -76,8 +76,7 @@ def evaluate(flags, checkpoint, model, template, processor) -> None:
         runs = runs_of(checkpoint) if flags.report else []
         ours = Predictor(model, template, processor, flags.batch_size, flags.max_new_tokens,
                          METRICS[metric].stop_after_truth)
-        for name, predictor, subset, files in conditions(flags, runs, checkpoint, ours,
-                                                          questions):
+        for name, predictor, subset, files in conditions(flags, runs, checkpoint, ours, questions):
             cache = ResultsCache(out / "cache" / f"{name}.jsonl",
                                  {"condition": name, **files, **settings})
             answered, bad = predict(CONDITIONS[name], predictor, subset, cache)
