@@ -39,8 +39,9 @@ from model.pretrained.checkpoint import STEP, find_base, find_model, read_run
 from model.pretrained.hub import file_hashes
 from model.pretrained.manifest import sha256
 from model.projector import Projector
+from training.data import matching
 from training.inference import load_model
-from training.setup import free_name, matching
+from training.writable import free_name
 
 LISTED = 5  # unusable samples named on the screen; scores.json counts them all
 CHECKPOINT_FILES = ("model.safetensors", "config.json", "tokenizer.json",

@@ -10,7 +10,7 @@ from pathlib import Path
 from extras.charts import COLOURS, Curve, chart, last_mean, smooth
 from extras.html import page, table, text
 from extras.past import PastRun, read_past
-from training.log import clock
+from training.messages import clock
 
 # Title, file, figure in its lines; on a logarithmic scale; jumps from step to step, so smoothed.
 CHARTS = (("loss for each supervised token", "metrics", "loss", True, True),

@@ -35,8 +35,8 @@ from model.pretrained.checkpoint import own_names
 from model.projector import Projector
 from model.vision import VisionTransformer
 from model.vlm import VLM
-from training.optim import choose_trained
-from training.precision import autocast, choose_dtype, store_weights
+from training.optim import choose_trainable
+from training.precision import autocast, cast_weights, choose_dtype
 from training.preset_table import PRESETS
 
 ADAM = 8  # bytes: two float32 averages
@@ -76,7 +76,7 @@ def standing(model) -> tuple[int, int, int]:
 
 def predict(config, settings, size: tuple[int, int], K: int, device: torch.device,
             processes: int = 1, keep=frozenset()) -> Memory:
-    """config: a VLMConfig. size: (H,W) of the pictures, K: tokens of one. keep: as store_weights
+    """config: a VLMConfig. size: (H,W) of the pictures, K: tokens of one. keep: as cast_weights
     takes it. A batch is taken to be as large as it can be: every row has a picture and is
     max_length long."""
     model = as_trained(config, settings, keep)
@@ -96,8 +96,8 @@ def as_trained(config, settings, keep=frozenset()) -> VLM:
         model = VLM(config, LanguageModel(config.language), VisionTransformer(config.vision),
                     Projector(config.projector, config.vision.hidden_size,
                               config.language.hidden_size, config.pixel_shuffle))
-    choose_trained(model, argparse.Namespace(**{**vars(settings), "lora_from": None}), None)
-    store_weights(model, settings.dtype, set(own_names(model)) | set(keep))
+    choose_trainable(model, argparse.Namespace(**{**vars(settings), "lora_from": None}), None)
+    cast_weights(model, settings.dtype, set(own_names(model)) | set(keep))
     model.set_checkpointing(settings.checkpointing)
     return model
 

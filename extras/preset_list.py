@@ -20,7 +20,7 @@ from model.language import LanguageModel
 from model.projector import Projector
 from model.vision import VisionTransformer
 from model.vlm import VLM
-from training.optim import choose_trained
+from training.optim import choose_trainable
 from training.preset_table import PRESETS, Preset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,7 +145,7 @@ def costs(name: str) -> dict:
     for stage in ("pretrain", "sft"):
         recipe = getattr(preset, stage)
         model = empty_model(preset)
-        choose_trained(model, argparse.Namespace(**{**vars(preset), **vars(recipe)}), None)
+        choose_trainable(model, argparse.Namespace(**{**vars(preset), **vars(recipe)}), None)
         told[stage] = sum(standing(model))
     told["models"] = download_size(preset.language) + download_size(preset.vision)
     told["data"] = sum(1e9 * part.gigabytes for part in preset.downloads if part.gigabytes)

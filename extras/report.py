@@ -16,7 +16,7 @@ from pathlib import Path
 from extras.charts import Curve, chart, last_mean, smooth
 from extras.html import figures, page, picture, table, text
 from extras.past import PastRun, compared, read_past, reference_of, unlike, unlike_preset
-from training.log import clock
+from training.messages import clock
 
 OWN, WRONG, GREY = "#1f77b4", "#d62728", "#8a8a8a"
 NAMES = {"pretrain": "stage one, pretrain", "sft": "stage two, sft"}

@@ -11,7 +11,6 @@ the same name, whose steps go on.
 from importlib.util import find_spec
 from pathlib import Path
 
-BOARDS = ("tensorboard", "wandb", "swanlab")
 PROJECT = "vlm"  # under which wandb and swanlab list the runs
 
 

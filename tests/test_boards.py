@@ -13,6 +13,7 @@ from extras import trackers as boards
 from tests.test_held_out import evaluations
 from tests.test_resume import Killed, die_in_step
 from tests.tiny import make_world, metrics
+from training.settings import TRACKERS
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def expected(out) -> dict:
             for name, value in line.items() if name != "step"}
 
 
-@pytest.mark.parametrize("board", boards.BOARDS)
+@pytest.mark.parametrize("board", TRACKERS)
 def test_a_missing_package_is_told_before_anything_is_loaded(board, monkeypatch, tmp_path):
     monkeypatch.setattr(boards, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=f"--log {board}: .*pip install {board}"):

@@ -29,10 +29,10 @@ from tests.test_generate import greedy_without_cache, random_prompt
 from tests.test_generate import language as language  # noqa: PLC0414, fixtures
 from tests.test_generate import vlm as vlm  # noqa: PLC0414
 from tests.tiny import ROOT, curve, make_world, metrics, torchrun
-from training.distributed import start_ranks
-from training.loop import backward
+from train_pretrain import backward
+from training.distributed import start_distributed
 from training.optim import make_optimizer
-from training.precision import NUMBERS, autocast, choose_dtype, store_weights
+from training.precision import NUMBERS, autocast, cast_weights, choose_dtype
 
 HERE = torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(not HERE, reason="needs a GPU that torch can use")
@@ -120,7 +120,7 @@ def test_a_long_row_takes_memory_in_proportion(dtype, heads):
 def step(model, dtype, device, checkpointing=False):
     """-> loss, {name: gradient} of one batch with pictures and dropout's own seed."""
     model.set_checkpointing(checkpointing)
-    store_weights(model, dtype, set())
+    cast_weights(model, dtype, set())
     ids, labels, pixels = (tensor.to(device) for tensor in batch())
     torch.manual_seed(4)
     with autocast(dtype, device):
@@ -347,7 +347,7 @@ def test_memory_is_what_was_told(preset, stage, flags):
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    with start_ranks() as ranks:
+    with start_distributed() as ranks:
         model = random_model(config, settings).to(GPU)
         optimizer = make_optimizer(model, settings)
         for _ in range(2):

@@ -198,7 +198,7 @@ def test_training_says_what_makes_a_step_smaller(size, said, tmp_path, monkeypat
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
-    monkeypatch.setattr("training.loop.backward", fail)
+    monkeypatch.setattr("train_pretrain.backward", fail)
     flags = [*world, "--batch_size", str(size), "--accumulate", "1", "--out", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as stopped:
         train_pretrain.main(flags)
@@ -207,7 +207,7 @@ def test_training_says_what_makes_a_step_smaller(size, said, tmp_path, monkeypat
     assert "--resume" not in text, "there is no checkpoint to go on from"
     monkeypatch.undo()
     train_pretrain.main([*flags, "--steps", "2", "--save_every", "2"])
-    monkeypatch.setattr("training.loop.backward", fail)
+    monkeypatch.setattr("train_pretrain.backward", fail)
     with pytest.raises(SystemExit, match="--resume goes on from the last checkpoint"):
         train_pretrain.main([*flags, "--steps", "4", "--resume"])
 
@@ -218,7 +218,7 @@ def test_another_error_stays_a_traceback(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("a fault of the program")
 
-    monkeypatch.setattr("training.loop.backward", fail)
+    monkeypatch.setattr("train_pretrain.backward", fail)
     with pytest.raises(RuntimeError, match="a fault of the program"):
         train_pretrain.main([*world, "--out", str(tmp_path / "run")])
 

@@ -8,13 +8,12 @@ import sys
 import pytest
 import torch
 
-import train_sft
 from benchmarks.memory import longest_batch, random_model
 from extras.memory import Alive, main, planned, predict, standing
 from model.loss import CHUNK
-from tests.tiny import ROOT, environment, make_world
-from training.distributed import start_ranks
-from training.loop import backward
+from tests.tiny import ROOT, environment
+from train_pretrain import backward
+from training.distributed import start_distributed
 from training.optim import make_optimizer
 
 CPU = torch.device("cpu")
@@ -35,7 +34,7 @@ def test_a_step_on_shapes_is_the_step_with_numbers(stage, flags):
     predicted = predict(*plan(stage, *flags), CPU)
     config, settings, size, K = plan(stage, *flags)
     model = random_model(config, settings)
-    with start_ranks() as ranks, Alive(model) as alive:
+    with start_distributed() as ranks, Alive(model) as alive:
         for _ in range(settings.accumulate):
             backward(model, longest_batch(config, settings, size, K), 99, settings, ranks)
     optimizer = make_optimizer(model, settings)
@@ -88,15 +87,12 @@ def test_logits_stop_at_a_chunk():
     assert few > 4 * CHUNK["cpu"] / 2 and many - few < 2 * hidden
 
 
-def test_the_command_and_each_run_tell_it(tmp_path, capsys):
+def test_the_command_tells_it(capsys):
     main(["emoji", *SMALL, "fp32"])
     told = capsys.readouterr().out
     assert "stage one: 3 rows of 48 tokens, fp32 (as asked)" in told
     for word in ("weights", "gradients", "optimizer", "activations", "logits", "gaps", "peak"):
         assert f"\n{word} " in told and "MB" in told
-    train_sft.main([*make_world(tmp_path), "--lora", "--model", "none", "--steps", "1",
-                    "--out", str(tmp_path / "out")])
-    assert "memory    at most" in capsys.readouterr().out
     for wrong in ([], ["nothing"]):
         with pytest.raises(SystemExit, match="usage: python -m extras.memory PRESET"):
             main(wrong)

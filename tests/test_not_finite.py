@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 import train_pretrain
 import train_sft
-import training.loop
 from evaluation.report import loss_curve
 from extras.charts import last_mean, smooth
 from extras.compare import write_comparison
@@ -196,7 +195,7 @@ def test_the_scale_of_fp16_is_looked_for_anew_after_a_change(out):
     """It may have fallen to 1; and in float32 there is none."""
     state = newest_checkpoint(out) / "training_state.pt"
     content = torch.load(state, weights_only=True)
-    content["progress"].update(scale=1.0, calm=7)
+    content["trainer"].update(loss_scale=1.0, growth_tracker=7)
     torch.save(content, state)
     (newest_checkpoint(out) / "manifest.json").unlink()
     other = out.with_name("other")
@@ -205,14 +204,14 @@ def test_the_scale_of_fp16_is_looked_for_anew_after_a_change(out):
     assert metrics(out)[4]["loss_scale"] == 2.0**16
     resume(other, "--learning_rate", "0.001", "--dtype", "fp32", "--steps", "6")
     assert "loss_scale" not in metrics(other)[4]
-    progress = torch.load(newest_checkpoint(other) / "training_state.pt",
-                          weights_only=True)["progress"]
-    assert (progress["scale"], progress["calm"], progress["overflows"]) == (2.0**16, 0, 4)
+    state = torch.load(newest_checkpoint(other) / "training_state.pt",
+                       weights_only=True)["trainer"]
+    assert (state["loss_scale"], state["growth_tracker"], state["overflows"]) == (2.0**16, 0, 4)
 
 
 def broken_from(monkeypatch, number: int, until: int = 10**9):
     """The loss of the steps from `number` on is NaN, and every gradient."""
-    plain, steps = training.loop.backward, iter(range(1, 10**9))
+    plain, steps = train_pretrain.backward, iter(range(1, 10**9))
 
     def backward(model, *arguments):
         loss = plain(model, *arguments)
@@ -223,7 +222,7 @@ def broken_from(monkeypatch, number: int, until: int = 10**9):
                 parameter.grad.fill_(math.nan)
         return loss * math.nan
 
-    monkeypatch.setattr(training.loop, "backward", backward)
+    monkeypatch.setattr(train_pretrain, "backward", backward)
 
 
 @pytest.mark.parametrize("script", [train_pretrain, train_sft])
@@ -351,13 +350,13 @@ def test_what_overflows_for_ever_stops_and_float32_goes_on(world, tmp_path, monk
 
 def test_a_weight_that_fp16_cannot_hold_stops_at_once(world, tmp_path, monkeypatch):
     """No scale helps against it, so no step is skipped."""
-    plain = training.loop.backward
+    plain = train_pretrain.backward
 
     def backward(model, *arguments):
         model.projector.fc1.weight.data[0, 0] = 1e5
         return plain(model, *arguments)
 
-    monkeypatch.setattr(training.loop, "backward", backward)
+    monkeypatch.setattr(train_pretrain, "backward", backward)
     with pytest.raises(SystemExit, match=r"step 1: the loss is .*; projector\.fc1\.weight holds "
                                          r"1e\+05, and fp16 ends at 65,504"):
         train_pretrain.main([*world, "--dtype", "fp16", "--out", str(tmp_path), "--batch_size",
@@ -367,8 +366,8 @@ def test_a_weight_that_fp16_cannot_hold_stops_at_once(world, tmp_path, monkeypat
 
 ONE_RANK = """
 import math, os, sys
-import training.loop, training.run, train_sft
-plain, calls = training.loop.backward, []
+import train_pretrain, train_sft
+plain, calls = train_pretrain.backward, []
 first, last = map(int, sys.argv[1:3])
 def backward(model, *arguments):
     loss = plain(model, *arguments)
@@ -377,7 +376,7 @@ def backward(model, *arguments):
         next(p for p in model.parameters() if p.requires_grad).grad.mul_(math.nan)
         return loss * math.nan
     return loss
-training.loop.backward = backward
+train_pretrain.backward = backward
 train_sft.main(sys.argv[3:])
 """
 

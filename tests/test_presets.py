@@ -27,7 +27,7 @@ from model.pretrained.hub import SIZES, load_language, load_vision
 from model.vision import VisionTransformer
 from model.vlm import VLM, set_trainable
 from tests.tiny import ROOT, environment
-from training.optim import choose_trained, make_optimizer
+from training.optim import choose_trainable, make_optimizer
 from training.presets import PRESETS, settings_of_preset
 
 # preset: language, vision, projector, image tokens, template, image token, stage two
@@ -125,7 +125,7 @@ def test_qwen7b_adapters_have_the_size_of_those_on_the_fused_matrix():
     by_hand = layers * rank * ((width + 3 * width) + 2 * (width + middle))
     preset = PRESETS["qwen7b-clip"]
     model = empty_model(preset)
-    choose_trained(model, argparse.Namespace(**{**vars(preset), **vars(preset.sft)}), None)
+    choose_trainable(model, argparse.Namespace(**{**vars(preset), **vars(preset.sft)}), None)
     assert sum(p.numel() for p in model.language.parameters() if p.requires_grad) == by_hand
 
 
@@ -137,7 +137,7 @@ def test_the_memory_that_is_told_is_the_memory_that_is_held(stage):
     model = VLM(empty.config, load_language(ROOT / preset.language),
                 load_vision(ROOT / preset.vision), empty.projector.to_empty(device="cpu"))
     settings = argparse.Namespace(**settings_of_preset("emoji", stage))
-    choose_trained(model, settings, None)
+    choose_trainable(model, settings, None)
     optimizer = make_optimizer(model, settings)
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:

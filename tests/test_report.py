@@ -27,6 +27,7 @@ from extras.sample_generations import Answers
 from tests.test_record import fail
 from tests.test_resume import Killed, die_in_step, same_weights
 from tests.tiny import ROOT, curve, make_data, make_world, metrics
+from training.steps import Steps
 
 
 @pytest.fixture(scope="module")
@@ -190,14 +191,12 @@ def test_text_from_data_is_no_markup(run, tmp_path):
 def test_a_run_that_stops_early_has_its_page_too(world, tmp_path, monkeypatch, ended, words):
     if ended == "failed":
         with monkeypatch.context() as patch, pytest.raises(OSError):
-            patch.setattr("training.run.train", fail)
+            patch.setattr("train_pretrain.train", fail)
             train_pretrain.main([*world, "--out", str(tmp_path)])
     else:
-        import training.loop as loop
-
-        plain = loop.take
-        monkeypatch.setattr(loop, "take", lambda stream, n, s, ranks, log, progress: (
-            signal_once(progress), plain(stream, n, s, ranks, log, progress))[1])
+        plain = Steps.next_batches
+        monkeypatch.setattr(Steps, "next_batches", lambda self, stream, number: (
+            signal_once(self.state), plain(self, stream, number))[1])
         train_pretrain.main([*world, "--out", str(tmp_path)])
         assert len(metrics(tmp_path)) == 2
         assert "samples trained on 4" in Page(tmp_path / "report.html").text

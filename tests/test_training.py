@@ -11,18 +11,18 @@ from safetensors.torch import load_file
 import train_pretrain
 import train_sft
 import training.precision
-import training.run
 from dataset.batching import Batches, collate
 from model.pretrained.checkpoint import load_checkpoint, newest_checkpoint
 from model.pretrained.hub import load_language, save_language
 from tests.tiny import curve, make_world, metrics
-from training.distributed import start_ranks
-from training.log import clock
-from training.loop import backward
-from training.optim import choose_trained, make_optimizer, parameter_groups, schedule
+from train_pretrain import backward, load_or_build
+from training.data import open_training_data
+from training.distributed import start_distributed
+from training.messages import clock
+from training.optim import choose_trainable, make_optimizer, parameter_groups
 from training.precision import choose_dtype
 from training.presets import read_flags, resolve
-from training.setup import assemble, open_training_data
+from training.schedules import SCHEDULES
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +33,9 @@ def world(tmp_path_factory):
 def prepare(flags, stage="pretrain"):
     """-> settings, parts, batches, as the scripts make them."""
     settings = resolve(read_flags("", stage, flags), stage, {})
-    parts = assemble(settings, None)
-    parts.config["lora"] = choose_trained(parts.model, settings, None)
-    data, _ = open_training_data(settings, "captions")
+    parts = load_or_build(settings, None)
+    parts.config["lora"] = choose_trainable(parts.model, settings, None)
+    data, _ = open_training_data(settings, "pretrain")
     batches = Batches(data, parts.template, parts.processor, settings.batch_size,
                       settings.max_length, settings.seed, workers=settings.workers)
     return settings, parts, batches
@@ -62,7 +62,7 @@ def test_one_batch_of_four_equals_four_batches_of_one(world):
     batch.ids = torch.nn.utils.rnn.pad_sequence([i for i, _, _ in rows], True, 0)
     batch.labels = torch.nn.utils.rnn.pad_sequence([x for _, x, _ in rows], True, -100)
     total = batch.supervised
-    with start_ranks() as ranks:
+    with start_distributed() as ranks:
         together = float(backward(parts.model, batch, total, settings, ranks))
         expected = gradients(parts.model)
         parts.model.zero_grad()
@@ -171,7 +171,8 @@ def test_rates_and_decay_by_part(world):
     assert make_optimizer(parts.model, settings).param_groups[2]["lr"] == 0.5
 
 
-def test_schedule_rises_to_one_and_falls_to_a_tenth():
+def test_the_cosine_rises_to_one_and_falls_to_a_tenth():
+    schedule = SCHEDULES["cosine"]
     shares = [schedule(step, 100, 0.1) for step in range(1, 101)]
     assert shares[:10] == pytest.approx([i / 10 for i in range(1, 11)])
     assert shares[54] == pytest.approx(0.55) and shares[99] == pytest.approx(0.1)
@@ -210,11 +211,11 @@ def test_a_loss_that_is_not_finite_stops_with_file_and_line(world, tmp_path, mon
     tokenizer.save(tmp_path / "language")
 
     def broken(*arguments):  # after loading, which refuses a file with such a number
-        parts = assemble(*arguments)
+        parts = load_or_build(*arguments)
         parts.model.language.embed_tokens.weight.data[tokenizer.encode("~")[0]] = math.nan
         return parts
 
-    monkeypatch.setattr(training.run, "assemble", broken)
+    monkeypatch.setattr(train_pretrain, "load_or_build", broken)
     lines = Path(world[5]).read_text().splitlines()
     record = json.loads(lines[6])
     record["conversations"][0]["content"] = "~ " + record["conversations"][0]["content"]

@@ -21,7 +21,7 @@ import evaluation.score as score
 from evaluation import results_cache
 from evaluation.results_cache import ResultsCache, locked
 from evaluation.run import result_name
-from training.setup import free_name
+from training.writable import free_name
 
 
 @pytest.fixture(scope="module")

@@ -58,10 +58,9 @@ def nothing_loaded(monkeypatch):
     def loaded(*_):
         raise AssertionError("too early")
 
-    for place in ("training.run.where_to_start", "training.run.open_training_data",
-                  "training.run.assemble", "extras.export.__main__.find_model", "eval.load_model",
-                  "extras.web.prepare",
-                  "evaluation.run.find_model"):
+    for place in ("training.resume.find_start", "train_pretrain.open_data",
+                  "train_pretrain.load_or_build", "extras.export.__main__.find_model",
+                  "eval.load_model", "extras.web.prepare", "evaluation.run.find_model"):
         monkeypatch.setattr(place, loaded)
 
 

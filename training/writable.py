@@ -7,6 +7,7 @@ Nothing is made, so a command that then stops for another reason leaves nothing 
 
 import os
 import tempfile
+from itertools import count
 from pathlib import Path
 
 from PIL import Image
@@ -47,12 +48,12 @@ def try_to_write(name: str, path) -> None:
     """Open what is nearest to it for writing, and change nothing. Permissions alone do not tell:
     root has them all, also on a disk that can only be read."""
     try:
-        wanted = above = Path(path).absolute()
-        while not found(above):
+        target = above = Path(path).absolute()
+        while not exists(above):
             above = above.parent
         if above.is_dir():
             tempfile.TemporaryFile(dir=above).close()
-        elif above == wanted:
+        elif above == target:
             open(above, "ab").close()
         else:
             raise NotADirectoryError(0, "is not a directory", str(above))
@@ -62,10 +63,17 @@ def try_to_write(name: str, path) -> None:
                          ) from error
 
 
-def found(path: Path) -> bool:
-    """As os.path.lexists, but what else is wrong with the path is told: too long a name, say."""
+def exists(path: Path) -> bool:
+    """As os.path.lexists, but any other fault of the path raises: too long a name, say."""
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
+
+
+def free_name(directory: Path, name: str) -> Path:
+    """DIRECTORY/NAME_1, or with the first number that is free: one in between may have been
+    deleted."""
+    return next(path for number in count(1)
+                if not (path := directory / f"{name}_{number}").exists())
