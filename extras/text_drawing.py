@@ -5,7 +5,7 @@
 
 from PIL import Image, ImageDraw
 
-from evaluation.report import CHINESE, find_fonts, parts, wrap
+from evaluation.report import CHINESE, find_fonts, parts
 
 SIZE, LINE = 14, 20  # pixels: of the letters, from line to line
 
@@ -47,9 +47,20 @@ def write(draw, fonts, text: str, x: float, base: float, ink) -> None:
 
 def lines(texts: list[str], fonts, ink, width: int) -> Image.Image:
     """Each text on lines of its own, as wide as the sheet."""
-    wrapped = [line for text in texts for line in wrap(legible(text, fonts), fonts, width)]
+    wrapped = [line for text in texts for line in fold(legible(text, fonts), fonts, width)]
     sheet = Image.new("RGB", (width, LINE * len(wrapped)), "white")
     draw = ImageDraw.Draw(sheet)
     for number, text in enumerate(wrapped):
         write(draw, fonts, text, 0, number * LINE + 15, ink)
     return sheet
+
+
+def fold(text: str, fonts, most: int) -> list[str]:
+    """Lines of at most so many pixels."""
+    folded = [""]
+    for piece in text.replace(" ", " \0").split("\0"):
+        for part in (piece if CHINESE.search(piece) else [piece]):  # Chinese may break anywhere
+            if folded[-1] and width_of(folded[-1] + part.rstrip(), fonts) > most:
+                folded.append("")
+            folded[-1] += part
+    return folded

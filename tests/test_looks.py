@@ -120,7 +120,7 @@ def test_text_can_be_read_in_every_script(monkeypatch):
     assert lettering.legible("\U000f0000", fonts) == "U+F0000 "
     assert lettering.width_of(lettering.cut("a very long word " * 9, fonts, 50), fonts) <= 50
     assert all(lettering.width_of(line.rstrip(), fonts) <= 1080
-               for line in lettering.wrap("words and 猫猫猫 " * 40, fonts, 1080))
+               for line in lettering.fold("words and 猫猫猫 " * 40, fonts, 1080))
 
 
 def test_many_words_are_cut_and_counted(world):
