@@ -5,6 +5,7 @@
 The controls are the same questions without their image, and with the image of another one.
 """
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -55,7 +56,8 @@ def without_images(questions: list[Question]) -> list[Question]:
 
 def with_shuffled_images(questions: list[Question]) -> list[Question]:
     """Each question with the images of another one: the next, in a circle, with the same tags,
-    another truth and other images. A question for which there is none is left out.
+    another truth and other images. A question for which there is none is left out. The circle has
+    the questions of each truth at equal distances, so that the next one is never far.
     """
     groups = {}  # indices of questions that may lend each other images
     for i, q in enumerate(questions):
@@ -63,8 +65,13 @@ def with_shuffled_images(questions: list[Question]) -> list[Question]:
             groups.setdefault((len(q.images), *sorted(q.tags.items())), []).append(i)
     shuffled = {}
     for members in groups.values():
+        totals, ranks, circle = Counter(questions[i].truth for i in members), Counter(), []
+        for i in members:
+            ranks[questions[i].truth] += 1
+            circle.append((ranks[questions[i].truth] / totals[questions[i].truth], i))
+        members = [i for _, i in sorted(circle)]
         group = [questions[i] for i in members]
-        if len({q.truth for q in group}) == 1:  # nobody can lend: do not ask each about all others
+        if len(totals) == 1:  # none can lend: do not compare each with all others
             continue
         data = ShuffledImages(group, lambda q, other: q.truth != other.truth
                               and q.where != other.where)

@@ -100,6 +100,25 @@ def test_wrong_picture_belongs_to_the_same_sort_of_question_with_another_truth()
     assert wrong == {"1": white, "2": white, "4": red}  # nobody else counts: 3 is left out
 
 
+@pytest.mark.parametrize("share", [0.5, 0.05, 1.0])
+def test_shuffling_many_images_takes_no_long_walks(share, monkeypatch):
+    """Sorted by their truths, each question would pass by half of the others to find its images."""
+    count, compared = 2000, []
+    questions = [Question((Message("user", "<image>"),), (f"{i}.png",),
+                          "yes" if i < share * count else "no", f"f:{i}") for i in range(count)]
+    plain = score.ShuffledImages
+
+    def counted(data, may_lend):
+        return plain(data, lambda *pair: compared.append(1) or may_lend(*pair))
+
+    monkeypatch.setattr(score, "ShuffledImages", counted)
+    shuffled = score.with_shuffled_images(questions)
+    assert len(compared) < 30 * count
+    assert [q.where for q in shuffled] == ([] if share == 1 else [q.where for q in questions])
+    truths = {q.images: q.truth for q in questions}
+    assert all(truths[q.images] != q.truth for q in shuffled)
+
+
 def test_answers_keep_their_order_and_equal_generate(parts):
     model, template, processor = parts
     questions = [q for s in (sample("Is it a long question about colours?", "It is.", "green"),
