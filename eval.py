@@ -57,9 +57,9 @@ def main(arguments=None) -> None:
             return
         say(conversation, flags.prompt, flags.stats)
         if flags.attention:
-            from extras.attention import save_looks
+            from extras.attention import save_attention
 
-            save_looks(conversation, flags.attention)
+            save_attention(conversation, flags.attention)
 
 
 def chat(conversation: Conversation, stats: bool) -> None:

@@ -219,7 +219,7 @@ def backward(model, batch, num_tokens: float, settings, distributed,
     batch = batch.to(distributed.device, non_blocking=True)
     with autocast(settings.dtype, distributed.device):
         token_losses, _ = model(batch.ids, batch.labels, batch.pixels, batch.order,
-                                batch.features, scaler.factor / num_tokens)  # their sum
+                                batch.features)  # their sum
     loss = token_losses / num_tokens
     scaler.scale(loss).backward()
     return loss.detach()  # no .item(): a GPU would wait for it after every micro-batch

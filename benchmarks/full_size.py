@@ -31,7 +31,7 @@ import train_sft
 from dataset.chat import ChatTemplate
 from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
-from extras.memory import as_trained, planned, standing
+from extras.memory import as_trained, planned, static_memory
 from extras.preset_list import ROOT, VISION, empty_model, facts, image_tokens
 from training.bundle import ModelBundle
 from training.preset_table import PRESETS
@@ -119,7 +119,7 @@ def one_step(preset: str, stage: str, flags: list[str], batch_size: int) -> str:
 def needed_bytes(preset: str, stage: str, flags: list[str]) -> int:
     """What stands in memory whatever the rows are: weights, gradients, AdamW's averages."""
     (config, settings, *_), _ = planned(preset, stage, flags, torch.device("cpu"))
-    return sum(standing(as_trained(config, settings)))
+    return sum(static_memory(as_trained(config, settings)))
 
 
 def free_bytes() -> int:

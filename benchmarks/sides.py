@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from dataset.batching import Batch
 from extras.export.transformers import llava
+from extras.fast import prepare_for_training
 from extras.fast.feature_cache import FeatureCache, with_cached_features
 from extras.preset_list import LANGUAGE, ROOT, VISION
 from model.config import LanguageConfig, VisionConfig, VLMConfig
@@ -130,6 +131,7 @@ def ours(work: Work, directory: Path, numbers: str, device, cached: bool):
         **{f"lora_{name}": value for name, value in LORA.items()})
     choose_trainable(model, settings, None)
     cast_weights(model, numbers, set())
+    prepare_for_training(model)
     model.to(device).train()
     optimizer = make_optimizer(model, settings)
     trained = [p for group in optimizer.param_groups for p in group["params"]]

@@ -14,9 +14,10 @@ import torch
 from dataset.chat import IMAGE, Message
 from dataset.images import load_image
 from dataset.sample import BadSample
+from evaluation.batched_generation import generate_batch
 from evaluation.eval_samples import Question
 from evaluation.metrics import is_exact
-from model.generate import decoder_of, generate_batch
+from model.generate import language_model_of
 from training.validation import ShuffledImages
 
 WINDOW = 16  # batches whose questions are sorted by length together, for less padding
@@ -135,7 +136,7 @@ class Predictor:
 
     def encode(self, questions: list[Question]) -> tuple[dict[int, list[int]], list[BadSample]]:
         """-> {index: prompt ids}, and the questions that are too long for the model."""
-        limit = decoder_of(self.model).config.max_position_embeddings
+        limit = language_model_of(self.model).config.max_position_embeddings
         prompts, bad = {}, []
         for i, question in enumerate(questions):
             ids = self.template.prompt(question.messages)

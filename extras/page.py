@@ -16,7 +16,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from extras.attention import draw_looks
+from extras.attention import draw_attention
 from extras.upload_guard import OWN, new_file
 from model.pretrained.checkpoint import checkpoints, newest_checkpoint
 from training.inference import Conversation, load_model
@@ -157,12 +157,12 @@ def show(conversation: Conversation, files: list) -> None:
 
 
 def attention_image(session: Session | None, locale: str):
-    """Where the model looked for the last answer -> a PIL image; None, and a warning says why."""
+    """Where the model looked for the last answer -> a figure; None, and a warning says why."""
     if session is None or not session.conversation.answer_ids:
         warn(TEXTS[locale]["no_answer"])
         return None
     try:
-        return draw_looks(session.conversation)
+        return draw_attention(session.conversation)
     except ValueError as error:
         warn(str(error).removeprefix("--attention: "))
         return None
@@ -230,7 +230,7 @@ def build(models: Models, directory: Path) -> gr.Blocks:
             return None, gr.update(visible=False)
         # By default it would lie where everyone's does; it shows what one session uploaded.
         file = new_file(request.request.scope[OWN], "looks.png")
-        image.save(file)
+        image.savefig(file, dpi=100)
         return str(file), gr.update(visible=True)
 
     def labels(locale):

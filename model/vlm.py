@@ -13,7 +13,7 @@ from torch import nn
 from model.config import VLMConfig
 from model.language import LanguageModel
 from model.lora import lora_parameters
-from model.loss import head_loss
+from model.loss import chunked_cross_entropy
 from model.projector import Projector
 from model.vision import VisionTransformer
 
@@ -30,6 +30,7 @@ class VLM(nn.Module):
         self.language = language
         self.vision = vision
         self.projector = projector
+        self.loss_function = chunked_cross_entropy  # extras/fast has a faster one
         self.always_look = False  # see nothing(); set where the weights are spread over processes
 
     @classmethod
@@ -106,9 +107,9 @@ class VLM(nn.Module):
         pixels = torch.zeros(1, 3, side, side, device=self.projector.fc1.weight.device)
         return 0 * self.encode_images(pixels).sum()
 
-    def forward(self, ids, labels, pixels=None, order=None, features=None, factor: float = 1.0):
+    def forward(self, ids, labels, pixels=None, order=None, features=None):
         """ids (B,T), labels (B,T), pictures as embed takes them -> (summed loss, supervised
-        tokens). factor: as head_loss takes it.
+        tokens).
 
         labels[b,t] is the token after ids[b,t], or -100 where nobody is asked: they are shifted
         already. The loss is a sum and no mean, so that the training loop can divide by the
@@ -117,7 +118,7 @@ class VLM(nn.Module):
         hidden = self.language.decode(self.embed(ids, pixels, order, features))  # (B,T,D)
         supervised = labels != IGNORE  # (B,T)
         # With 150,000 words the head is the dearest layer; it runs only where a label asks.
-        loss = head_loss(self.language, hidden[supervised], labels[supervised], factor)
+        loss = self.loss_function(self.language, hidden[supervised], labels[supervised])
         return loss, supervised.sum()
 
 

@@ -18,8 +18,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from dataset.batching import Batches
+from extras.fast import prepare_for_training
+from extras.fast.chunked_cross_entropy import CHUNK
 from extras.fsdp import FSDP
-from model import loss as head_loss
 from train_pretrain import backward, load_or_build, train
 from training.data import open_training_data
 from training.distributed import Distributed, start_distributed
@@ -51,6 +52,7 @@ def prepare(distributed, flags):
     choose_trainable(parts.model, settings, None)
     cast_weights(parts.model, settings.dtype, set())
     parts.model.set_checkpointing(settings.checkpointing)
+    prepare_for_training(parts.model)
     data, _ = open_training_data(settings, "pretrain")
     batches = Batches(data, parts.template, parts.processor, settings.batch_size,
                       settings.max_length, settings.seed, distributed.rank, distributed.world_size)
@@ -100,7 +102,7 @@ def one_rank(rank: int, number: int, port: int, directory: str, flags: list) -> 
                       LOCAL_WORLD_SIZE=str(number), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
     torch.set_num_threads(1)
-    head_loss.CHUNK["cpu"] = 2**12  # a few rows at a time; one process alone takes all
+    CHUNK["cpu"] = 2**12  # a few rows at a time; one process alone takes all
     with start_distributed() as plain:
         for _, way, case in [run for run in RUNS if run[0] == number]:
             distributed = {"ddp": Distributed, "fsdp": FSDP}[way](rank, number, plain.device)

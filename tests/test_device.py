@@ -14,9 +14,10 @@ import train_pretrain
 import train_sft
 import training.precision
 from extras.fast import prepare_for_inference
+from extras.fast.attention import kernel_shares_heads
 from extras.fast.quantize import is_quantized
 from model.config import LanguageConfig
-from model.language import LanguageModel, kernel_shares_heads
+from model.language import LanguageModel
 from tests.tiny import ROOT, make_world
 from training.device import (
     KERNEL_CACHES,
@@ -142,7 +143,7 @@ def test_a_chat_takes_bf16_where_the_processor_is_faster_in_it(native, monkeypat
     dtype, why = inference_dtype(cpu, None)
     assert dtype == (torch.bfloat16 if native else torch.float32)
     assert why == ("its products are 2.0 times as fast as float32's here" if native else
-                    "bf16 products are 0.5 times as fast here")
+                   "bf16 products are 0.5 times as fast here")
     assert inference_dtype(cpu, "fp32")[0] == torch.float32
     # bf16 weights: multiplied as they are, or read as bf16 and multiplied in float32.
     model = LanguageModel(LanguageConfig.from_public(dict(
@@ -205,6 +206,7 @@ def test_training_says_what_makes_a_step_smaller(size, said, tmp_path, monkeypat
     text = str(stopped.value)
     assert "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB." in text and said in text
     assert "--resume" not in text, "there is no checkpoint to go on from"
+    assert "`python -m extras.memory emoji` with the flags of this run predicts" in text
     monkeypatch.undo()
     train_pretrain.main([*flags, "--steps", "2", "--save_every", "2"])
     monkeypatch.setattr("train_pretrain.backward", fail)

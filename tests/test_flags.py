@@ -39,7 +39,7 @@ VALUES = {
                        ("first:1+last:1", "first:1+last:1")],
     "train_vision": [(True, True), (False, False)], "lora": [(True, True), (False, False)],
     "lora_rank": [("3", 3)], "lora_alpha": [("5", 5.0)], "lora_dropout": [("0.5", 0.5)],
-    "lora_targets": [("q_proj", ["q_proj"]), (["c_attn", "w1"], ["c_attn", "w1"])],
+    "lora_targets": [("q_proj", ["q_proj"]), (["k_proj", "up_proj"], ["k_proj", "up_proj"])],
     "lora_from": [("A", "A")], "full_checkpoint": [(True, True), (False, False)],
     "eval_every": [("12", 12)], "eval_data": [("E", "E")], "eval_samples": [("13", 13)],
     "eval_answers": [("3", 3), ("0", 0)], "overfit": [("14", 14)],

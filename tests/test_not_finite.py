@@ -16,9 +16,7 @@ from safetensors.torch import load_file
 import train_pretrain
 import train_sft
 from evaluation.report import loss_curve
-from extras.charts import last_mean, smooth
-from extras.compare import write_comparison
-from extras.past import means, read_past
+from extras import runs
 from extras.report import write_report
 from model.pretrained.checkpoint import checkpoints, newest_checkpoint, read_run
 from tests.test_precision import start_at
@@ -319,16 +317,18 @@ def test_a_forward_pass_that_overflows_is_skipped_as_torchs_scaler_would(world, 
 def test_figures_leave_a_skipped_loss_out(world, tmp_path, monkeypatch):
     broken_from(monkeypatch, 12)
     train_pretrain.main([*world, "--dtype", "fp16", "--out", str(tmp_path / "run")])
-    past = read_past(tmp_path / "run")
-    assert past.metrics[-1]["loss"] is None
-    known = [m["loss"] for m in past.metrics[10:11]]
-    assert means(past.metrics)[-1] == {"step": 11.0, "loss": round(known[0], 4)}
-    assert "not a number" not in write_report(tmp_path / "run").read_text()
-    write_comparison([tmp_path / "run", tmp_path / "run"], tmp_path / "compare.html")
+    run = runs.read_run(tmp_path / "run")
+    assert run.metrics[-1]["loss"] is None
+    monkeypatch.setattr(runs, "REFERENCES", tmp_path)
+    known = run.metrics[10]["loss"]
+    kept = runs.read_objects(runs.keep_reference(run, "kept"))
+    assert kept[-1] == {"step": 11.0, "loss": round(known, 4)}
+    last_known = sum(m["loss"] for m in run.metrics[:11]) / 11
+    assert f"loss over the last 20 steps {last_known:.4g}" in write_report([tmp_path / "run"]
+                                                                           ).read_text()
+    write_report([tmp_path / "run", tmp_path / "run"], tmp_path / "compare.html")
     loss_curve({"one": tmp_path / "run" / "metrics.jsonl"}, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size
-    assert smooth([1.0, None, 3.0], 1) == [1.0, 2.0, 3.0] and smooth([None, None], 0) == [None] * 2
-    assert last_mean([1.0, 3.0, None]) == 2.0 and last_mean([None]) is None
 
 
 def test_what_overflows_for_ever_stops_and_float32_goes_on(world, tmp_path, monkeypatch):

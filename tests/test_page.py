@@ -178,7 +178,7 @@ def test_where_it_looked(world, models, warned):
     assert page.attention_image(None, "中文") is None and warned == ["还没有回答可以查看。"]
     _, _, talk = respond(models, "hello")[-1]
     if talk.conversation.answer_ids:
-        assert page.attention_image(talk, "English") is None and "no picture" in warned[-1]
+        assert page.attention_image(talk, "English") is None and "no image" in warned[-1]
 
 
 def test_both_languages_say_everything():

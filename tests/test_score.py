@@ -152,7 +152,8 @@ def test_questions_about_one_picture_stand_together_and_read_it_once(parts, tmp_
         ids, pixels = template.prompt(a.question.messages), None
         if a.question.images:
             pixels = processor(load(a.question.images[0]))[None]
-        alone = list(generate(model, ids, pixels, 12, template.stop_ids))
+        alone = list(generate(model, ids, pixels, max_new_tokens=12,
+                                   stop_ids=template.stop_ids))
         assert template.tokenizer.decode(alone).startswith(a.answer) and a.answer
 
 

@@ -65,8 +65,8 @@ def out_of_memory(error: BaseException, settings) -> str:
                     "each step, half of them at a time")
     go_on = "; --resume goes on from the last checkpoint" if checkpoints(settings.out) else ""
     return (f"\nout of memory: {str(error).strip().splitlines()[0]}\nWhat helps: "
-            f"{'; '.join(ways)}{go_on}. `python -m extras.memory PRESET` predicts what a run "
-            "takes.")
+            f"{'; '.join(ways)}{go_on}. `python -m extras.memory {settings.preset}` with the "
+            "flags of this run predicts what it takes.")
 
 
 def check_skipped(state, max_share: float, at_end: bool = False) -> None:

@@ -11,9 +11,9 @@ def make_hooks(bundle, steps, log, validator, held_out) -> list:
     settings, distributed = steps.settings, steps.distributed
     hooks = [log.step]
     if settings.log and distributed.main:
-        from extras.trackers import open_board  # here: a tracker is an extra
+        from extras.trackers import open_tracker  # here: a tracker is an extra
 
-        write, close = open_board(settings, log.first_step)
+        write, close = open_tracker(settings, log.first_step)
         log.listeners.append(write)
         log.closers.append(close)
     if settings.log_samples:

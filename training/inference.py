@@ -1,7 +1,7 @@
 """A checkpoint -> a model that is ready to answer, and a conversation with it.
 
     --model DIR, or the newest run -> load_model -> model, template, processor
-    text, images -> Conversation.reply -> template.prompt -> generate -> TextStream -> text
+    text, images -> Conversation.reply -> template.prompt -> generate -> TextStreamer -> text
 
 A conversation remembers every turn and image, and renders all of them anew for each answer: the
 prompt is exactly what training would have made of the same messages. As far as the new prompt
@@ -16,9 +16,8 @@ import torch
 
 from dataset.chat import DEFAULT_SYSTEM, IMAGE, ChatTemplate, Message
 from dataset.images import ImageProcessor, load_image
-from dataset.stream import TextStream
 from dataset.tokenizer import Tokenizer
-from model.generate import Past, generate
+from model.generate import TextStreamer, generate
 from model.language import LanguageModel
 from model.lora import merge_lora
 from model.pretrained.checkpoint import (
@@ -114,7 +113,8 @@ class Conversation:
         self.model, self.template, self.processor = model, template, processor
         self.sampling = {**sampling, "generator": torch.Generator().manual_seed(seed)}
         self.speed = "nothing was said yet"
-        self.past = Past()  # outlives a reset: the next prompt may begin with the same system turn
+        # Outlives a reset: the next prompt may begin with the same system turn and image.
+        self.prefix_cache = new_prefix_cache()
         self.reset()
 
     def reset(self, system: str | None = None) -> None:
@@ -157,13 +157,14 @@ class Conversation:
         pixels = [*self.pixels, *self.waiting]
         ids = self.template.prompt(messages)
         tokens = generate(self.model, ids, torch.stack(pixels) if pixels else None,
-                          stop_ids=self.template.stop_ids, past=self.past, **self.sampling)
+                          prefix_cache=self.prefix_cache, stop_ids=self.template.stop_ids,
+                          **self.sampling)
 
         def remember(answer: str) -> None:
             self.messages = [*messages, Message("assistant", answer)]
             self.pixels, self.waiting = pixels, []
 
-        stream, answer, times = TextStream(self.template.tokenizer), "", [time.perf_counter()]
+        stream, answer, times = TextStreamer(self.template.tokenizer), "", [time.perf_counter()]
         self.prompt_ids, self.answer_ids = ids, stream.ids
         for token in tokens:
             times.append(time.perf_counter())
@@ -175,6 +176,14 @@ class Conversation:
         piece = stream.end()
         remember(answer + piece)
         yield piece
+
+
+def new_prefix_cache():
+    try:
+        from extras.fast.prefix_cache import PrefixCache
+    except ModuleNotFoundError:  # without extras/ each prompt is computed anew
+        return None
+    return PrefixCache()
 
 
 def format_speed(prompt_tokens: int, times: list[float]) -> str:

@@ -185,6 +185,15 @@ def peak_memory(distributed) -> tuple[int | None, int | None]:
     return tuple(max(column) or None for column in zip(*peaks))
 
 
+def read_object(path: Path) -> dict:
+    """{} where there is no such file, or no object in it."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def read_lines(path: Path) -> list[dict]:
     if not path.exists():
         return []

@@ -19,7 +19,7 @@ FREE = "free"  # no step computes anything else because of it
 # resumed from before a step at which that had stopped it, and nowhere else.
 BENDS = "bends"
 
-TRACKERS = ("tensorboard", "wandb", "swanlab")  # extras/trackers.py
+TRACKERS = ("tensorboard", "wandb", "swanlab", "trackio")  # extras/trackers.py
 
 PRESET = object()  # the default stands in the preset (preset_table.py)
 

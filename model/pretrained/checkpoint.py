@@ -38,6 +38,7 @@ from model.pretrained.hub import (
     weight_files,
 )
 from model.pretrained.manifest import TornError, check_whole, write_manifest
+from model.pretrained.meta_device import meta_device
 from model.projector import Projector
 from model.vision import VisionTransformer
 from model.vlm import VLM
@@ -170,7 +171,7 @@ def load_checkpoint(directory, dtype: torch.dtype | None = torch.float32,
     moved = {"language": language, "vision": vision}
 
     def tower(part, make, wanted, load):
-        with torch.device("meta"):  # no memory yet: perhaps every weight is in our own file
+        with meta_device():  # no memory yet: perhaps every weight is in our own file
             model = make(wanted)
             if part == "language" and config.get("quantize"):
                 quantize(model, config["quantize"])

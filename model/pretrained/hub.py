@@ -26,6 +26,7 @@ from extras.convert.minimind import is_older, minimind_config
 from extras.convert.pickle_loader import TorchFile
 from model.config import LanguageConfig, VisionConfig
 from model.language import LanguageModel
+from model.pretrained.meta_device import meta_device
 from model.pretrained.weight_names import LAYOUTS, Layout, half_split
 from model.vision import VisionTransformer
 
@@ -53,7 +54,7 @@ def load_language(name, dtype: torch.dtype | None = torch.float32) -> LanguageMo
     """
     source = resolve(name)
     config = language_config(source)
-    with torch.device("meta"):
+    with meta_device():
         model = LanguageModel(config)
     held = tensor_files(source)
     layout = LAYOUTS["minimind" if is_older(held) else config.model_type]
@@ -82,7 +83,7 @@ def load_vision(name, dtype: torch.dtype | None = torch.float32, feature_layer: 
     directory = resolve(name)
     config = blaming(directory / "config.json", VisionConfig.from_public, read_config(directory),
                      feature_layer, features)
-    with torch.device("meta"):
+    with meta_device():
         model = VisionTransformer(config)
     layout = LAYOUTS[config.model_type]
     unread = [*layout.unread]

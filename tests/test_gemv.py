@@ -8,15 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from extras.fast import one_row as linear
-from extras.fast.one_row import (
-    OTHER_WAYS,
-    Linear,
-    as_vector,
-    fastest_way,
-    in_parts,
+from extras.fast import gemv, prepare_for_inference
+from extras.fast.gemv import (
+    OTHER_ROUTINES,
+    GEMVLinear,
+    batched_gemv,
+    fastest_routine,
     is_large_row,
-    product,
+    linear,
+    torch_mv,
 )
 from model.config import LanguageConfig
 from model.generate import generate
@@ -25,16 +25,16 @@ from model.language import LanguageModel
 
 @pytest.fixture(autouse=True)
 def measured_anew():
-    fastest_way.cache_clear()
+    fastest_routine.cache_clear()
     yield
-    fastest_way.cache_clear()
+    fastest_routine.cache_clear()
 
 
 @pytest.fixture
 def other_way(monkeypatch):
     """The measurement has decided against F.linear, and no matrix is too small."""
-    monkeypatch.setattr(linear, "fastest_way", lambda dtype, threads: OTHER_WAYS[dtype])
-    monkeypatch.setattr(linear, "SMALLEST", 1)
+    monkeypatch.setattr(gemv, "fastest_routine", lambda dtype, threads: OTHER_ROUTINES[dtype])
+    monkeypatch.setattr(gemv, "SMALLEST", 1)
 
 
 @pytest.mark.parametrize("shape", [(96,), (1, 96), (1, 1, 96)])
@@ -44,7 +44,7 @@ def test_equals_linear(other_way, shape, rows, biased):
     torch.manual_seed(0)
     x, weight = torch.randn(shape, requires_grad=True), torch.randn(rows, 96, requires_grad=True)
     bias = torch.linspace(-1, 1, rows) if biased else None
-    found, wanted = product(x, weight, bias), F.linear(x, weight, bias)
+    found, wanted = linear(x, weight, bias), F.linear(x, weight, bias)
     assert found.shape == wanted.shape
     assert torch.allclose(found, wanted, rtol=0, atol=2e-5)
     direction = torch.randn_like(wanted)
@@ -57,9 +57,9 @@ def test_bf16_equals_linear_but_for_rounding(other_way):
     torch.manual_seed(0)
     x, weight = torch.randn(1, 1, 512).bfloat16(), torch.randn(256, 512).bfloat16()
     exact = F.linear(x.double(), weight.double())
-    for way in (product, F.linear):
+    for way in (linear, F.linear):
         assert torch.allclose(way(x, weight).double(), exact, rtol=2**-7, atol=0.2)
-    assert product(x, weight).dtype == torch.bfloat16
+    assert linear(x, weight).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("rows", [9728, 151936, 49152, 3072, 576, 1152])
@@ -79,7 +79,7 @@ def test_what_does_not_suit_goes_the_usual_way():
     assert is_large_row(torch.randn(1, 576), torch.randn(576, 576))  # SmolLM2's smallest but one
 
 
-@pytest.mark.parametrize("dtype", OTHER_WAYS)
+@pytest.mark.parametrize("dtype", OTHER_ROUTINES)
 @pytest.mark.parametrize("usual, other, takes_other", [
     (2.0, 1.0, True), (1.0, 2.0, False), (1.1, 1.0, False)])
 def test_the_measurement_decides(dtype, usual, other, takes_other, monkeypatch):
@@ -93,28 +93,29 @@ def test_the_measurement_decides(dtype, usual, other, takes_other, monkeypatch):
 
     usual, other = taking(usual), taking(other)
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(linear.F, "linear", usual)
-    monkeypatch.setitem(OTHER_WAYS, dtype, other)
-    assert fastest_way(dtype, 2) is (other if takes_other else usual)
+    monkeypatch.setattr(gemv.F, "linear", usual)
+    monkeypatch.setitem(OTHER_ROUTINES, dtype, other)
+    assert fastest_routine(dtype, 2) is (other if takes_other else usual)
 
 
-@pytest.mark.parametrize("dtype", OTHER_WAYS)
+@pytest.mark.parametrize("dtype", OTHER_ROUTINES)
 def test_it_is_measured_once_and_never_clearly_slower(dtype):
-    chosen = fastest_way(dtype, torch.get_num_threads())
-    assert chosen in (F.linear, OTHER_WAYS[dtype])
-    assert fastest_way.cache_info().misses == 1
-    fastest_way(dtype, torch.get_num_threads())
-    assert fastest_way.cache_info().misses == 1
+    chosen = fastest_routine(dtype, torch.get_num_threads())
+    assert chosen in (F.linear, OTHER_ROUTINES[dtype])
+    assert fastest_routine.cache_info().misses == 1
+    fastest_routine(dtype, torch.get_num_threads())
+    assert fastest_routine.cache_info().misses == 1
 
 
 def test_what_is_measured_is_what_is_called(monkeypatch):
     row, weight = torch.randn(1, 1024), torch.randn(1024, 1024)
     called = []
-    monkeypatch.setitem(OTHER_WAYS, torch.float32, lambda x, w: called.append(1) or in_parts(x, w))
-    monkeypatch.setattr(linear, "fastest_way", lambda dtype, threads: F.linear)
-    assert torch.equal(product(row, weight), F.linear(row, weight)) and not called
-    monkeypatch.setattr(linear, "fastest_way", lambda dtype, threads: OTHER_WAYS[dtype])
-    product(row, weight)
+    monkeypatch.setitem(OTHER_ROUTINES, torch.float32,
+                        lambda x, w: called.append(1) or batched_gemv(x, w))
+    monkeypatch.setattr(gemv, "fastest_routine", lambda dtype, threads: F.linear)
+    assert torch.equal(linear(row, weight), F.linear(row, weight)) and not called
+    monkeypatch.setattr(gemv, "fastest_routine", lambda dtype, threads: OTHER_ROUTINES[dtype])
+    linear(row, weight)
     assert called
 
 
@@ -124,16 +125,17 @@ def test_a_chat_says_the_same(monkeypatch):
         model_type="qwen2", vocab_size=96, hidden_size=48, intermediate_size=96,
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         tie_word_embeddings=True))).eval()
-    assert isinstance(model.layers[0].mlp.up_proj, Linear)
     said = list(generate(model, [5, 7, 11], None, max_new_tokens=12))
-    monkeypatch.setattr(linear, "SMALLEST", 1)
+    prepare_for_inference(model, torch.device("cpu"))
+    assert isinstance(model.layers[0].mlp.gate_up_proj, GEMVLinear)
+    monkeypatch.setattr(gemv, "SMALLEST", 1)
     rows = []
-    monkeypatch.setattr(linear, "fastest_way",
-                        lambda *_: lambda x, weight: rows.append(1) or in_parts(x, weight))
+    monkeypatch.setattr(gemv, "fastest_routine",
+                        lambda *_: lambda x, weight: rows.append(1) or batched_gemv(x, weight))
     assert list(generate(model, [5, 7, 11], None, max_new_tokens=12)) == said
     assert len(rows) > 12 * 2 * 4
 
 
 def test_a_vector_is_multiplied_as_a_row():
     x, weight = torch.randn(96), torch.randn(48, 96)
-    assert torch.allclose(as_vector(x, weight), F.linear(x, weight), rtol=0, atol=2e-5)
+    assert torch.allclose(torch_mv(x, weight), F.linear(x, weight), rtol=0, atol=2e-5)

@@ -10,12 +10,12 @@ from tiny import make_runs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import eval as script
-from extras.attention_map import each_layer
-from extras.fast.fused import JoinedAttention, JoinedMLP, join
-from extras.fast.quantize import BITS, compute_in, quantize
+from extras.attention import each_layer
+from extras.fast.fused import FusedGateUpMLP, FusedQKVAttention, fuse
+from extras.fast.quantize import BITS, quantize, set_compute_dtype
+from model.generate import KVCache
 from model.language import LanguageModel
 from model.lora import add_lora, merge_lora
-from model.step import KVCache
 from tests.test_quantize import tiny_language
 
 KINDS = {
@@ -35,11 +35,12 @@ def decoder(**facts) -> LanguageModel:
 
 
 def both(model) -> tuple[LanguageModel, LanguageModel]:
-    joined = copy.deepcopy(model)
-    join(joined)
-    for layer in joined.layers:
-        assert isinstance(layer.self_attn, JoinedAttention) and isinstance(layer.mlp, JoinedMLP)
-    return model, joined
+    fused = copy.deepcopy(model)
+    fuse(fused)
+    for layer in fused.layers:
+        assert isinstance(layer.self_attn, FusedQKVAttention)
+        assert isinstance(layer.mlp, FusedGateUpMLP)
+    return model, fused
 
 
 @torch.inference_mode()
@@ -54,34 +55,34 @@ def answers(model):
 
 @pytest.mark.parametrize("bits", [None, *BITS])
 @pytest.mark.parametrize("kind", KINDS)
-def test_joined_equals_apart(kind, bits):
+def test_fused_equals_apart(kind, bits):
     apart = decoder(**KINDS[kind])
     if bits:
         quantize(apart, bits)
-    apart, joined = both(apart)
+    apart, fused = both(apart)
     # Kernels that take x in bf16 round it to 8 bits: a last bit that differs becomes 1/256.
     most = 1e-5 if bits is None else 0.03
     wanted = answers(apart)
-    assert float((answers(joined) - wanted).abs().max()) < most * float(wanted.abs().max())
+    assert float((answers(fused) - wanted).abs().max()) < most * float(wanted.abs().max())
     assert float(wanted.std()) > 0.3, "and it is no comparison of zeros"
 
 
 def test_in_pure_bf16_too():
     apart = decoder(qk_norm=True, qkv_bias=True)
-    compute_in(apart, torch.bfloat16)
-    apart, joined = both(apart)
+    set_compute_dtype(apart, torch.bfloat16)
+    apart, fused = both(apart)
     wanted = answers(apart).float()
-    assert float((answers(joined).float() - wanted).abs().max()) < 0.03 * float(wanted.abs().max())
+    assert float((answers(fused).float() - wanted).abs().max()) < 0.03 * float(wanted.abs().max())
 
 
 @pytest.mark.parametrize("swapped", ["q_proj", "k_proj", "v_proj"])
 def test_the_comparison_tells_a_wrong_row(swapped):
-    apart, joined = both(decoder())
+    apart, fused = both(decoder())
     weight = apart.layers[1].self_attn.get_submodule(swapped).weight
     with torch.no_grad():
         weight[[3, 4]] = weight[[4, 3]]
     wanted = answers(apart)
-    assert float((answers(joined) - wanted).abs().max()) > 1e-3 * float(wanted.abs().max())
+    assert float((answers(fused) - wanted).abs().max()) > 1e-3 * float(wanted.abs().max())
 
 
 @pytest.mark.parametrize("bits", [None, *BITS])
@@ -111,30 +112,30 @@ def test_fewer_operations():
         with Counting() as counting, torch.no_grad():
             model(torch.tensor([[5]]))
         told.append(counting.asked)
-    apart, joined = told
-    assert apart["mm"] - joined["mm"] == 2 * 3  # in each of two layers: two of q, k, v; gate or up
-    assert joined["roll"] == 2 < apart["roll"] == 4
+    apart, fused = told
+    assert apart["mm"] - fused["mm"] == 2 * 3  # in each of two layers: two of q, k, v; gate or up
+    assert fused["neg"] == 2 < apart["neg"] == 4
 
 
 def test_the_map_of_attention_is_the_same():
-    apart, joined = both(decoder(qk_norm=True))
+    apart, fused = both(decoder(qk_norm=True))
     embeds = apart.embed(torch.tensor([[1, 2, 3, 4, 5]]))
-    for (wanted, _), (found, _) in zip(each_layer(apart, embeds), each_layer(joined, embeds)):
+    for (wanted, _), (found, _) in zip(each_layer(apart, embeds), each_layer(fused, embeds)):
         assert float((found - wanted).abs().max()) < 1e-5
 
 
-def test_adapters_are_refused_before_anything_is_joined():
+def test_adapters_are_refused_before_anything_is_fused():
     model = decoder()
     add_lora(model, ["v_proj"], rank=2, alpha=4.0)
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.v_proj has an adapter"):
-        join(model)
-    assert not any(isinstance(layer.self_attn, JoinedAttention) for layer in model.layers)
+        fuse(model)
+    assert not any(isinstance(layer.self_attn, FusedQKVAttention) for layer in model.layers)
     merge_lora(model)
-    join(model)
+    fuse(model)
 
 
 def test_a_chat_has_them(tmp_path):
     make_runs(tmp_path)
     flags = script.read_flags(["--device", "cpu"])
     model, _, _ = script.load_model(flags, str(tmp_path / "sft"))  # its adapters merged
-    assert all(isinstance(layer.self_attn, JoinedAttention) for layer in model.language.layers)
+    assert all(isinstance(layer.self_attn, FusedQKVAttention) for layer in model.language.layers)

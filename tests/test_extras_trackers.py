@@ -1,4 +1,4 @@
-"""Claims: each board gets the very numbers of metrics.jsonl and evaluations.jsonl; a package that
+"""Claims: each tracker gets the very numbers of metrics.jsonl and evaluations.jsonl; a package that
 is not installed is told before anything is loaded."""
 
 import sys
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import train_pretrain
-from extras import trackers as boards
+from extras import trackers
 from tests.test_held_out import evaluations
 from tests.test_resume import Killed, die_in_step
 from tests.tiny import make_world, metrics
@@ -29,28 +29,28 @@ def expected(out) -> dict:
             for name, value in line.items() if name != "step"}
 
 
-@pytest.mark.parametrize("board", TRACKERS)
-def test_a_missing_package_is_told_before_anything_is_loaded(board, monkeypatch, tmp_path):
-    monkeypatch.setattr(boards, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=f"--log {board}: .*pip install {board}"):
-        train_pretrain.main(["--log", board, "--language", "nowhere", "--data", "none.json",
+@pytest.mark.parametrize("tracker", TRACKERS)
+def test_a_missing_package_is_told_before_anything_is_loaded(tracker, monkeypatch, tmp_path):
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=f"--log {tracker}: .*pip install {tracker}"):
+        train_pretrain.main(["--log", tracker, "--language", "nowhere", "--data", "none.json",
                              "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
     needed = Path("requirements-extra.txt")
-    assert f"\n{board}>=" in (Path(boards.__file__).parent.parent / needed).read_text()
+    assert f"\n{tracker}>=" in (Path(trackers.__file__).parent.parent / needed).read_text()
 
 
 class StandIn(types.ModuleType):
-    """Of wandb or swanlab: remembers what it is told, and refuses what the real one refuses."""
+    """Of a service: remembers what it is given, and refuses what the real one refuses."""
 
-    def __init__(self, name, arguments):
+    def __init__(self, name):
         super().__init__(name)
         self.__spec__ = types.SimpleNamespace(name=name)  # find_spec looks here
-        self.arguments, self.told, self.open, self.step = arguments, {}, False, 0
+        self.told, self.open, self.step = {}, False, 0
 
-    def init(self, **given):
-        assert set(given) == self.arguments and not self.open
-        assert given["config"]["learning_rate"] == 0.01
+    def init(self, *, project, name, config):
+        assert not self.open and project == "vlm" and name == config["out"]
+        assert config["learning_rate"] == 0.01
         self.open = True
         return self
 
@@ -64,13 +64,11 @@ class StandIn(types.ModuleType):
         self.open = False
 
 
-@pytest.mark.parametrize("board, arguments", [
-    ("wandb", {"project", "name", "dir", "config"}),
-    ("swanlab", {"project", "experiment_name", "config", "logdir"})])
-def test_services_are_told_the_same_numbers(world, tmp_path, monkeypatch, board, arguments):
-    module = StandIn(board, arguments)
-    monkeypatch.setitem(sys.modules, board, module)
-    train_pretrain.main([*world, "--log", board, "--out", str(tmp_path)])
+@pytest.mark.parametrize("tracker", ["wandb", "swanlab", "trackio"])
+def test_services_are_told_the_same_numbers(world, tmp_path, monkeypatch, tracker):
+    module = StandIn(tracker)
+    monkeypatch.setitem(sys.modules, tracker, module)
+    train_pretrain.main([*world, "--log", tracker, "--out", str(tmp_path)])
     assert module.told == expected(tmp_path) and not module.open
     assert ("train/loss", 6) in module.told and ("eval/eval_loss", 6) in module.told
 
