@@ -59,10 +59,8 @@ def linear_names(module: nn.Module, kind: type = nn.Linear) -> list[str]:
 def add_lora(module: nn.Module, targets: list[str], rank: int, alpha: float,
              dropout: float = 0.0) -> list[str]:
     """Wrap every linear layer of module whose dotted name ends in one of targets, such as "q_proj"
-    or "layers.0.mlp.up_proj"; return the names of the wrapped layers.
-
-    ValueError when a target fits no layer: a typo would train nothing.
-    """
+    or "layers.0.mlp.up_proj"; return their names. ValueError when a target fits no layer: a typo
+    would train nothing."""
     if rank < 1:
         raise ValueError(f"the rank of LoRA must be 1 or more, got {rank}")
     linears, names = linear_names(module), {}  # a dict keeps the order and drops doubles
