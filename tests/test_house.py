@@ -44,18 +44,18 @@ OPEN = {
     **dict.fromkeys(["core", "support", "extras"], "is being shortened"),
     **dict.fromkeys([
         "model/config.py", "dataset/sample.py", "dataset/batching.py",
-        "benchmarks/answer.py", "benchmarks/sides.py", "evaluation/benchmarks.py",
+        "benchmarks/answer.py", "benchmarks/sides.py",
         "extras/emoji/train_language.py", "model/pretrained/checkpoint.py",
         "model/pretrained/hub.py"], "is being split"),
     "functions of dataset/batching.py": "is being rewritten",
     **dict.fromkeys([f"imports of {name}" for name in (
-        "eval", "dataset.tokenizer", "model.pretrained.checkpoint", "model.pretrained.hub")],
+        "dataset.tokenizer", "model.pretrained.checkpoint", "model.pretrained.hub")],
         "still imports an extra"),
     "reading plan": "the core is still changing",
     "circles": "model/ and model/pretrained/ are being parted, extras.memory is being removed",
     "-100": "dataset/batching.py and model/vlm.py are being rewritten",
     "hashlib.sha256": "model/pretrained/files.py is to have the only one",
-    "without extras": "model/, dataset/ and eval.py still import extras",
+    "without extras": "model/ and dataset/ still import extras",
 }
 
 
