@@ -10,17 +10,10 @@ import re
 from collections import Counter
 
 from dataset.chat import IMAGE, Message
-from dataset.sample import (
-    CHINESE,
-    PROMPTS,
-    TURNS,
-    BadSample,
-    picture_key,
-    refuse_mark,
-    refuse_unread,
-    shown,
-    texts_in,
-)
+from dataset.readers.bad_sample import BadSample, shown
+from dataset.readers.record_images import picture_key
+from dataset.readers.unread import refuse_mark, refuse_unread, texts_in
+from dataset.sample import CHINESE, PROMPTS, TURNS
 from evaluation.eval_samples import Question
 
 LETTERS = "ABCDEFGHIJ"

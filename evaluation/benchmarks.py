@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from dataset.readers.bad_sample import BadSample, shown
 from dataset.readers.json_files import (
     BYTE_ORDER_MARK,
     CocoData,
@@ -41,7 +42,7 @@ from dataset.readers.json_files import (
     walk_object,
 )
 from dataset.readers.parquet import UNREADABLE, ParquetData
-from dataset.sample import PICTURE_KEYS, BadSample, existing, find_pictures, shown
+from dataset.readers.record_images import PICTURE_KEYS, existing, find_pictures
 from evaluation.benchmark_records import (
     LETTERS,
     YES_NO,

@@ -7,7 +7,8 @@ import sys
 
 import torch
 
-from dataset.chat import DEFAULT_SYSTEM, ChatTemplate
+from dataset.chat import ChatTemplate
+from dataset.families import DEFAULT_SYSTEM
 from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
 from model.language import LanguageModel

@@ -13,7 +13,7 @@ import torch
 
 from dataset.chat import IMAGE, Message
 from dataset.images import load_image
-from dataset.sample import BadSample
+from dataset.readers.bad_sample import BadSample
 from evaluation.batched_generation import generate_batch
 from evaluation.eval_samples import Question, questions_of, read_questions
 from evaluation.metrics import is_exact

@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import DataLoader
 
-from dataset.chat import DEFAULT_SYSTEM, ChatTemplate
+from dataset.chat import ChatTemplate
+from dataset.families import DEFAULT_SYSTEM
 from dataset.images import load_image
 from dataset.readers.formats import BadSample, MissingPicture, open_data
 from dataset.readers.mixture import split_source

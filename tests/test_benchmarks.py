@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dataset.images import load_image
-from dataset.sample import BadSample, MissingPicture
+from dataset.readers.bad_sample import BadSample, MissingPicture
 from evaluation.benchmark_records import options_in
 from evaluation.benchmarks import SUFFIXES, Joined, open_benchmark
 from evaluation.eval_samples import read_questions

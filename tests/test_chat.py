@@ -6,8 +6,10 @@ The other families' templates: test_templates.py.
 import pytest
 from conftest import needed, weights_dir
 
-from dataset.chat import DEFAULT_SYSTEM, ChatTemplate, Message
+from dataset.chat import ChatTemplate, Message
+from dataset.families import DEFAULT_SYSTEM
 from dataset.tokenizer import Tokenizer
+from extras.check_data import marked
 
 # ChatML as published with Qwen2: a default system turn in front, every turn in one shape.
 CHATML = (
@@ -168,13 +170,13 @@ def test_no_cut_goes_through_an_image(template):
             assert template.fit(ids, mask, length)[0].count(template.image_token_id) == 4
 
 
-def test_the_coloured_view_shows_what_is_supervised(template):
+def test_the_marked_view_shows_what_is_supervised(template):
     ids, mask = template.render(talk("<image>\nWho?\x1b[31m", "A cat."))
-    view = template.show(ids, mask)
+    view = marked(template, ids, mask)
     assert "<|vision_start|><image x4><|vision_end|>\nWho?" in view
-    assert "\x1b[32mA cat.<|im_end|>\x1b[0m\n" in view and view.count("\x1b[") == 2
-    assert "\x1b" not in template.show(ids, mask, colour=False)
-    assert template.show([], []) == ""
+    assert "⟦A cat.<|im_end|>⟧\n" in view and view.count("⟦") == view.count("⟧") == 1
+    assert "\x1b" not in view
+    assert marked(template, [], []) == ""
 
 
 def test_what_all_turns_have_in_common_is_encoded_once(tiny_tokenizer_dir, monkeypatch):

@@ -18,7 +18,7 @@ from test_formats import (  # noqa: F401
 
 from dataset.readers.formats import BadSample, data_hash, open_data
 from dataset.readers.mixture import mixture_hash, open_mixture, split_source
-from dataset.readers.order import by_size
+from dataset.readers.sampler import by_size
 
 
 def write(path, count, name):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny import COLOURS, make_data, make_pair
 
-from dataset.chat import DEFAULT_SYSTEM, ChatTemplate
+from dataset.chat import ChatTemplate
+from dataset.families import DEFAULT_SYSTEM
 from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
 from evaluation.conversation import Conversation

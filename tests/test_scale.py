@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import dataset.batching
+import dataset.images
 import train_pretrain
 import training.index_cache
 from dataset.batching import Batches
@@ -223,7 +223,7 @@ def die(how):
             os.kill(os.getpid(), how)
         return plain(source)
 
-    plain = dataset.batching.load_image
+    plain = dataset.images.load_image
     return load_image
 
 
@@ -240,7 +240,7 @@ def test_a_worker_that_dies_is_reported_with_its_sample(world, tmp_path, monkeyp
     flags = [*world, "--data", str(tmp_path / "data.jsonl"), "--images",
              str(Path(world[5]).parent), "--workers", "1", "--steps", "50", "--save_every", "1",
              "--out", str(tmp_path / "out")]
-    monkeypatch.setattr("dataset.batching.load_image", die(how))
+    monkeypatch.setattr("dataset.images.load_image", die(how))
     with pytest.raises(RuntimeError if how == "raise" else SystemExit) as stopped:
         train_pretrain.main(flags)
     text = str(stopped.value)
@@ -275,14 +275,14 @@ def test_a_worker_that_dies_while_its_batch_is_on_the_way(world, tmp_path, monke
 
 DYING = """
 import os, signal, sys
-import dataset.batching, train_pretrain
+import dataset.images, train_pretrain
 from torch.utils.data import get_worker_info
-plain = dataset.batching.load_image
+plain = dataset.images.load_image
 def load_image(source, draft=None):
     if get_worker_info() and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     return plain(source)
-dataset.batching.load_image = load_image
+dataset.images.load_image = load_image
 train_pretrain.main(sys.argv[1:])
 """
 

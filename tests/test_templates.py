@@ -10,7 +10,8 @@ import pytest
 import tokenizers
 from conftest import needed, shared_dir, weights_dir
 
-from dataset.chat import DEFAULT_SYSTEM, FAMILIES, ChatTemplate, Message
+from dataset.chat import ChatTemplate, Message
+from dataset.families import CHAT_FAMILIES, DEFAULT_SYSTEM
 from dataset.tokenizer import Tokenizer
 from extras.convert.tiktoken import PIECES, SPECIAL_TOKENS, TEXT_TOKENS
 
@@ -179,7 +180,7 @@ def test_ids_equal_the_published_template(tiny, family, source, messages):
     assert as_published(template, template.render(messages)[0]) == cut_up(template, text)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHAT_FAMILIES)
 @pytest.mark.parametrize("messages", TALKS)
 def test_every_supervised_answer_follows_the_prompt_that_asks_for_it(tiny, family, messages):
     template = template_of(family, tiny[family])

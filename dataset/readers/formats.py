@@ -7,7 +7,7 @@ How a file is written is told by what is in it, not by its name:
     JSON Lines, a JSON array, COCO's annotations    json_files.py
     Parquet                                         parquet.py
 
-and how a record in it is laid out by the record's keys: records.py lists them. Nothing but an
+and how a record in it is laid out by the record's keys: sample.py lists them. Nothing but an
 index is held in memory: a row is read when it is asked for, so a broken one raises BadSample, and
 hurts no other. Several files, each with a weight: mixture.py.
 """
@@ -15,9 +15,10 @@ hurts no other. Several files, each with a weight: mixture.py.
 import hashlib
 from pathlib import Path
 
+from dataset.readers.bad_sample import BadSample, MissingPicture
 from dataset.readers.json_files import BYTE_ORDER_MARK, open_json
 from dataset.readers.parquet import ParquetData
-from dataset.sample import BadSample, MissingPicture, Sample
+from dataset.sample import Sample
 
 __all__ = ["BadSample", "MissingPicture", "Sample", "data_hash", "open_data"]
 

@@ -19,7 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.sample import TEXT_KEYS, BadSample, Sample, refuse_unread, shown, to_sample
+from dataset.readers.bad_sample import BadSample, shown
+from dataset.readers.unread import refuse_unread
+from dataset.sample import TEXT_KEYS, Sample, to_sample
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors put it in front of a text
 WINDOW = 1 << 20  # characters of a file that JsonWalk holds at a time
@@ -85,7 +87,7 @@ class JsonData:
         return np.asarray(self.pieces.sizes)[numbers]
 
     def sample(self, i: int, draw: int = 0) -> Sample:
-        """draw: which of several captions, see records.py."""
+        """draw: which of several captions, see sample.py."""
         i = range(len(self))[i]  # IndexError past the end, which is what ends a for loop
         return to_sample(self.pieces.read(i), self.images_dir, self.pieces.where(i), i, draw)
 

@@ -18,16 +18,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dataset.sample import (
-    PICTURE_KEYS,
-    TAGS,
-    TEXT_KEYS,
-    BadSample,
-    Sample,
-    holds_media,
-    kinds_of,
-    to_sample,
-)
+from dataset.readers.bad_sample import BadSample
+from dataset.readers.record_images import PICTURE_KEYS
+from dataset.readers.unread import MEDIA_KINDS, holds_media, kinds_of
+from dataset.sample import RECORD_LAYOUTS, TAGS, TEXT_KEYS, Sample, to_sample
 
 LETTERS = tuple("ABCDEFGHIJabcdefghij")  # columns of a multiple choice's options
 SLICE = 1 << 24  # bytes of a row group that are held decoded; pyarrow needs several times as much
@@ -55,11 +49,10 @@ class ParquetData:
         self.columns = [name for name in wanted if name in names]
         self.columns += [field.name for field in schema if field.name not in wanted
                          and needs_a_look(field, self.metadata)]
-        texts = set(self.columns) & set(TEXT_KEYS)
-        if columns is None and (
-                not texts or len(texts & {"prompt", "completion"}) == 1 == len(texts)):
-            raise ValueError(f"{file} has the columns {', '.join(names)}; expected 'conversations',"
-                             " 'messages', 'prompt' and 'completion', 'texts' or 'caption'")
+        if columns is None and not any(set(keys) <= set(names) for keys, _ in RECORD_LAYOUTS):
+            *most, last = [" and ".join(map(repr, keys)) for keys, _ in RECORD_LAYOUTS]
+            raise ValueError(f"{file} has the columns {', '.join(names)}; expected "
+                             f"{', '.join(most)} or {last}")
         groups = range(self.metadata.num_row_groups)
         self.ends = list(accumulate(self.metadata.row_group(g).num_rows for g in groups))
         if len(self) != self.metadata.num_rows:
@@ -142,7 +135,7 @@ class GroupReader:
 def needs_a_look(field: pa.Field, metadata: pq.FileMetaData) -> bool:
     """Whether a column that nobody asked for may hold what refuse_unread refuses: by its name, its
     type, or the least and the largest of its values, which the footer tells. Reads no row."""
-    if kinds_of(field.name) & {"picture", "film", "file", "options"} or field.name in LETTERS:
+    if kinds_of(field.name) & {*MEDIA_KINDS, "options"} or field.name in LETTERS:
         return True
     kind = field.type
     while pa.types.is_list(kind) or pa.types.is_large_list(kind):
