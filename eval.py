@@ -38,8 +38,8 @@ def read_flags(arguments=None) -> argparse.Namespace:
     add("--attention", metavar="PNG", help="with --prompt: also draw where the model looked for "
         "each word of the answer, and what each image token is closest to among the words")
     add("--system", help='system turn; "": none (default: as in training)')
-    add("--template", choices=CHAT_FAMILIES, help="with --model none: whose chat template (default: "
-        "by the model's type); a checkpoint knows its own")
+    add("--template", choices=CHAT_FAMILIES, help="with --model none: whose chat template "
+        "(default: by the model's type); a checkpoint knows its own")
     add("--data", nargs="+", metavar="FILE", help="files of conversations to score, or emoji: "
         "unseen scenes; \"part-*.parquet\" is each such file")
     add("--images", help="directory that the file's picture names are relative to")

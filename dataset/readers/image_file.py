@@ -16,7 +16,7 @@ import warnings
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-# The formats in which images are published. Pillow knows forty more formats, and for one of them, EPS, it
+# The formats in which images are published. Pillow knows forty more, and for one of them, EPS, it
 # starts another program (Ghostscript) that runs what the file says. To load them all would take a
 # tenth of a second of every start.
 for plugin in ("Avif", "Bmp", "Gif", "Ico", "Jpeg", "Jpeg2K", "Mpo", "Png", "Ppm", "Tiff", "WebP"):
