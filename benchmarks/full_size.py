@@ -31,8 +31,8 @@ import train_sft
 from dataset.chat import ChatTemplate
 from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
-from extras.memory import as_trained, planned, static_memory
-from extras.preset_list import ROOT, VISION, empty_model, facts, image_tokens
+from extras.memory import as_trained, planned
+from extras.preset_list import ROOT, VISION, empty_model, facts, image_tokens, static_memory
 from training.bundle import ModelBundle
 from training.preset_table import PRESETS
 

@@ -28,7 +28,7 @@ from dataset.chat import IMAGE
 from model.generate import REPLACEMENT_CHARACTER
 from model.language import Attention, LanguageModel, rope_cos_sin
 
-SIDE, CELL = 1.8, 0.62  # inches: of an image, of a token
+SIDE, CELL, LINE = 1.8, 0.62, 0.15  # inches: of an image, of a token, of a line of text
 COLUMNS, MOST_WORDS = 6, 48
 DARK = 0.28  # the share of light that a patch keeps which nobody looked at
 SIZE = 8  # points of the letters
@@ -194,18 +194,19 @@ def draw_attention(conversation) -> Figure:
 
     in_a_row, cell = max(1, COLUMNS // len(images)), max(CELL, 4.2 / max(rows, columns))
     width = max(SIDE * COLUMNS, SIDE * len(images), cell * columns * len(layers))
-    heights = [SIDE * 1.2 * math.ceil(drawn / in_a_row) + 1.2,
-               cell * rows * len(images) + 0.8]
+    above = [line for text in about for line in fold(text, 0.98 * width)]
+    below = fold(LENS.format(layers=len(lens)), 0.98 * width)
+    heights = [LINE * len(above) + 1.2 * SIDE * math.ceil(drawn / in_a_row),
+               LINE * len(below) + (cell * rows + 2 * LINE) * len(images)]
     figure = Figure(figsize=(width, sum(heights)), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=heights)
-    for axes, (word, indices) in zip(panels(upper, about, width, drawn, in_a_row), found[:drawn]):
+    for axes, (word, indices) in zip(panels(upper, above, drawn, in_a_row), found[:drawn]):
         mean = heat[indices].mean(0)  # (N,rows,columns)
         axes.imshow(spotlight(images, mean, side))
         label = fold(word, SIDE * len(images) - 5 * LETTER)[0]
         axes.set_title(f"{label}  {mean.sum():.0%}", **style())
     shown = list(itertools.product(range(len(images)), layers))
-    for axes, (image, layer) in zip(panels(lower, [LENS.format(layers=len(lens))], width,
-                                           len(shown), len(layers)), shown):
+    for axes, (image, layer) in zip(panels(lower, below, len(shown), len(layers)), shown):
         axes.imshow(images[image], alpha=0.38, extent=(0, columns, rows, 0))
         axes.set_title(f"behind layer {layer}", **style())
         tokens = lens[layer - 1].view(len(images), rows, columns)[image]
@@ -219,9 +220,8 @@ def style() -> dict:
     return {"family": fonts()[0], "fontsize": SIZE, "parse_math": False}
 
 
-def panels(part, texts: list[str], width: float, count: int, columns: int) -> list:
-    """Texts above `count` empty charts, so many beside each other."""
-    lines = [line for text in texts for line in fold(text, 0.98 * width)]
+def panels(part, lines: list[str], count: int, columns: int) -> list:
+    """Text above `count` empty charts, so many beside each other."""
     part.suptitle("\n".join(lines), x=0.01, ha="left", **style())
     cells = list(part.subplots(math.ceil(count / columns), columns, squeeze=False).flat)
     for axes in cells:

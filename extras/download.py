@@ -17,8 +17,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from extras.memory import format_bytes
-from extras.preset_list import download_size
+from extras.preset_list import download_size, format_bytes
 from model.pretrained.hub import WANTED_FILES
 from model.pretrained.manifest import sha256
 from training.presets import PRESETS, Preset

@@ -33,6 +33,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from extras.fast import prepare_for_training
 from extras.fast.chunked_cross_entropy import chunked_cross_entropy
+from extras.preset_list import (
+    VISION,
+    empty_model,
+    facts,
+    format_bytes,
+    image_tokens,
+    static_memory,
+)
 from model.language import LanguageModel
 from model.pretrained.checkpoint import own_names
 from model.pretrained.meta_device import meta_device
@@ -41,9 +49,8 @@ from model.vision import VisionTransformer
 from model.vlm import VLM
 from training.optim import choose_trainable
 from training.precision import autocast, cast_weights, choose_dtype
-from training.preset_table import PRESETS
+from training.presets import PRESETS, read_flags, resolve
 
-ADAM = 8  # bytes: two float32 averages
 # Of what comes and goes in a step. Linux's malloc keeps freed tensors of up to 32 MB for itself,
 # and the next ones seldom fit: 15 to 35 % more than the tensors, measured with benchmarks/memory.py
 # (6 % when malloc was told to keep none, MALLOC_MMAP_THRESHOLD_=65536). A GPU's figure is that of
@@ -69,13 +76,6 @@ class Memory:
     def static(self) -> int:
         """What is there whatever the batch."""
         return self.weights + self.gradients + self.optimizer
-
-
-def static_memory(model) -> tuple[int, int, int]:
-    """-> bytes of the weights as they are stored, of their gradients, of AdamW's averages."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return weights, 4 * trained, ADAM * trained
 
 
 def predict(config, settings, size: tuple[int, int], K: int, device: torch.device) -> Memory:
@@ -185,19 +185,8 @@ def table(columns: dict[str, Memory]) -> str:
                      for name, cells in rows)
 
 
-def format_bytes(size: float) -> str:
-    """2.5e8 -> "250.0 MB", 2.5e9 -> "2.50 GB"; 1 MB is 1,000,000 bytes."""
-    for unit, factor, digits in (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 1)):
-        if size >= factor:
-            return f"{size / factor:,.{digits}f} {unit}"
-    return f"{size:.0f} bytes"
-
-
 def planned(preset: str, stage: str, flags: list[str], device: torch.device):
     """-> predict's arguments from a preset and flags: config, settings, size, K; and why dtype."""
-    from extras.preset_list import VISION, empty_model, facts, image_tokens  # it imports us
-    from training.presets import read_flags, resolve
-
     settings = resolve(read_flags(__doc__, stage, ["--preset", preset, *flags]), stage, {})
     settings.dtype, why = choose_dtype(settings.dtype, device)
     try:

@@ -14,7 +14,6 @@ import json
 from functools import cache
 from pathlib import Path
 
-from extras.memory import static_memory
 from model.config import LanguageConfig, VisionConfig, VLMConfig
 from model.language import LanguageModel
 from model.pretrained.meta_device import meta_device
@@ -83,6 +82,21 @@ def download_size(name: str) -> float:
     if "gigabytes" in about:
         return 1e9 * about["gigabytes"]
     return about["bytes"] * parameters(empty_tower(name, None if name in LANGUAGE else -1))
+
+
+def static_memory(model) -> tuple[int, int, int]:
+    """-> bytes of the weights as they are stored, of their gradients, of AdamW's averages."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return weights, 4 * trained, 8 * trained  # AdamW keeps two float32 averages
+
+
+def format_bytes(size: float) -> str:
+    """2.5e8 -> "250.0 MB", 2.5e9 -> "2.50 GB"; 1 MB is 1,000,000 bytes."""
+    for unit, factor, digits in (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 1)):
+        if size >= factor:
+            return f"{size / factor:,.{digits}f} {unit}"
+    return f"{size:.0f} bytes"
 
 
 @cache

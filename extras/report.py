@@ -28,6 +28,7 @@ from extras.runs import (
     curve_settings,
     flat,
     last_answers,
+    mean_loss,
     names_of,
     read_run,
     reference_of,
@@ -47,10 +48,8 @@ th, td { text-align: left; padding: 3px 12px; border: 1px solid #ddd; overflow-w
 
 @contextmanager
 def reported(out, enabled: bool):
-    """Write the page when the block ends, also by an error. Only rank 0 is `enabled`.
-
-    A page that cannot be written is said and ends nothing: the checkpoints are what counts.
-    """
+    """Write the page when the block ends, also by an error. Only rank 0 is `enabled`. A page that
+    cannot be written is said and ends nothing: the checkpoints are what counts."""
     try:
         yield
     finally:
@@ -100,12 +99,6 @@ def heading(run: RunRecord, name: str, colour: str) -> str:
                   f"with wrong images {text(last['eval_loss_wrong_picture'])}"]
     return (f'<h1><b style="color: {colour}">&#9632;</b> {text(name)}</h1>'
             f"<p>{text(', '.join(facts))}</p>")
-
-
-def mean_loss(lines: list[dict]) -> float | None:
-    """Of the steps that have one; in fp16 a step that overflows has none."""
-    losses = [line["loss"] for line in lines if line["loss"] is not None]
-    return float(np.mean(losses)) if losses else None
 
 
 def beside_reference(run: RunRecord) -> str:

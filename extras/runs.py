@@ -102,6 +102,12 @@ def names_of(runs: list[RunRecord]) -> list[str]:
             for number, name in enumerate(names, start=1)]
 
 
+def mean_loss(lines: list[dict]) -> float | None:
+    """Of the steps that have one; in fp16 a step that overflows has none."""
+    losses = [line["loss"] for line in lines if line["loss"] is not None]
+    return sum(losses) / len(losses) if losses else None
+
+
 def last_answers(run: RunRecord) -> dict:
     """{question: its line}: of a training those of its last step, of scores all of them."""
     lines = next((line["answers"] for line in reversed(run.answers) if line.get("answers")),
@@ -166,7 +172,7 @@ def keep_reference(run: RunRecord, name: str) -> Path:
     metrics = [m for m in run.metrics if m["loss"] is not None]  # fp16 overflowed there
     for group in (metrics[i:i + 10] for i in range(0, len(metrics), 10)):
         lines.append({"step": (group[0]["step"] + group[-1]["step"]) / 2,
-                      "loss": round(sum(m["loss"] for m in group) / len(group), 4)})
+                      "loss": round(mean_loss(group), 4)})
     file = REFERENCES / f"{name}.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return file

@@ -2,6 +2,7 @@
 text that can be read, and says plainly when there is nothing to draw."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -153,6 +154,17 @@ def test_what_cannot_be_written_is_said_in_the_drawing(world):
     talk.template.tokenizer.decode = lambda ids: "\U000f0001" * len(ids)
     head, _ = drawn_texts(attention.draw_attention(talk))
     assert "U+F0000 or $x_1$?" in head and "answered: U+F0001" in head
+
+
+def test_a_long_answer_leaves_the_images_their_size(world):
+    talk = conversation(world)
+    ask(talk, "Which?", world / "red.png")
+    talk.messages[-2] = replace(talk.messages[-2], content="Which? " * 400)
+    figure = attention.draw_attention(talk)
+    assert figure.subfigs[0].get_suptitle().count("\n") > 15
+    figure.savefig(io.BytesIO(), dpi=100)
+    sizes = [axes.get_window_extent().height for part in figure.subfigs for axes in part.axes]
+    assert min(sizes) > 100 * 0.8 * attention.SIDE, sizes
 
 
 def test_many_words_are_cut_and_counted(world, monkeypatch):

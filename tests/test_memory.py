@@ -11,7 +11,8 @@ import torch
 import train_sft
 from benchmarks.memory import longest_batch, random_model
 from extras.fast.chunked_cross_entropy import CHUNK
-from extras.memory import MemoryTracker, main, planned, predict, static_memory
+from extras.memory import MemoryTracker, main, planned, predict
+from extras.preset_list import static_memory
 from tests.tiny import ROOT, environment, make_world
 from train_pretrain import backward
 from training.distributed import start_distributed
