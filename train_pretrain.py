@@ -8,6 +8,7 @@ through the frozen language model is all that it learns from. Writes checkpoints
 to --out; train_sft.py goes on from there. Both stages share fit() and train().
 """
 
+import contextlib
 import math
 import time
 from functools import partial
@@ -117,7 +118,7 @@ def place_model(bundle, settings, distributed) -> None:
     model.set_checkpointing(settings.checkpointing)
     try:
         from extras.fast import prepare_for_training  # here: the same results, faster
-    except ImportError:  # the plain layers
+    except ModuleNotFoundError:  # the plain layers
         pass
     else:
         prepare_for_training(model)
@@ -156,7 +157,7 @@ def fit(bundle, data, settings, start, distributed) -> Log:
     with report_at_end(settings.out, distributed.main):
         with (record_launch(settings.out, facts, state, steps.total, distributed),
               explain_errors(settings, loaders, partial(way_out, settings, start)),
-              handle_signals()):
+              handle_signals(), contextlib.closing(steps)):
             train(bundle.model, steps, optimizer, settings, distributed, hooks)
         log.summary = summarise(settings.out, state, log.seconds, distributed)
     return log
@@ -181,9 +182,9 @@ def train(model, steps, optimizer, settings, distributed, hooks) -> None:
         # Dropout follows from seed, step and rank alone, so a resumed run draws the same numbers,
         # and there is no generator state to save.
         torch.manual_seed((settings.seed * 1_000_003 + step) * 4099 + distributed.rank)
-        losses = [float(loss) for loss in [
-            backward(model, batch, max(num_tokens, 1), settings, distributed, scaler)
-            for batch in batches]]
+        losses = [backward(model, batch, max(num_tokens, 1), settings, distributed, scaler)
+                  for batch in batches]
+        losses = [float(loss) for loss in losses]  # after all of them: a GPU is waited for once
         # A signal reaches one rank; by this sum all of them stop after the same step.
         loss, stop = distributed.sum(sum(losses), stop_requested())
 
@@ -222,7 +223,7 @@ def backward(model, batch, num_tokens: float, settings, distributed,
                                 batch.features)  # their sum
     loss = token_losses / num_tokens
     scaler.scale(loss).backward()
-    return loss.detach()  # no .item(): a GPU would wait for it after every micro-batch
+    return loss.detach()
 
 
 if __name__ == "__main__":

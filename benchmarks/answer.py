@@ -139,7 +139,7 @@ def ours(place: Path, numbers: str, device: str):
 
     flags = ["--dtype", numbers] if numbers in NUMBERS else ["--quantize", numbers]
     flags = script.read_flags(["--device", device, *flags])
-    model, template, processor = script.load(flags, str(place / "run"))
+    model, template, processor = script.load_model(flags, str(place / "run"))
     ids, pixels = question(template), processor(Image.open(place / "picture.png"))[None]
     read = sum(p.nbytes for name, p in model.language.named_parameters() if p.ndim > 1
                and not (name.startswith("embed_tokens")

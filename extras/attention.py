@@ -169,7 +169,7 @@ def spotlight(images: list, heat: np.ndarray, side: int) -> np.ndarray:
 
 def draw_attention(conversation) -> Figure:
     """The last answer of a Conversation. ValueError: there is no image or no word to draw."""
-    prompt, answer, pixels = conversation.asked, conversation.answered, conversation.pixels
+    prompt, answer, pixels = conversation.prompt_ids, conversation.answer_ids, conversation.pixels
     model, tokenizer = conversation.model, conversation.template.tokenizer
     if not pixels or not answer:
         raise ValueError("--attention: there is no " + ("word in the answer" if pixels else

@@ -75,6 +75,7 @@ def write_report(outs: list, file=None) -> Path:
         beside_reference(runs[0]) if alone else "", curves(runs), answers(runs, names),
         table("Scores", names, scores),
         table("Settings" if alone else "Settings in which they differ", names, settings),
+        *map(changes, runs, names),
         table("What ran, on which data, and what came of it", names, ran)]
     file = Path(file or (runs[0].out / "report.html" if alone else "compare.html"))
     file.write_text(
@@ -85,6 +86,13 @@ def write_report(outs: list, file=None) -> Path:
         f"<style>{STYLE}</style></head><body>\n" + "\n".join(filter(None, sections))
         + "\n</body></html>\n", encoding="utf-8")
     return file
+
+
+def changes(run: RunRecord, name: str) -> str:
+    """What was changed where the run went on after a loss that was not finite."""
+    sentences = [f"From step {change['from_step']} on {change['setting']} is {change['now']}; "
+                 f"before, it was {change['before']}." for change in run.run.get("changes", [])]
+    return f"<p>{text(name)}: {text(' '.join(sentences))}</p>" if sentences else ""
 
 
 def heading(run: RunRecord, name: str, colour: str) -> str:

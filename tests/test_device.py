@@ -13,7 +13,6 @@ import eval as script
 import train_pretrain
 import train_sft
 import training.precision
-from evaluation.loading import chat_dtype
 from extras.fast import prepare_for_inference
 from extras.fast.attention import kernel_shares_heads
 from extras.fast.quantize import is_quantized
@@ -27,6 +26,7 @@ from training.device import (
     is_out_of_memory,
     prepare_device,
 )
+from training.inference import inference_dtype
 from training.precision import bf16_speedup
 
 
@@ -86,7 +86,7 @@ def test_both_stages_and_the_chat_prepare_their_device(untouched, tmp_path, monk
         assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
     flags = script.read_flags(["--model", str(tmp_path / "train_sft"), "--device", "cpu"])
-    script.load(flags, flags.model)
+    script.load_model(flags, flags.model)
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
 
 
@@ -101,7 +101,7 @@ def test_apple_gpus_refuse_16_bits(dtype):
 def test_the_chat_refuses_16_bits_on_mps_in_a_sentence(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="eval.py: --device mps computes wrongly in bfloat16"):
         script.main(["--device", "mps", "--dtype", "bf16", "--prompt", "x"])
-    assert chat_dtype(torch.device("mps"), None)[0] == torch.float32
+    assert inference_dtype(torch.device("mps"), None)[0] == torch.float32
 
 
 class OnDevice:
@@ -140,11 +140,11 @@ def test_bf16_is_timed_against_float32(monkeypatch):
 def test_a_chat_takes_bf16_where_the_processor_is_faster_in_it(native, monkeypatch):
     monkeypatch.setattr(training.precision, "bf16_speedup", lambda: 2.0 if native else 0.5)
     cpu = torch.device("cpu")
-    dtype, why = chat_dtype(cpu, None)
+    dtype, why = inference_dtype(cpu, None)
     assert dtype == (torch.bfloat16 if native else torch.float32)
     assert why == ("its products are 2.0 times as fast as float32's here" if native else
                    "bf16 products are 0.5 times as fast here")
-    assert chat_dtype(cpu, "fp32")[0] == torch.float32
+    assert inference_dtype(cpu, "fp32")[0] == torch.float32
     # bf16 weights: multiplied as they are, or read as bf16 and multiplied in float32.
     model = LanguageModel(LanguageConfig.from_public(dict(
         model_type="qwen2", vocab_size=32, hidden_size=16, intermediate_size=32,
@@ -158,7 +158,7 @@ def test_stats_tell_the_dtype_and_why(tmp_path, capsys):
     world = make_world(tmp_path / "world")
     train_pretrain.main([*world, "--steps", "1", "--out", str(tmp_path / "run")])
     capsys.readouterr()
-    for flags, expected in (([], f"dtype: {told(chat_dtype(torch.device('cpu'), None))}"),
+    for flags, expected in (([], f"dtype: {told(inference_dtype(torch.device('cpu'), None))}"),
                             (["--dtype", "fp32"], "dtype: float32 (as asked)")):
         script.main(["--model", str(tmp_path / "run"), "--device", "cpu", "--prompt", "x",
                      "--max_new_tokens", "2", "--stats", *flags])
@@ -229,7 +229,7 @@ def test_eval_says_what_takes_less_memory(monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(script, "load", fail)
+    monkeypatch.setattr(script, "load_model", fail)
     with pytest.raises(SystemExit, match="out of memory.*\n.*--quantize int8"):
         script.main(["--prompt", "x"])
 

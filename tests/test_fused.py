@@ -137,5 +137,5 @@ def test_adapters_are_refused_before_anything_is_fused():
 def test_a_chat_has_them(tmp_path):
     make_runs(tmp_path)
     flags = script.read_flags(["--device", "cpu"])
-    model, _, _ = script.load(flags, str(tmp_path / "sft"))  # its adapters merged
+    model, _, _ = script.load_model(flags, str(tmp_path / "sft"))  # its adapters merged
     assert all(isinstance(layer.self_attn, FusedQKVAttention) for layer in model.language.layers)

@@ -14,9 +14,10 @@ from extras.fast.gemv import (
     GEMVLinear,
     batched_gemv,
     fastest_routine,
-    is_large_row,
+    is_large,
     linear,
     torch_mv,
+    use_fastest_routine,
 )
 from model.config import LanguageConfig
 from model.generate import generate
@@ -68,15 +69,37 @@ def test_every_number_of_threads_gets_parts(rows):
     assert math.gcd(rows, 64) == 64
 
 
-def test_what_does_not_suit_goes_the_usual_way():
-    row, weight = torch.randn(1, 1, 1024), torch.randn(1024, 1024)
-    assert is_large_row(row, weight) and is_large_row(row.bfloat16(), weight.bfloat16())
-    assert not is_large_row(torch.randn(1, 2, 1024), weight)  # two rows
-    assert not is_large_row(row.bfloat16(), weight)
-    assert not is_large_row(row.half(), weight.half())
-    assert not is_large_row(row.to("meta"), weight.to("meta"))
-    assert not is_large_row(torch.randn(1, 64), torch.randn(64, 64))  # small ones stay whole
-    assert is_large_row(torch.randn(1, 576), torch.randn(576, 576))  # SmolLM2's smallest but one
+def test_what_does_not_suit_goes_the_usual_way(monkeypatch):
+    weight, called = torch.randn(1024, 1024), []
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setitem(OTHER_ROUTINES, dtype, lambda x, w: called.append(1) or torch.mv(w, x))
+    monkeypatch.setattr(gemv, "fastest_routine", lambda dtype, threads: OTHER_ROUTINES[dtype])
+
+    def taken(x, weight) -> bool:
+        called.clear()
+        linear(x, weight)
+        return bool(called)
+
+    row = torch.randn(1, 1, 1024)
+    assert taken(row, weight) and taken(row.bfloat16(), weight.bfloat16())
+    assert not taken(torch.randn(1, 2, 1024), weight)  # two rows
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not taken(row.bfloat16(), weight)
+    assert not taken(row.half(), weight.half())
+    assert not taken(row.to("meta"), weight.to("meta"))
+    assert not taken(torch.randn(1, 64), torch.randn(64, 64))  # small ones stay whole
+    assert taken(torch.randn(1, 576), torch.randn(576, 576))  # SmolLM2's smallest but one
+    assert is_large(weight) and not is_large(weight.to("meta"))
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_layers_are_swapped_where_it_is_faster(monkeypatch, faster):
+    monkeypatch.setattr(gemv, "fastest_routine",
+                        lambda dtype, threads: OTHER_ROUTINES[dtype] if faster else F.linear)
+    large, small = torch.nn.Linear(1024, 1024), torch.nn.Linear(16, 16)
+    use_fastest_routine(torch.nn.Sequential(large, small))
+    assert type(large) is (GEMVLinear if faster else torch.nn.Linear)
+    assert type(small) is torch.nn.Linear
 
 
 @pytest.mark.parametrize("dtype", OTHER_ROUTINES)
@@ -126,12 +149,12 @@ def test_a_chat_says_the_same(monkeypatch):
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         tie_word_embeddings=True))).eval()
     said = list(generate(model, [5, 7, 11], None, max_new_tokens=12))
-    prepare_for_inference(model, torch.device("cpu"))
-    assert isinstance(model.layers[0].mlp.gate_up_proj, GEMVLinear)
     monkeypatch.setattr(gemv, "SMALLEST", 1)
     rows = []
     monkeypatch.setattr(gemv, "fastest_routine",
                         lambda *_: lambda x, weight: rows.append(1) or batched_gemv(x, weight))
+    prepare_for_inference(model, torch.device("cpu"))
+    assert isinstance(model.layers[0].mlp.gate_up_proj, GEMVLinear)
     assert list(generate(model, [5, 7, 11], None, max_new_tokens=12)) == said
     assert len(rows) > 12 * 2 * 4
 

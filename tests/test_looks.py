@@ -12,9 +12,9 @@ from PIL import Image
 
 import eval as script
 import train_pretrain
-from evaluation.conversation import Conversation
 from extras import attention
 from tests.tiny import make_world
+from training.inference import Conversation
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def world(tmp_path_factory):
 
 def conversation(world, name="plain"):
     flags = script.read_flags(["--device", "cpu"])
-    talk = Conversation(*script.load(flags, str(world / name)), {"max_new_tokens": 7})
+    talk = Conversation(*script.load_model(flags, str(world / name)), {"max_new_tokens": 7})
     torch.manual_seed(0)
     for parameter in talk.model.parameters():  # so that it talks and does not stop
         parameter.data.normal_(std=0.3)
@@ -59,7 +59,7 @@ def test_two_pictures_and_a_second_turn(world):
     ask(talk, "Which?", world / "red.png", world / "blue.png")
     first = attention.draw_attention(talk)
     ask(talk, "And now?")
-    assert len(talk.asked) > 20 and attention.draw_attention(talk)
+    assert len(talk.prompt_ids) > 20 and attention.draw_attention(talk)
     assert drawn_texts(first)[0].startswith("asked: Which? answered: ")
     assert len([axes for axes in first.axes if axes.images and "%" not in axes.get_title()]) == 4
 
@@ -73,7 +73,7 @@ def test_the_brightest_patch_is_the_one_that_was_looked_at(world, monkeypatch):
     """All of the attention put on one patch of the second picture: light falls there alone."""
     talk = conversation(world)
     ask(talk, "Which?", Image.new("RGB", (16, 16), "white"), Image.new("RGB", (16, 16), "white"))
-    images = [i for i, token in enumerate(talk.asked)
+    images = [i for i, token in enumerate(talk.prompt_ids)
               if token == talk.model.config.image_token_id]
 
     def maps(model, ids, pixels, answer):
@@ -111,7 +111,7 @@ def test_nothing_to_draw_is_said(world):
         attention.draw_attention(talk)
     talk = conversation(world)
     ask(talk, "Which?", world / "red.png")
-    talk.answered = []
+    talk.answer_ids = []
     with pytest.raises(ValueError, match="no word in the answer"):
         attention.draw_attention(talk)
 

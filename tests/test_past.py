@@ -11,7 +11,6 @@ from dataset.chat import ChatTemplate
 from dataset.families import DEFAULT_SYSTEM
 from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
-from evaluation.conversation import Conversation
 from extras.fast.prefix_cache import PrefixCache
 from model.config import VLMConfig
 from model.generate import KVCache
@@ -19,6 +18,7 @@ from model.language import LanguageModel
 from model.projector import Projector
 from model.vision import VisionTransformer
 from model.vlm import VLM
+from training.inference import Conversation
 
 FAMILIES = ("qwen2", "qwen3", "minimind")  # qwen3 takes the opening of an earlier answer away
 

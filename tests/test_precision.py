@@ -14,13 +14,13 @@ import train_sft
 import training.precision
 import training.resume
 from dataset.batching import Batches
-from evaluation.loading import chat_dtype
 from model.lora import LoRALinear
 from model.pretrained.checkpoint import load_checkpoint, newest_checkpoint
 from model.pretrained.hub import load_language, load_vision, save_language, save_vision
 from tests.tiny import curve, make_world, metrics, torchrun
 from train_pretrain import backward, load_or_build
 from training.data import open_training_data
+from training.inference import inference_dtype
 from training.optim import choose_trainable
 from training.precision import LossScaler, cast_weights, choose_dtype, settle_dtype
 from training.presets import read_flags, resolve
@@ -285,8 +285,8 @@ def test_auto_on_cuda(monkeypatch, name, capability, expected, why):
     assert choose_dtype("fp32", torch.device("cuda", 0)) == ("fp32", "as asked")
     # A chat takes float32 where training takes scaled fp16: it has no loss to scale.
     suits = torch.bfloat16 if expected == "bf16" else torch.float32
-    assert chat_dtype(torch.device("cuda", 0), None)[0] == suits
-    assert chat_dtype(torch.device("cuda", 0), "fp32") == (torch.float32, "as asked")
+    assert inference_dtype(torch.device("cuda", 0), None)[0] == suits
+    assert inference_dtype(torch.device("cuda", 0), "fp32") == (torch.float32, "as asked")
 
 
 def test_all_ranks_take_what_rank_0_has_measured(monkeypatch, capsys):

@@ -204,7 +204,7 @@ def world(tmp_path_factory):
 
 def opened(name, *flags):
     flags = script.read_flags(["--device", "cpu", "--dtype", "fp32", *flags])
-    return script.load(flags, str(name))[0]
+    return script.load_model(flags, str(name))[0]
 
 
 @torch.no_grad()

@@ -93,10 +93,10 @@ def test_asking_changes_no_bit_of_the_training(world, unseen, tmp_path):
 def test_the_answers_are_those_that_the_checkpoint_gives(run, unseen):
     """Those of the last step, against eval.py's own conversation with the last checkpoint."""
     import eval as script
-    from evaluation.conversation import Conversation
+    from training.inference import Conversation
 
     flags = script.read_flags(["--device", "cpu"])
-    model, template, processor = script.load(flags, str(run))
+    model, template, processor = script.load_model(flags, str(run))
     pictures = [line["image"] for line in map(json.loads, Path(unseen[1]).read_text().splitlines())
                 if "image" in line]
     for asked, picture in zip(answers(run)[-1]["answers"], pictures):

@@ -2,6 +2,8 @@
 
 import json
 import math
+from contextlib import contextmanager
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
@@ -171,6 +173,16 @@ def test_rates_and_decay_by_part(world):
     assert make_optimizer(parts.model, settings).param_groups[2]["lr"] == 0.5
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.1, 0.5])
+def test_a_schedule_gives_shares_of_the_peak(name, warmup_ratio):
+    """In a line up over the warmup, then never above 1 and never 0: each step learns something."""
+    shares = [SCHEDULES[name](step, 100, warmup_ratio) for step in range(1, 101)]
+    warmup = int(100 * warmup_ratio)
+    assert shares[:warmup] == pytest.approx([step / warmup for step in range(1, warmup + 1)])
+    assert all(0 < share <= 1 for share in shares) and max(shares) > 0.99
+
+
 def test_the_cosine_rises_to_one_and_falls_to_a_tenth():
     schedule = SCHEDULES["cosine"]
     shares = [schedule(step, 100, 0.1) for step in range(1, 101)]
@@ -263,3 +275,27 @@ def test_progress_is_told(world, tmp_path, capsys):
     assert "step 1/6  loss " in told and "step 6/6  loss " in told
     assert "next: python train_sft.py --lora --model" in told
     assert [clock(s) for s in (0, 151, 3725)] == ["0:00", "2:31", "1:02:05"]
+
+
+def test_an_error_in_the_loop_ends_the_workers(world, tmp_path, monkeypatch):
+    """A rank that fails leaves without the usual exit, which would end them otherwise."""
+    before, left = set(active_children()), []
+
+    def fail(*_):
+        raise RuntimeError("a fault of the program")
+
+    def summary(*arguments, plain=train_pretrain.record_launch):
+        @contextmanager
+        def note():
+            try:
+                with plain(*arguments):
+                    yield
+            finally:
+                left.extend(set(active_children()) - before)
+        return note()
+
+    monkeypatch.setattr(train_pretrain, "record_launch", summary)
+    monkeypatch.setattr(train_pretrain, "backward", fail)
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        train_pretrain.main([*world, "--workers", "2", "--out", str(tmp_path)])
+    assert left == []

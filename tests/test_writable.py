@@ -59,8 +59,8 @@ def nothing_loaded(monkeypatch):
         raise AssertionError("too early")
 
     for place in ("training.resume.find_start", "train_pretrain.open_data",
-                  "train_pretrain.load_or_build", "extras.export.__main__.find_model", "eval.load",
-                  "extras.web.prepare", "evaluation.run.find_model"):
+                  "train_pretrain.load_or_build", "extras.export.__main__.find_model",
+                  "eval.load_model", "extras.web.prepare", "evaluation.run.find_model"):
         monkeypatch.setattr(place, loaded)
 
 

@@ -5,7 +5,6 @@
     ModelBundle, optimizer, TrainerState -> save -> OUT/step_NNNNNN
 """
 
-import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from model.pretrained.checkpoint import (
 from model.pretrained.manifest import TornError
 from training.errors import StopTraining
 from training.presets import read_flags, resolve
-from training.run_metadata import FILES
+from training.run_metadata import FILES, read_object
 from training.settings import BENDING, CHANGEABLE
 from training.state import TrainerState
 from training.writable import check_directory, free_name
@@ -90,7 +89,7 @@ def find_start(flags, start_from=()) -> tuple[Path | None, dict]:
 
 def settings_of_run(flags, checkpoint: Path) -> dict:
     """The settings of the run to resume; SystemExit where a flag would make it another run."""
-    run = read_launches(Path(flags.out) / "run.json")
+    run = read_object(Path(flags.out) / "run.json")
     earlier = {**template_facts(read_config(checkpoint)), **read_run(checkpoint)["settings"],
                # Changed after this checkpoint was saved: that still holds.
                **{name: value for name, value in run.get("settings", {}).items()
@@ -105,15 +104,6 @@ def settings_of_run(flags, checkpoint: Path) -> dict:
                              f"{earlier.get(name)}. Leave the flag out, or start a new run with "
                              "another --out.")
     return earlier
-
-
-def read_launches(path: Path) -> dict:
-    """OUT/run.json; {} where a kill or somebody else has left none that can be read."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def model_facts(flags, checkpoint: Path) -> dict:

@@ -188,10 +188,10 @@ def peak_memory(distributed) -> tuple[int | None, int | None]:
 def read_object(path: Path) -> dict:
     """{} where there is no such file, or no object in it."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_lines(path: Path) -> list[dict]:

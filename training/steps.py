@@ -35,6 +35,7 @@ class Steps:
         # Rounded, so that every later resume finds the same number to the last bit.
         self.ahead = (0 if settings.steps is not None
                       else round(done / self.step_size - state.step, 6))
+        self.running = None  # the generator of the loop
         self.stopping = False  # set it, and the present step is the last one
         self.batches = []  # of the present step, on this rank
         self.non_padding_tokens = 0  # of the present step, on all ranks
@@ -53,6 +54,16 @@ class Steps:
         return step == self.total or self.stopping
 
     def __iter__(self):
+        self.running = self.generate()
+        return self.running
+
+    def close(self) -> None:
+        """End the processes that prepare data, also where an error has ended the loop."""
+        if self.running:
+            self.running.close()
+
+    def generate(self):
+        """-> (step, this rank's micro-batches), ..."""
         state, loader = self.state, self.loader
         state.bucket, state.shards = loader.layout.bucket, loader.layout.shards
         start = state.epoch, state.place, self.step_size, self.samples_left()

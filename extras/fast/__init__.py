@@ -17,7 +17,7 @@ from extras.fast.attention import SharedHeadsAttention
 from extras.fast.autocast import AutocastLoRALinear, AutocastRMSNorm
 from extras.fast.chunked_cross_entropy import chunked_cross_entropy as fast_loss
 from extras.fast.fused import fuse
-from extras.fast.gemv import GEMVLinear
+from extras.fast.gemv import use_fastest_routine
 from extras.fast.inference import InferenceLanguageModel
 from extras.fast.quantize import is_quantized, quantize, set_compute_dtype
 from extras.fast.swiglu import SwiGLUMLP
@@ -28,7 +28,7 @@ from training.precision import choose_dtype
 
 TRAINING = {Attention: SharedHeadsAttention, MLP: SwiGLUMLP, RMSNorm: AutocastRMSNorm,
             LoRALinear: AutocastLoRALinear}
-INFERENCE = {LanguageModel: InferenceLanguageModel, nn.Linear: GEMVLinear}
+INFERENCE = {LanguageModel: InferenceLanguageModel}
 
 
 def swap_classes(module: nn.Module, classes: dict[type, type]) -> None:
@@ -61,3 +61,4 @@ def prepare_for_inference(model, device: torch.device, dtype: torch.dtype = torc
     model.to(device)
     fuse(language_model)
     swap_classes(language_model, INFERENCE)
+    use_fastest_routine(language_model)
