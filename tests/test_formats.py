@@ -16,8 +16,9 @@ from PIL import Image
 from dataset.chat import Message
 from dataset.images import load_image
 from dataset.readers import json_files, parquet
-from dataset.readers.formats import BadSample, MissingPicture, data_hash, open_data
+from dataset.readers.formats import BadSample, MissingPicture, open_data
 from dataset.sample import PROMPTS
+from training.data import data_hash
 
 QUESTION, ANSWER = "<image>\nWho is it?", "一只猫 🐈"
 MINIMIND = {"conversations": [{"role": "user", "content": QUESTION},

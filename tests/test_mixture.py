@@ -16,9 +16,10 @@ from test_formats import (  # noqa: F401
     write_parquet,
 )
 
-from dataset.readers.formats import BadSample, data_hash, open_data
-from dataset.readers.mixture import mixture_hash, open_mixture, split_source
+from dataset.readers.formats import BadSample, open_data
+from dataset.readers.mixture import open_mixture, split_source
 from dataset.readers.sampler import by_size
+from training.data import data_hash, mixture_hash
 
 
 def write(path, count, name):

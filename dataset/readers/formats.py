@@ -12,7 +12,6 @@ index is held in memory: a row is read when it is asked for, so a broken one rai
 hurts no other. Several files, each with a weight: mixture.py.
 """
 
-import hashlib
 from pathlib import Path
 
 from dataset.readers.bad_sample import BadSample, MissingPicture
@@ -20,7 +19,7 @@ from dataset.readers.json_files import BYTE_ORDER_MARK, open_json
 from dataset.readers.parquet import ParquetData
 from dataset.sample import Sample
 
-__all__ = ["BadSample", "MissingPicture", "Sample", "data_hash", "open_data"]
+__all__ = ["BadSample", "MissingPicture", "Sample", "open_data"]
 
 
 def open_data(file, images_dir=None):
@@ -45,12 +44,3 @@ def open_data(file, images_dir=None):
                          "fetch it with git lfs pull")
     raise ValueError(f"{file} starts with {head[:20]!r}; expected JSON Lines (a '{{' first), "
                      "a JSON array ('[') or Parquet ('PAR1')")
-
-
-def data_hash(file) -> dict:
-    """What run.json says about the data: name, bytes, sha256. Reads the whole file once."""
-    digest = hashlib.sha256()
-    with open(file, "rb") as opened:
-        while block := opened.read(1 << 22):
-            digest.update(block)
-    return {"file": str(file), "bytes": Path(file).stat().st_size, "sha256": digest.hexdigest()}

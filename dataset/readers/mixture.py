@@ -24,7 +24,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from dataset.readers.formats import data_hash, open_data
+from dataset.readers.formats import open_data
 from dataset.sample import Sample
 
 
@@ -150,9 +150,3 @@ def split_source(source: str) -> tuple[str, float]:
         raise ValueError(f"{source}: the weight is {match[2]}; expected more than 0, how often "
                          "each sample comes in an epoch. Leave the file out if it is not wanted.")
     return file, weight
-
-
-def mixture_hash(mixture: Mixture) -> list[dict]:
-    """For run.json: data_hash of each file, its weight and all its samples."""
-    return [{**data_hash(source.file), "weight": source.weight, "samples": len(source.data)}
-            for source in mixture.sources]
