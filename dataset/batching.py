@@ -137,8 +137,9 @@ class Batches:
         sample = data[i]
         try:
             # Qwen3 learns one answer of a row: each epoch another one.
-            messages = self.template.lesson(sample.messages, epoch + i)
-            ids, mask = self.template.fit(*self.template.render(messages), self.max_length)
+            messages = self.template.training_prefix(sample.messages, epoch + i)
+            ids, mask = self.template.encode_conversation(messages)
+            ids, mask = self.template.truncate(ids, mask, self.max_length)
         except ValueError as error:
             raise BadSample(sample.where, str(error)) from error
         images = sample.images[:sum(message.images for message in messages)]

@@ -1,7 +1,7 @@
 """The one chat template: messages -> token ids and loss mask, built together.
 
-    Sample.messages -> ChatTemplate.render -> ids, mask          training (dataset/batching.py)
-    Sample.messages -> ChatTemplate.prompt -> ids                chat and scoring (eval.py)
+    Sample.messages -> ChatTemplate.encode_conversation -> ids, mask   training (batching.py)
+    Sample.messages -> ChatTemplate.encode_prompt -> ids               chat and scoring (eval.py)
 
 It is ChatML, one block a turn, an image in a turn as K placeholders:
 
@@ -24,8 +24,8 @@ for good. Qwen3 takes it away again as soon as the next question comes:
 
 One row of ids cannot be both. In the second one answer 1 follows a prefix that no chat will ever
 give, so learning it there would be wasted: for Qwen3 only the last answer of a row is supervised.
-`lesson` cuts a conversation behind another of its answers each time it comes up; so all are
-learned, each after the very prompt that asks for it.
+`training_prefix` cuts a conversation behind another of its answers each time it comes up; so all
+are learned, each after the very prompt that asks for it.
 """
 
 from dataclasses import dataclass
@@ -91,18 +91,18 @@ class ChatTemplate:
             before, after = map(tokenizer.token_id, facts.around_image)
             self.image_ids = [before, *self.image_ids, after]
 
-    def render(self, messages) -> tuple[list[int], list[bool]]:
+    def encode_conversation(self, messages) -> tuple[list[int], list[bool]]:
         """A whole conversation -> ids, and mask: mask[i] is True where ids[i] is supervised."""
         messages = self._with_system(messages)
         return self._turns(messages, newest=len(messages) - 1)
 
-    def prompt(self, messages) -> list[int]:
+    def encode_prompt(self, messages) -> list[int]:
         """The same ids, then the assistant's turn left open: the model goes on from here."""
         messages = self._with_system(messages)
         ids, _ = self._turns(messages, newest=len(messages))  # the answer that is to come
         return ids + self.headers["assistant"] + self.opening
 
-    def lesson(self, messages, number: int) -> list[Message]:
+    def training_prefix(self, messages, number: int) -> list[Message]:
         """The part of a conversation to train on when it comes up for the number-th time: all of
         it, or where a row teaches one answer (Qwen3), all up to one of the answers in turn."""
         messages = list(messages)
@@ -111,7 +111,7 @@ class ChatTemplate:
             return messages
         return messages[:answers[number % len(answers)] + 1]
 
-    def fit(self, ids: list[int], mask: list[bool], max_length: int):
+    def truncate(self, ids: list[int], mask: list[bool], max_length: int):
         """Cut a rendered conversation at max_length tokens, or raise ValueError with the reason.
 
         Never cut through an image: the model would get features without a position for them.

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from dataset.chat import IMAGE, Message
 from dataset.readers.bad_sample import BadSample, shown
-from dataset.readers.record_images import find_pictures, picture_key
+from dataset.readers.record_images import find_images, image_key
 from dataset.readers.unread import MEDIA_KINDS, kinds_of, refuse_blind
 
 TURNS = ("conversations", "messages")
@@ -52,7 +52,7 @@ class Sample:
     tags: dict = field(default_factory=dict)  # e.g. {"kind": "count", "language": "en"}
 
 
-def read_turns(record: dict, index: int, draw: int) -> list:
+def read_turns(record: dict, index: int, caption_index: int) -> list:
     key = next((key for key in TURNS if record.get(key) is not None), TURNS[0])
     turns = record.get(key)
     if isinstance(turns, str):  # Parquet of minimind-v: a column of JSON text
@@ -63,7 +63,7 @@ def read_turns(record: dict, index: int, draw: int) -> list:
     return checked(turns, key)
 
 
-def read_prompt(record: dict, index: int, draw: int) -> list:
+def read_prompt(record: dict, index: int, caption_index: int) -> list:
     turns = []
     for key, role in (("prompt", "user"), ("completion", "assistant")):
         value = record.get(key)
@@ -72,15 +72,15 @@ def read_prompt(record: dict, index: int, draw: int) -> list:
     return checked(turns, "prompt and completion")
 
 
-def read_pairs(record: dict, index: int, draw: int) -> list:
+def read_pairs(record: dict, index: int, caption_index: int) -> list:
     return [{**pair, "role": role, "content": pair.get(role)}
             for pair in checked(record["texts"], "texts", "user and assistant")
             for role in ("user", "assistant")]
 
 
-def read_captions(record: dict, index: int, draw: int) -> list:
+def read_captions(record: dict, index: int, caption_index: int) -> list:
     """One prompt and one of the captions. The first of each is random but fixed by `index`; from
-    there `draw` goes round, so that n draws of n captions show each of them once."""
+    there `caption_index` goes round, so that n of them show each of n captions once."""
     captions = record["caption"]
     texts = [captions] if isinstance(captions, str) else captions
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -89,9 +89,9 @@ def read_captions(record: dict, index: int, draw: int) -> list:
     if not texts:
         raise ValueError("'caption' holds no text; remove the entry or write one")
     rng = random.Random(index)
-    caption = texts[(rng.randrange(len(texts)) + draw) % len(texts)]
+    caption = texts[(rng.randrange(len(texts)) + caption_index) % len(texts)]
     prompts = PROMPTS["zh" if CHINESE.search(caption) else "en"]
-    prompt = prompts[(rng.randrange(len(prompts)) + draw) % len(prompts)]
+    prompt = prompts[(rng.randrange(len(prompts)) + caption_index) % len(prompts)]
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": caption}]
 
 
@@ -110,14 +110,15 @@ RECORD_LAYOUTS = ((("conversations",), read_turns), (("messages",), read_turns),
 TEXT_KEYS = tuple(key for keys, _ in RECORD_LAYOUTS for key in keys)
 
 
-def to_sample(record: dict, images_dir: Path, where: str, index: int = 0, draw: int = 0) -> Sample:
-    """-> a sample with as many <image> markers as images, or BadSample. index, draw: of several
-    captions, record `index` shows the same one each time, and the next with each higher `draw`."""
-    images = find_pictures(record, images_dir, where)
+def to_sample(record: dict, images_dir: Path, where: str, index: int = 0,
+              caption_index: int = 0) -> Sample:
+    """-> a sample with as many <image> markers as images, or BadSample. index: number of the
+    record. It chooses one of several captions, caption_index the next one with each step."""
+    images = find_images(record, images_dir, where)
     keys, read = next((layout for layout in RECORD_LAYOUTS if any(
         record.get(key) is not None for key in layout[0])), RECORD_LAYOUTS[0])
     try:
-        turns = read(record, index, draw)
+        turns = read(record, index, caption_index)
         messages = [to_message(turn) for turn in turns]
     except (ValueError, RecursionError) as error:
         raise BadSample(where, str(error)) from error
@@ -125,7 +126,7 @@ def to_sample(record: dict, images_dir: Path, where: str, index: int = 0, draw: 
     if length > LONGEST_TEXT:
         raise BadSample(where, f"a conversation of {length:,} characters; expected at most "
                                f"{LONGEST_TEXT:,}, is it a whole book?")
-    refuse_blind(record, (*keys, picture_key(record), *TAGS), turns, messages, images, where)
+    refuse_blind(record, (*keys, image_key(record), *TAGS), turns, messages, images, where)
     if read is read_captions and not images:
         raise BadSample(where, "a caption without a picture; expected the name or the bytes of its "
                                "file under 'image'")

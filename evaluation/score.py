@@ -139,7 +139,7 @@ class Predictor:
         limit = language_model_of(self.model).config.max_position_embeddings
         prompts, bad = {}, []
         for i, question in enumerate(questions):
-            ids = self.template.prompt(question.messages)
+            ids = self.template.encode_prompt(question.messages)
             if len(ids) < limit:
                 prompts[i] = ids
             else:

@@ -81,7 +81,7 @@ def test_the_prompt_is_what_training_would_have_made(world, conversation):
     say(conversation, "Sure?")
     said = [Message("user", "<image>\nWhich colour?"), Message("assistant", answer),
             Message("user", "Sure?"), Message("assistant", "")]
-    whole, _ = template.render(said)
+    whole, _ = template.encode_conversation(said)
     assert whole[:len(seen[0])] == seen[0]
 
 

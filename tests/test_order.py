@@ -110,8 +110,8 @@ def test_pictures_in_parquet_are_read_once_by_all_workers(
     template = ChatTemplate(Tokenizer.from_directory(tiny_tokenizer_dir), 4)
     data, read, opened, told = open_mixture([str(files / "p")]), [], [], []
     sample, made = parquet.ParquetData.sample, parquet.GroupReader.__init__
-    monkeypatch.setattr(parquet.ParquetData, "sample", lambda self, i, draw=0:
-                        read.append(i) or sample(self, i, draw))
+    monkeypatch.setattr(parquet.ParquetData, "sample", lambda self, i, caption_index=0:
+                        read.append(i) or sample(self, i, caption_index))
     monkeypatch.setattr(parquet.GroupReader, "__init__", lambda self, *given:
                         opened.append(given[1]) or made(self, *given))
     for rank in range(ranks):

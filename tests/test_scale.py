@@ -28,7 +28,7 @@ import train_pretrain
 import training.index_cache
 from dataset.batching import Batches
 from dataset.readers.formats import open_data
-from dataset.readers.json_files import Pieces
+from dataset.readers.json_files import RecordIndex
 from dataset.readers.mixture import open_mixture
 from dataset.readers.parquet import GroupReader
 from model.pretrained.checkpoint import newest_checkpoint
@@ -49,7 +49,7 @@ def test_an_index_costs_24_bytes_a_line(tmp_path):
     (tmp_path / "data.jsonl").write_bytes(line * 200_000)
     data = open_data(tmp_path / "data.jsonl")
     assert len(data) == 200_000 and data[199_999].where.endswith(":200000")
-    index = (data.pieces.starts, data.pieces.sizes, data.pieces.lines)
+    index = (data.records.starts, data.records.sizes, data.records.lines)
     assert sum(map(sys.getsizeof, index)) < 200_000 * 24 * 1.15
     # What a spawned worker is handed. Forked ones share the pages: the next test.
     assert len(pickle.dumps(data)) < 200_000 * 24 * 1.01
@@ -84,7 +84,7 @@ def test_forked_workers_share_the_index(tmp_path):
     (tmp_path / "data.jsonl").write_bytes(line)
     data = open_data(tmp_path / "data.jsonl")
     count = 4_000_000
-    data.pieces = Pieces(data.pieces.file, array("q", bytes(8 * count)),
+    data.records = RecordIndex(data.records.file, array("q", bytes(8 * count)),
                          array("q", [len(line)]) * count, array("q", [1]) * count)
     gc.collect()
     loader = DataLoader(Reading(data), batch_size=None, sampler=[0, 1], num_workers=2,

@@ -156,7 +156,7 @@ class Conversation:
                              f"but {len(self.waiting)} images wait; without it they come first")
         messages = [*self.messages, Message("user", text)]
         pixels = [*self.pixels, *self.waiting]
-        ids = self.template.prompt(messages)
+        ids = self.template.encode_prompt(messages)
         tokens = generate(self.model, ids, torch.stack(pixels) if pixels else None,
                           prefix_cache=self.prefix_cache, stop_ids=self.template.stop_ids,
                           **self.sampling)

@@ -14,7 +14,7 @@ class BadSample(Exception):
         return f"{self.where}: {self.reason}"
 
 
-class MissingPicture(BadSample):
+class MissingImage(BadSample):
     """The row is sound, but the file that it names is not there."""
 
 

@@ -14,12 +14,12 @@ hurts no other. Several files, each with a weight: mixture.py.
 
 from pathlib import Path
 
-from dataset.readers.bad_sample import BadSample, MissingPicture
+from dataset.readers.bad_sample import BadSample, MissingImage
 from dataset.readers.json_files import BYTE_ORDER_MARK, open_json
 from dataset.readers.parquet import ParquetData
 from dataset.sample import Sample
 
-__all__ = ["BadSample", "MissingPicture", "Sample", "open_data"]
+__all__ = ["BadSample", "MissingImage", "Sample", "open_data"]
 
 
 def open_data(file, images_dir=None):

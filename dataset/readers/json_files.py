@@ -24,14 +24,14 @@ from dataset.readers.unread import refuse_unread
 from dataset.sample import TEXT_KEYS, Sample, to_sample
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors put it in front of a text
-WINDOW = 1 << 20  # characters of a file that JsonWalk holds at a time
+WINDOW = 1 << 20  # characters of a file that JsonStreamReader holds at a time
 DECODE = json.JSONDecoder().raw_decode
 BETWEEN = re.compile("[\ufeff\\s,:]*")  # what may stand between two values, or before the first
 LONGEST = 1 << 26  # no honest record is longer; past it a mistake is a mistake, not a cut end
 
 
 @dataclass
-class Pieces:
+class RecordIndex:
     """The records of a file: where they are, not what they say."""
 
     file: Path
@@ -73,23 +73,24 @@ class Pieces:
 class JsonData:
     """JSON Lines or a JSON array: a sample is a piece of the file."""
 
-    def __init__(self, pieces: Pieces, images_dir: Path):
-        self.pieces, self.images_dir = pieces, images_dir
+    def __init__(self, records: RecordIndex, images_dir: Path):
+        self.records, self.images_dir = records, images_dir
 
     def __len__(self) -> int:
-        return len(self.pieces)
+        return len(self.records)
 
     def __getitem__(self, i: int) -> Sample:
         return self.sample(i)
 
     def sizes(self, numbers: np.ndarray) -> np.ndarray:
         """Bytes of these records: about how long their texts are, known without reading them."""
-        return np.asarray(self.pieces.sizes)[numbers]
+        return np.asarray(self.records.sizes)[numbers]
 
-    def sample(self, i: int, draw: int = 0) -> Sample:
-        """draw: which of several captions, see sample.py."""
+    def sample(self, i: int, caption_index: int = 0) -> Sample:
+        """caption_index: which of several captions, see sample.py."""
         i = range(len(self))[i]  # IndexError past the end, which is what ends a for loop
-        return to_sample(self.pieces.read(i), self.images_dir, self.pieces.where(i), i, draw)
+        return to_sample(self.records.read(i), self.images_dir, self.records.where(i), i,
+                         caption_index)
 
 
 class CocoData:
@@ -98,7 +99,7 @@ class CocoData:
 
     def __init__(self, file: Path, images_dir: Path):
         self.images_dir = images_dir
-        self.annotations, self.images = Pieces(file), Pieces(file)
+        self.annotations, self.images = RecordIndex(file), RecordIndex(file)
         ids = array("q")
         for key, value, start, size, line in walk_object(file):
             if key == "annotations":
@@ -124,9 +125,10 @@ class CocoData:
     def sizes(self, numbers: np.ndarray) -> np.ndarray:
         return np.asarray(self.annotations.sizes)[numbers]
 
-    def sample(self, i: int, draw: int = 0) -> Sample:
+    def sample(self, i: int, caption_index: int = 0) -> Sample:
         i = range(len(self))[i]
-        return to_sample(self.record(i), self.images_dir, self.annotations.where(i), i, draw)
+        return to_sample(self.record(i), self.images_dir, self.annotations.where(i), i,
+                         caption_index)
 
     def record(self, i: int) -> dict:
         """Annotation i and its picture's name: {"caption": "A cat.", "image": ["9.jpg"]}."""
@@ -160,32 +162,32 @@ def open_json(file: Path, images_dir: Path, first: bytes):
     return JsonData(index_lines(file), images_dir)
 
 
-def index_lines(file: Path) -> Pieces:
+def index_lines(file: Path) -> RecordIndex:
     """JSON Lines: every line that is not empty is a piece. Nothing is parsed."""
-    pieces, start = Pieces(file), 0
+    records, start = RecordIndex(file), 0
     with open(file, "rb") as opened:
         for number, line in enumerate(opened, 1):
             mark = len(BYTE_ORDER_MARK) if start == 0 and line.startswith(BYTE_ORDER_MARK) else 0
             if line[mark:].strip():
-                pieces.append(start + mark, len(line) - mark, number)
+                records.append(start + mark, len(line) - mark, number)
             start += len(line)
-    return pieces
+    return records
 
 
-def index_array(file: Path) -> Pieces:
+def index_array(file: Path) -> RecordIndex:
     """JSON array: every entry is a piece.
 
     An array has no line ends to go on from after a mistake, so one mistake spoils the file.
     """
-    pieces = Pieces(file)
-    with JsonWalk(file) as walk:
+    records = RecordIndex(file)
+    with JsonStreamReader(file) as walk:
         walk.peek()
         for _, start, size, line in walk.entries():
-            pieces.append(start, size, line)
+            records.append(start, size, line)
         if walk.peek():  # two arrays, one after the other: half of the data would be lost unseen
             raise ValueError(f"{file}:{walk.line}: something follows the end of the array; "
                              "expected one array, or one object a line (JSON Lines)")
-    return pieces
+    return records
 
 
 def is_coco(file: Path) -> bool:
@@ -204,7 +206,7 @@ def is_coco(file: Path) -> bool:
 
 def walk_object(file: Path):
     """The first object of a file -> (key, value, start, size, line), arrays entry by entry."""
-    with JsonWalk(file) as walk:
+    with JsonStreamReader(file) as walk:
         walk.peek()
         walk.step()  # over the "{"
         while walk.peek() != "}":
@@ -216,7 +218,7 @@ def walk_object(file: Path):
                 yield key, *entry
 
 
-class JsonWalk:
+class JsonStreamReader:
     """A JSON file value by value, through a window that moves on: a file of any size opens with
     a few megabytes. Commas and colons between the values are passed over as if they were spaces.
     """

@@ -67,9 +67,9 @@ class Mixture:
 
     def __getitem__(self, i: int) -> Sample:
         part, row = self._find(i)
-        return part.data.sample(row, draw=part.number)
+        return part.data.sample(row, caption_index=part.number)
 
-    def place(self, i: int) -> str:
+    def where(self, i: int) -> str:
         """Where sample i stands, without reading it."""
         part, row = self._find(i)
         return f"{part.file}, sample {row + 1}"

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dataset.readers.bad_sample import BadSample
-from dataset.readers.record_images import PICTURE_KEYS
+from dataset.readers.record_images import IMAGE_KEYS
 from dataset.readers.unread import MEDIA_KINDS, holds_media, kinds_of
 from dataset.sample import RECORD_LAYOUTS, TAGS, TEXT_KEYS, Sample, to_sample
 
@@ -45,7 +45,7 @@ class ParquetData:
         self.file, self.images_dir = file, images_dir
         # Only these are read: ratings, embeddings and whatever else stands there costs nothing.
         # What seems to hold pictures or options is read too, so that its rows can be refused.
-        wanted, names = columns or (*TEXT_KEYS, *PICTURE_KEYS, *TAGS), schema.names
+        wanted, names = columns or (*TEXT_KEYS, *IMAGE_KEYS, *TAGS), schema.names
         self.columns = [name for name in wanted if name in names]
         self.columns += [field.name for field in schema if field.name not in wanted
                          and needs_a_look(field, self.metadata)]
@@ -72,9 +72,9 @@ class ParquetData:
     def __getitem__(self, i: int) -> Sample:
         return self.sample(i)
 
-    def sample(self, i: int, draw: int = 0) -> Sample:
+    def sample(self, i: int, caption_index: int = 0) -> Sample:
         i = range(len(self))[i]  # IndexError past the end, which is what ends a for loop
-        return to_sample(self.record(i), self.images_dir, f"{self.file}:{i + 1}", i, draw)
+        return to_sample(self.record(i), self.images_dir, f"{self.file}:{i + 1}", i, caption_index)
 
     def record(self, i: int) -> dict:
         """Row i as it stands, {column: value}; BadSample when it cannot be read."""

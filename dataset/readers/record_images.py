@@ -1,6 +1,6 @@
 """The images of a record: file names and bytes -> paths that exist in the image folder, and bytes.
 
-    {"image": "a.jpg"}, {"images": [{"bytes": ...}]}, ... -> find_pictures -> [Path or bytes]
+    {"image": "a.jpg"}, {"images": [{"bytes": ...}]}, ... -> find_images -> [Path or bytes]
 
 Data comes from strangers, and a file name may lead anywhere: no name leaves the image folder.
 """
@@ -8,15 +8,15 @@ Data comes from strangers, and a file name may lead anywhere: no name leaves the
 import os
 from pathlib import Path
 
-from dataset.readers.bad_sample import BadSample, MissingPicture, shown
+from dataset.readers.bad_sample import BadSample, MissingImage, shown
 
-PICTURE_KEYS = ("image", "images", "image_bytes", "image_id")
+IMAGE_KEYS = ("image", "images", "image_bytes", "image_id")
 
 
-def find_pictures(record: dict, images_dir: Path, where: str) -> list:
+def find_images(record: dict, images_dir: Path, where: str) -> list:
     """-> paths and bytes. A name is looked up now: a missing file should be reported with its
     line, not by whoever opens it later."""
-    key = picture_key(record)
+    key = image_key(record)
     if key is None:
         return []
     found = record[key]
@@ -30,20 +30,20 @@ def find_pictures(record: dict, images_dir: Path, where: str) -> list:
             pictures.append(item)
         elif isinstance(item, str):
             if item.strip():
-                pictures.append(existing(images_dir, item.strip(), where))
+                pictures.append(image_path(images_dir, item.strip(), where))
         else:
             raise BadSample(where, f"{key!r} is {shown(item)}, not a picture; expected a "
                                    "file name, the bytes of an image file, or a list of them")
     return pictures
 
 
-def picture_key(record: dict) -> str | None:
+def image_key(record: dict) -> str | None:
     """The key that holds the pictures; None: there are none."""
-    key = next((key for key in PICTURE_KEYS if record.get(key) is not None), None)
+    key = next((key for key in IMAGE_KEYS if record.get(key) is not None), None)
     return None if key == "image_id" and "caption" not in record else key
 
 
-def existing(images_dir: Path, name: str, where: str) -> Path:
+def image_path(images_dir: Path, name: str, where: str) -> Path:
     """The file that a name in the data means. Only what lies in the image folder is ever opened:
     neither "..", an absolute path nor a symbolic link may lead out of it."""
     path = images_dir / name
@@ -56,6 +56,6 @@ def existing(images_dir: Path, name: str, where: str) -> Path:
                                f"{real}: not opened; give a folder that holds all the pictures")
     if not os.path.isfile(path):
         if os.path.exists(path):  # opening a pipe would wait for ever
-            raise MissingPicture(where, f"no picture: {path} is a directory, pipe or device")
-        raise MissingPicture(where, f"no picture {path}; is the image directory right?")
+            raise MissingImage(where, f"no picture: {path} is a directory, pipe or device")
+        raise MissingImage(where, f"no picture {path}; is the image directory right?")
     return path

@@ -218,7 +218,7 @@ class WindowPlan:
 
 def name_of(data, i: int) -> str:
     """Where sample i stands, without reading it."""
-    return data.place(i) if hasattr(data, "place") else f"sample {i}"
+    return data.where(i) if hasattr(data, "where") else f"sample {i}"
 
 
 def epoch_order(data, rng: np.random.Generator) -> np.ndarray:

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from dataset.chat import IMAGE
 from dataset.readers.bad_sample import BadSample, shown
-from dataset.readers.record_images import PICTURE_KEYS
+from dataset.readers.record_images import IMAGE_KEYS
 
 # What a key that is not read seems to hold, by its name as kinds_of spells it: see refuse_unread.
 _ENDING = (r"(?:_?\d+)?(?:_?(?:file|path|name|url|uri|id|key|index|byte|data|base64|b64|content"
@@ -84,9 +84,9 @@ def refuse_unread(record: dict, read, where: str, images=(), text: str = "",
                 media[key] = value
         elif kinds & {"ignored", "id"} and "image" not in kinds:
             continue
-        # A file may be any; not where the record says that it has no picture, see PICTURE_KEYS.
+        # A file may be any; not where the record says that it has no picture, see IMAGE_KEYS.
         elif holds_media(value, names) or not images and ("image" in kinds or (
-                "file" in kinds and record.keys().isdisjoint(PICTURE_KEYS)
+                "file" in kinds and record.keys().isdisjoint(IMAGE_KEYS)
                 and not (isinstance(value, str) and OTHER_FILE.fullmatch(value)))):
             media[key] = value
     for found, what in (
