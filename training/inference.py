@@ -1,7 +1,7 @@
 """A checkpoint -> a model that is ready to answer, and a conversation with it.
 
     --model DIR, or the newest run -> load_model -> model, template, processor
-    text, images -> Conversation.reply -> template.prompt -> generate -> TextStreamer -> text
+    text, images -> Conversation.reply -> template.encode_prompt -> generate -> TextStreamer -> text
 
 A conversation remembers every turn and image, and renders all of them anew for each answer: the
 prompt is exactly what training would have made of the same messages. As far as the new prompt

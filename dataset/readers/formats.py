@@ -2,14 +2,14 @@
 
     a file -> open_data -> data[i] -> Sample(messages, images, where, tags)   -> batching.py
 
-How a file is written is told by what is in it, not by its name:
+The content of a file decides its format, not its name:
 
     JSON Lines, a JSON array, COCO's annotations    json_files.py
     Parquet                                         parquet.py
 
-and how a record in it is laid out by the record's keys: sample.py lists them. Nothing but an
-index is held in memory: a row is read when it is asked for, so a broken one raises BadSample, and
-hurts no other. Several files, each with a weight: mixture.py.
+The keys of a record decide its layout: sample.py lists them. Only an index is held in memory: a
+row is read when it is used, so a broken one raises BadSample and leaves the others intact. Several
+files, each with a weight: mixture.py.
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Parquet -> samples: a file of any size, read in slices.
 
-    footer (sizes and places only) -> data[i] -> the slice of the row group that holds row i
+    footer (sizes and offsets only) -> data[i] -> the slice of the row group that holds row i
 
 A Parquet file stores its rows in groups, and in a group column after column, compressed. Nothing
 smaller than a piece of a group can be read, so the latest piece is kept: rows asked for in order
@@ -45,10 +45,10 @@ class ParquetData:
         self.file, self.images_dir = file, images_dir
         # Only these are read: ratings, embeddings and whatever else stands there costs nothing.
         # What seems to hold pictures or options is read too, so that its rows can be refused.
-        wanted, names = columns or (*TEXT_KEYS, *IMAGE_KEYS, *TAGS), schema.names
-        self.columns = [name for name in wanted if name in names]
-        self.columns += [field.name for field in schema if field.name not in wanted
-                         and needs_a_look(field, self.metadata)]
+        read, names = columns or (*TEXT_KEYS, *IMAGE_KEYS, *TAGS), schema.names
+        self.columns = [name for name in read if name in names]
+        self.columns += [field.name for field in schema if field.name not in read
+                         and may_hold_unread(field, self.metadata)]
         if columns is None and not any(set(keys) <= set(names) for keys, _ in RECORD_LAYOUTS):
             *most, last = [" and ".join(map(repr, keys)) for keys, _ in RECORD_LAYOUTS]
             raise ValueError(f"{file} has the columns {', '.join(names)}; expected "
@@ -66,7 +66,7 @@ class ParquetData:
     @property
     def largest_group(self) -> int:
         """Bytes to pass through, at worst, for a single row that is asked for out of order."""
-        return max((wanted_bytes(self.metadata.row_group(group), self.columns)
+        return max((column_bytes(self.metadata.row_group(group), self.columns)
                     for group in range(self.metadata.num_row_groups)), default=0)
 
     def __getitem__(self, i: int) -> Sample:
@@ -88,12 +88,12 @@ class ParquetData:
         group = bisect.bisect_right(self.ends, i)
         row = i - (self.ends[group - 1] if group else 0)
         if self.reader is None or not self.reader.reaches(group, row):
-            # Let the old rows go before the new ones come, those of another file too: a thousand
-            # shards would otherwise hold a slice each.
+            # Free the old rows before the new ones come, those of another file too: a thousand
+            # files would otherwise hold a slice each.
             if ParquetData.latest is not None:
                 ParquetData.latest.reader = None
             ParquetData.latest, self.reader = self, None
-            # Opened anew: a loader's workers must not share a place in the file.
+            # Opened anew: a loader's workers must not share a position in the file.
             parquet = pq.ParquetFile(self.file, metadata=self.metadata, buffer_size=STREAM,
                                      pre_buffer=False)
             self.reader = GroupReader(parquet, group, self.columns)
@@ -108,9 +108,9 @@ class GroupReader:
 
     def __init__(self, parquet: pq.ParquetFile, group: int, columns: list[str]):
         self.group, self.process = group, os.getpid()
-        about = parquet.metadata.row_group(group)
-        size = wanted_bytes(about, columns)
-        rows = max(1, about.num_rows * SLICE // max(size, SLICE))
+        metadata = parquet.metadata.row_group(group)
+        size = column_bytes(metadata, columns)
+        rows = max(1, metadata.num_rows * SLICE // max(size, SLICE))
         self.slices = parquet.iter_batches(batch_size=rows, row_groups=[group], columns=columns,
                                            use_threads=False)  # threads do not survive a fork
         self.first, self.slice = 0, self._next()
@@ -132,9 +132,9 @@ class GroupReader:
         return batch
 
 
-def needs_a_look(field: pa.Field, metadata: pq.FileMetaData) -> bool:
-    """Whether a column that nobody asked for may hold what refuse_unread refuses: by its name, its
-    type, or the least and the largest of its values, which the footer tells. Reads no row."""
+def may_hold_unread(field: pa.Field, metadata: pq.FileMetaData) -> bool:
+    """Whether a column that no layout reads may hold what refuse_unread refuses: by its name, its
+    type, or the least and the largest of its values, as in the footer. Reads no row."""
     if kinds_of(field.name) & {*MEDIA_KINDS, "options"} or field.name in LETTERS:
         return True
     kind = field.type
@@ -152,20 +152,21 @@ def needs_a_look(field: pa.Field, metadata: pq.FileMetaData) -> bool:
 
 
 def may_be_media(chunk: pq.ColumnChunkMetaData, binary: bool) -> bool:
-    found = chunk.statistics
-    if found is not None and found.null_count == chunk.num_values:
+    statistics = chunk.statistics
+    if statistics is not None and statistics.null_count == chunk.num_values:
         return False
-    ends = (found.min, found.max) if found is not None and found.has_min_max else ()
+    ends = ((statistics.min, statistics.max)
+            if statistics is not None and statistics.has_min_max else ())
     # Writers leave long values out, or cut them at 64 bytes. Long texts are no names of files.
     if not ends or any(60 < len(end) < 65 and " " not in str(end) for end in ends):
         return binary or chunk.total_uncompressed_size < 1000 * chunk.num_values
     return any(holds_media(end, None) for end in ends)
 
 
-def wanted_bytes(about: pq.RowGroupMetaData, columns: list[str]) -> int:
+def column_bytes(metadata: pq.RowGroupMetaData, columns: list[str]) -> int:
     """Uncompressed bytes of these columns in a row group. images.list.element.bytes is of images.
     """
-    chunks = [about.column(c) for c in range(about.num_columns)]
+    chunks = [metadata.column(c) for c in range(metadata.num_columns)]
     return sum(chunk.total_uncompressed_size for chunk in chunks
                if chunk.path_in_schema.split(".")[0] in columns)
 
@@ -174,9 +175,9 @@ def rewrite(source: Path, target: Path, group_bytes: int = 1 << 23) -> None:
     """The same rows in groups of about 8 MB, which shuffled training can read one by one."""
     part = target.with_name(target.name + ".part")  # the real name only for the whole file
     with pq.ParquetFile(source, buffer_size=STREAM, pre_buffer=False) as parquet:
-        about = parquet.metadata
-        size = sum(about.row_group(g).total_byte_size for g in range(about.num_row_groups))
-        rows = max(1, about.num_rows * group_bytes // max(size, 1))
+        metadata = parquet.metadata
+        size = sum(metadata.row_group(g).total_byte_size for g in range(metadata.num_row_groups))
+        rows = max(1, metadata.num_rows * group_bytes // max(size, 1))
         with pq.ParquetWriter(part, parquet.schema_arrow) as writer:
             for batch in parquet.iter_batches(batch_size=rows, use_threads=False):
                 writer.write_batch(batch, row_group_size=rows)

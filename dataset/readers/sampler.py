@@ -48,7 +48,7 @@ from itertools import pairwise
 import numpy as np
 
 from dataset.readers.bad_sample import BadSample
-from dataset.readers.parquet import ParquetData, wanted_bytes
+from dataset.readers.parquet import ParquetData, column_bytes
 
 POOL = 1 << 25  # bytes of row groups that are shuffled together: a tenth of a second to read
 WINDOW_BYTES = 1 << 27  # of rows that all workers of a rank may hold: 64 MB for each of two
@@ -261,7 +261,7 @@ def row_groups(data) -> list[tuple[np.ndarray, int]]:
             for group, (start, end) in enumerate(pairwise([first, *ends])):
                 if start < end:
                     metadata = file.metadata.row_group(group)
-                    row = wanted_bytes(metadata, file.columns) / metadata.num_rows
+                    row = column_bytes(metadata, file.columns) / metadata.num_rows
                     groups.append((np.arange(start, end), row * (end - start)))
         first += len(rows)
     return groups
