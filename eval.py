@@ -15,7 +15,7 @@ import argparse
 import gc
 import sys
 
-from dataset.chat import FAMILIES
+from dataset.families import CHAT_FAMILIES
 from model.pretrained.checkpoint import find_model
 from training.inference import Conversation, add_model_flags, exit_on_error, load_model
 from training.terminal import HELP, command, prepare_editing, printable, read_turn
@@ -112,8 +112,8 @@ def read_flags(arguments=None) -> argparse.Namespace:
     add("--attention", metavar="PNG", help="with --prompt: also draw where the model looked for "
         "each word of the answer, and what each image token is closest to among the words")
     add("--system", help='system turn; "": none (default: as in training)')
-    add("--template", choices=FAMILIES, help="with --model none: whose chat template (default: by "
-        "the model's type); a checkpoint knows its own")
+    add("--template", choices=CHAT_FAMILIES, help="with --model none: whose chat template "
+        "(default: by the model's type); a checkpoint knows its own")
     add("--data", nargs="+", metavar="FILE", help="files of conversations to score, or emoji: "
         "unseen scenes; \"part-*.parquet\" is each such file")
     add("--images", help="directory that the file's image names are relative to")

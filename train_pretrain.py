@@ -134,7 +134,7 @@ def fit(bundle, data, settings, start, distributed) -> Log:
 
     # 6. Batches: Sample -> ids, labels (B,T), pixels (N,3,H,W). Held-out samples go the same way.
     make_batches = batch_maker(bundle, settings, distributed)
-    loader = make_batches(samples, block=state.block, hands=state.hands)
+    loader = make_batches(samples, bucket=state.bucket, shards=state.shards)
     steps = Steps(loader, settings, state, distributed)
     validator = Validator(held_out, make_batches) if held_out else None
 

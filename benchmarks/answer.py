@@ -116,7 +116,7 @@ def make_all(name: str, place: Path) -> None:
 def question(template, fewer: int = 0) -> list[int]:
     """The ids of a question: one picture, and TEXT - fewer tokens of words and marks."""
     def ids(words: int) -> list[int]:
-        return template.prompt([Message("user", f"{IMAGE}\n" + " cat" * words)])
+        return template.encode_prompt([Message("user", f"{IMAGE}\n" + " cat" * words)])
 
     length = template.image_tokens + TEXT - fewer
     words = length - len(ids(0))

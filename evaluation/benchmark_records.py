@@ -10,17 +10,10 @@ import re
 from collections import Counter
 
 from dataset.chat import IMAGE, Message
-from dataset.sample import (
-    CHINESE,
-    PROMPTS,
-    TURNS,
-    BadSample,
-    picture_key,
-    refuse_mark,
-    refuse_unread,
-    shown,
-    texts_in,
-)
+from dataset.readers.bad_sample import BadSample, shown
+from dataset.readers.record_images import image_key
+from dataset.readers.unread import refuse_mark, refuse_unread, texts_in
+from dataset.sample import CHINESE, PROMPTS, TURNS
 from evaluation.eval_samples import Question
 
 LETTERS = "ABCDEFGHIJ"
@@ -59,7 +52,7 @@ def question_of(metric: str, record: dict, images: tuple, where: str, tags: dict
                 suffix: str) -> Question:
     """A record that is scored by metric -> its question. BadSample: it cannot be one, or a key that
     is not read seems to hold its image or its options."""
-    keys = [*READ[metric], picture_key(record)]
+    keys = [*READ[metric], image_key(record)]
     if metric == "choice":
         keys += ["choices"] if isinstance(record.get("choices"), list) else LETTERS
     text = "\n".join(text for key in keys if key in SHOWN for text in texts_in(record.get(key)))

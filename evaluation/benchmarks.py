@@ -32,16 +32,17 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from torch.utils.data import ConcatDataset
 
+from dataset.readers.bad_sample import BadSample, shown
 from dataset.readers.formats import open_data
-from dataset.readers.json_files import CocoData, JsonWalk, Pieces, is_id, walk_object
+from dataset.readers.json_files import CocoData, JsonStreamReader, RecordIndex, is_id, walk_object
 from dataset.readers.parquet import UNREADABLE, ParquetData
-from dataset.sample import PICTURE_KEYS, BadSample, existing, find_pictures, shown
+from dataset.readers.record_images import IMAGE_KEYS, find_images, image_path
 from evaluation.benchmark_records import LETTERS, YES_NO, ask, metric_of, question_of, tags_of
 from evaluation.eval_samples import Question
 from evaluation.metrics import METRICS
 
 COLUMNS = ("question", "text", "caption", "answer", "answers", "label", "choices", "hint",
-           "category", "answer_type", *PICTURE_KEYS, *LETTERS)  # of a Parquet file
+           "category", "answer_type", *IMAGE_KEYS, *LETTERS)  # of a Parquet file
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def kind_of(file: Path) -> str | None:
     try:
         if is_parquet(file):
             return kind_of_parquet(file)
-        with JsonWalk(file) as walk:
+        with JsonStreamReader(file) as walk:
             bracket = walk.peek()
             first = next(walk.entries(), ({},))[0] if bracket == "[" else None
         if bracket == "{":
@@ -152,7 +153,7 @@ class Records:
             self.rows = ParquetData(file, self.images_dir, COLUMNS)
             self.read = self.rows.record
         else:
-            self.rows = open_data(file, self.images_dir).pieces
+            self.rows = open_data(file, self.images_dir).records
             self.read = self.rows.read
 
     def __len__(self) -> int:
@@ -164,7 +165,7 @@ class Records:
     def __getitem__(self, i: int) -> Question:
         i = range(len(self))[i]
         record, where = self.read(i), self.where(i)
-        images = find_pictures(record, self.images_dir, where)
+        images = find_images(record, self.images_dir, where)
         if self.parquet:
             images = [StoredImage(fingerprint(image), self, i, n, getattr(image, "name", None))
                       for n, image in enumerate(images)]
@@ -184,7 +185,7 @@ class StoredImage:
 
     def __call__(self):
         record = self.records.read(self.row)
-        return find_pictures(record, self.records.images_dir, str(self))[self.number]
+        return find_images(record, self.records.images_dir, str(self))[self.number]
 
     def __str__(self) -> str:
         return self.records.where(self.row)
@@ -202,7 +203,7 @@ class VQAData:
 
     def __init__(self, questions: Path, annotations: Path, images_dir, suffix: str):
         self.images_dir, self.suffix = Path(images_dir or questions.parent), suffix
-        self.questions, self.subtype = Pieces(questions), None
+        self.questions, self.subtype = RecordIndex(questions), None
         for key, value, *piece in walk_object(questions):
             if key == "questions":
                 self.questions.append(*piece)
@@ -211,7 +212,7 @@ class VQAData:
         if not isinstance(self.subtype, str):
             raise ValueError(f"{questions} has no 'data_subtype' (such as \"val2014\"), which is "
                              "a part of the names of the images")
-        self.annotations, self.by_id = Pieces(annotations), {}  # {question_id: index}
+        self.annotations, self.by_id = RecordIndex(annotations), {}  # {question_id: index}
         for key, value, *piece in walk_object(annotations):
             if key == "annotations":
                 number = value.get("question_id") if isinstance(value, dict) else None
@@ -231,7 +232,7 @@ class VQAData:
         if not is_id(image):
             raise BadSample(where, f"image_id is {shown(image)}; expected a number")
         annotation = self.annotations.read(self.by_id[number])
-        images = (existing(self.images_dir, f"COCO_{self.subtype}_{image:012d}.jpg", where),)
+        images = (image_path(self.images_dir, f"COCO_{self.subtype}_{image:012d}.jpg", where),)
         return question_of("vqa", {**annotation, **record}, images, where, tags_of(annotation),
                            self.suffix)
 
@@ -258,7 +259,7 @@ class CaptionData:
         records = [self.coco.record(index) for index in indices]  # a broken one names its own line
         record = {"caption": [r["caption"] for r in records], "image": records[0]["image"]}
         where = self.coco.annotations.where(indices[0])
-        images = tuple(find_pictures(record, self.coco.images_dir, where))
+        images = tuple(find_images(record, self.coco.images_dir, where))
         return question_of("caption", record, images, where, {}, self.suffix)
 
 
@@ -285,7 +286,7 @@ class EasyVQAData:
         question, answer, number = entry
         if self.answers is not None and answer not in self.answers:
             raise BadSample(where, f"the answer {shown(answer)} is none of those in answers.txt")
-        images = (existing(self.images_dir, f"{number}.png", where),)
+        images = (image_path(self.images_dir, f"{number}.png", where),)
         tags = {"kind": "yes/no" if answer in YES_NO else "shape or colour"}
         return Question(ask(question, images, self.suffix), images, answer, where, tags)
 

@@ -9,7 +9,7 @@ a wrong first answer does not spoil the second.
 
 from dataclasses import dataclass, field
 
-from dataset.sample import BadSample
+from dataset.readers.bad_sample import BadSample
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 
-from dataset.readers.formats import data_hash
 from dataset.readers.mixture import open_mixture, split_source
 from evaluation.benchmarks import open_benchmark
 from evaluation.eval_samples import read_questions
@@ -39,7 +38,7 @@ from model.pretrained.checkpoint import STEP, find_base, find_model, read_run
 from model.pretrained.hub import file_hashes
 from model.pretrained.manifest import sha256
 from model.projector import Projector
-from training.data import matching
+from training.data import data_hash, matching
 from training.inference import load_model
 from training.writable import free_name
 

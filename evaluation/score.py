@@ -13,7 +13,7 @@ import torch
 
 from dataset.chat import IMAGE, Message
 from dataset.images import load_image
-from dataset.sample import BadSample
+from dataset.readers.bad_sample import BadSample
 from evaluation.batched_generation import generate_batch
 from evaluation.eval_samples import Question
 from evaluation.metrics import is_exact
@@ -139,7 +139,7 @@ class Predictor:
         limit = language_model_of(self.model).config.max_position_embeddings
         prompts, bad = {}, []
         for i, question in enumerate(questions):
-            ids = self.template.prompt(question.messages)
+            ids = self.template.encode_prompt(question.messages)
             if len(ids) < limit:
                 prompts[i] = ids
             else:

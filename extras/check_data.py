@@ -3,7 +3,7 @@
     python -m extras.check_data train.jsonl --images photos --max_length 512
     python -m extras.check_data train.jsonl --images photos --show 7
 
-    files -> data[i] -> load_image, ChatTemplate.render -> Finding -> Report -> the terminal
+    files -> data[i] -> load_image, ChatTemplate -> Finding -> Report -> the terminal
 
 It reports rows that are broken, images that are missing or damaged, how long the conversations are
 in tokens, and what --max_length would cut or refuse. The exit code is 1 when more than 1 % of the
@@ -24,9 +24,10 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import DataLoader
 
-from dataset.chat import DEFAULT_SYSTEM, ChatTemplate
+from dataset.chat import ChatTemplate
+from dataset.families import DEFAULT_SYSTEM
 from dataset.images import load_image
-from dataset.readers.formats import BadSample, MissingPicture, open_data
+from dataset.readers.formats import BadSample, MissingImage, open_data
 from dataset.readers.mixture import split_source
 from dataset.readers.parquet import SLOW
 from dataset.tokenizer import COMPANIONS, Tokenizer
@@ -99,12 +100,12 @@ def examine(data, i: int, template: ChatTemplate, max_length: int | None) -> Fin
     """Do with one sample what training will do with it."""
     try:
         sample = data[i]
-    except MissingPicture as bad:
+    except MissingImage as bad:
         return Finding("missing", str(bad))
     except BadSample as bad:
         return Finding("broken", str(bad))
     # Where a row teaches one answer at a time, the last one makes the longest row.
-    ids, mask = template.render(template.lesson(sample.messages, -1))
+    ids, mask = template.encode_conversation(template.training_prefix(sample.messages, -1))
     finding = Finding(length=len(ids), supervised=sum(mask), images=len(sample.images))
     try:
         for image in sample.images:
@@ -113,7 +114,7 @@ def examine(data, i: int, template: ChatTemplate, max_length: int | None) -> Fin
         finding.fault, finding.reason = "damaged", str(BadSample(sample.where, str(error)))
         return finding
     try:
-        kept, _ = template.fit(ids, mask, max_length or len(ids))
+        kept, _ = template.truncate(ids, mask, max_length or len(ids))
         finding.cut = len(kept) < len(ids)
     except ValueError as error:
         finding.fault, finding.reason = "refused", f"{sample.where}: {error}"
@@ -185,7 +186,7 @@ def show(data, number: int, template: ChatTemplate, max_length: int | None) -> s
     if not 1 <= number <= len(data):
         raise SystemExit(f"--show {number}: the file has the samples 1 to {len(data)}")
     sample = data[number - 1]
-    ids, mask = template.render(template.lesson(sample.messages, -1))
+    ids, mask = template.encode_conversation(template.training_prefix(sample.messages, -1))
     lines = [f"sample {number} of {len(data)}   {sample.where}"]
     for n, image in enumerate(sample.images, start=1):
         origin = f"{len(image):,} bytes in the data file" if isinstance(image, bytes) else image
@@ -197,7 +198,7 @@ def show(data, number: int, template: ChatTemplate, max_length: int | None) -> s
     lines.append(f"{len(ids)} tokens, of them {sum(mask)} supervised, between ⟦ and ⟧")
     kept = len(ids)
     try:
-        kept = len(template.fit(ids, mask, max_length or kept)[0])
+        kept = len(template.truncate(ids, mask, max_length or kept)[0])
         lines += [f"cut after token {kept}, at ✂"] if kept < len(ids) else []
     except ValueError as error:
         lines.append(f"refused: {error}")

@@ -95,7 +95,7 @@ class Answers:
         (self.out / "held_out").mkdir(parents=True, exist_ok=True)
         small.save(self.out / file, quality=85)
         return Question(sample.where, messages[-1].content.replace(IMAGE, "").strip(),
-                        sample.messages[first].content, file, self.template.prompt(messages),
+                        sample.messages[first].content, file, self.template.encode_prompt(messages),
                         pixels)
 
     def generate(self, model, settings, ranks) -> list[str]:

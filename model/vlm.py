@@ -17,8 +17,6 @@ from model.loss import chunked_cross_entropy
 from model.projector import Projector
 from model.vision import VisionTransformer
 
-IGNORE = -100  # the label of a token that nobody is asked to predict
-
 
 class VLM(nn.Module):
     """Three parts that each work alone; this class only brings them together."""
@@ -116,7 +114,7 @@ class VLM(nn.Module):
         count of the whole step, over micro-batches and processes.
         """
         hidden = self.language.decode(self.embed(ids, pixels, order, features))  # (B,T,D)
-        supervised = labels != IGNORE  # (B,T)
+        supervised = labels >= 0  # (B,T)
         # With 150,000 words the head is the dearest layer; it runs only where a label asks.
         loss = self.loss_function(self.language, hidden[supervised], labels[supervised])
         return loss, supervised.sum()

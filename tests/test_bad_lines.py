@@ -16,7 +16,7 @@ from PIL import Image
 from dataset.batching import Batches
 from dataset.chat import ChatTemplate
 from dataset.images import load_image
-from dataset.readers.formats import BadSample, MissingPicture, open_data
+from dataset.readers.formats import BadSample, MissingImage, open_data
 from dataset.sample import TURNS
 from dataset.tokenizer import Tokenizer
 
@@ -237,11 +237,11 @@ def test_an_odd_record_that_is_sound_is_used(tidy, folder, name, record, last, p
 def test_a_missing_picture_and_a_forbidden_one_are_told_apart(tidy, folder):
     tidy.write_text(json.dumps(show("gone.png")) + "\n" + json.dumps(show("../secret.png")))
     data = open_data(tidy, folder / "pictures")
-    with pytest.raises(MissingPicture):
+    with pytest.raises(MissingImage):
         data[0]
     with pytest.raises(BadSample) as caught:
         data[1]
-    assert not isinstance(caught.value, MissingPicture)
+    assert not isinstance(caught.value, MissingImage)
 
 
 # ---------------------------------------------------------------- lines that are no records

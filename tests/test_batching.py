@@ -12,11 +12,12 @@ import torch
 from conftest import needed, shared_dir, weights_dir
 from PIL import Image
 
-from dataset import batching
-from dataset.batching import Batches, Order, Row, collate
+from dataset.batching import Batches, TokenizedSample, collate
 from dataset.chat import ChatTemplate, Message
 from dataset.images import ImageProcessor
+from dataset.readers import sampler
 from dataset.readers.formats import BadSample, Sample, open_data
+from dataset.readers.sampler import WindowPlan
 from dataset.tokenizer import Tokenizer
 
 PROCESSOR = ImageProcessor("SiglipImageProcessor", (8, 8), None, 3, 1 / 255, (0.5,) * 3, (0.5,) * 3)
@@ -100,8 +101,8 @@ def test_labels_are_the_next_token_where_it_is_supervised(template):
 
 
 def test_labels_by_hand(template):
-    rows = [Row([5, 6, 7, 8], [False, False, True, True], sample(0, 1)),
-            Row([9, 3], [True, True], sample(1, 1))]
+    rows = [TokenizedSample([5, 6, 7, 8], [False, False, True, True], sample(0, 1)),
+            TokenizedSample([9, 3], [True, True], sample(1, 1))]
     batch = collate(rows)
     assert batch.ids.tolist() == [[5, 6, 7, 8], [9, 3, 0, 0]]
     assert batch.labels.tolist() == [[-100, 7, 8, -100], [3, -100, -100, -100]]
@@ -208,14 +209,14 @@ def test_pictures_stand_in_the_order_of_their_placeholders(template):
             assert reds == sum((expected[place] for place in batch.where), [])
 
 
-def dealt(template, world_size, batch_size, block=None, hands=None, window=5, count=100):
+def dealt(template, world_size, batch_size, bucket=None, shards=None, window=5, count=100):
     """An epoch on every rank -> [[places], ...] of each rank, which samples each read, all bad."""
     epochs, read, bad = [], [], []
     for rank in range(world_size):
         data = Data(many(count))
         data.samples[7] = BadSample("data:7", "broken")
         told = list(batches(data, template, batch_size, rank=rank, world_size=world_size,
-                            window=window, block=block, hands=hands).epoch(1))
+                            window=window, bucket=bucket, shards=shards).epoch(1))
         epochs.append([batch.where for batch, _ in told])
         read.append(data.read)
         bad += [sample.where for _, some in told for sample in some]
@@ -229,14 +230,14 @@ def test_ranks_share_the_reading_of_a_large_window(template, monkeypatch):
     _, read, bad = dealt(template, 4, 2)
     assert [len(numbers) for numbers in read] == [100] * 4 and bad == ["data:7"], "a small window"
 
-    monkeypatch.setattr(batching, "DEALT", 0)
+    monkeypatch.setattr(sampler, "SHARDED", 0)
     epochs, read, bad = dealt(template, 4, 2)
     assert sorted(sum(map(sum, epochs, [[]] * 4), [])) == every and bad == ["data:7"]
     assert sorted(sum(read, [])) == list(range(100)), "each sample is read by one rank"
     steps = [sorted(sum(step, [])) for step in zip(*epochs)]
     assert len(steps) == 13
     for world_size, batch_size, share in ((1, 8, 1), (2, 4, 2), (8, 1, 4), (3, 3, 1)):
-        others, read, bad = dealt(template, world_size, batch_size, block=8, hands=4)
+        others, read, bad = dealt(template, world_size, batch_size, bucket=8, shards=4)
         assert bad == ["data:7"]
         for numbers in read:
             assert len(numbers) == pytest.approx(100 / share, abs=2)
@@ -264,7 +265,8 @@ def served(data, template, batch_size, ranks, workers, only=None, **options):
     told = []
     for rank, worker in [only] if only else np.ndindex(ranks, workers):
         loader = batches(data, template, batch_size, rank=rank, world_size=ranks, **options)
-        (step,), line, made = loader.steps(2, 0, loader.places, loader.places), Order(loader), []
+        size, line, made = loader.layout.positions, WindowPlan(loader), []
+        (step,) = loader.layout.steps(2, 0, size, size)
         for micro_batch in step[worker::workers]:
             data.read.clear()
             made.append((line[micro_batch], list(data.read)))
@@ -291,8 +293,8 @@ def test_a_worker_reads_what_it_serves_and_little_at_once(template, kind, ranks,
 @pytest.fixture
 def small_lanes(monkeypatch):
     """Few rows are dealt out as otherwise only many would be."""
-    for name, value in (("DEALT", 0), ("SORTED", 2), ("ALIKE", 2)):
-        monkeypatch.setattr(batching, name, value)
+    for name, value in (("SHARDED", 0), ("SORTED", 2), ("PRESORTED", 2)):
+        monkeypatch.setattr(sampler, name, value)
 
 
 @pytest.mark.parametrize("kind", [Data, Sized])
@@ -321,8 +323,8 @@ def test_lanes_and_hands_change_no_split_of_the_line(template, small_lanes, kind
 
     def steps(ranks, batch_size, workers):
         loaders = [batches(kind(samples), template, batch_size, rank=rank, world_size=ranks,
-                           workers=workers, block=8, hands=4) for rank in range(ranks)]
-        assert {loader.lanes for loader in loaders} == {4}
+                           workers=workers, bucket=8, shards=4) for rank in range(ranks)]
+        assert {loader.layout.lanes for loader in loaders} == {4}
         return [sorted(where for batch, _ in ranks for where in batch.where)
                 for ranks in zip(*(loader.epoch(1) for loader in loaders), strict=True)]
 
@@ -357,7 +359,7 @@ def test_the_number_of_workers_changes_nothing_in_lanes(template, tmp_path, smal
 def test_the_number_of_workers_changes_nothing(template, tmp_path, window=3):
     data = coco_like(tmp_path)
     loaders = [batches(data, template, window=window, workers=workers) for workers in (0, 2)]
-    assert loaders[0].lanes == (4 if window == 10 else 1)
+    assert loaders[0].layout.lanes == (4 if window == 10 else 1)
     same(loaders[0].epoch(1), loaders[1].epoch(1))
     bad = [b.where.rsplit(":")[-1] for _, found in loaders[1].epoch(1) for b in found]
     assert sorted(bad) == ["18", "6"]
@@ -365,7 +367,7 @@ def test_the_number_of_workers_changes_nothing(template, tmp_path, window=3):
 
 def test_a_copy_sent_to_another_process_gives_the_same(template, tmp_path):
     # Where workers are not forked (macOS, Windows), this is how they get their data.
-    order = Order(batches(coco_like(tmp_path), template, window=3))
+    order = WindowPlan(batches(coco_like(tmp_path), template, window=3))
     copy = pickle.loads(pickle.dumps(order))
     same([order[1, 16, 20]], [copy[1, 16, 20]])
 
@@ -409,7 +411,7 @@ def test_less_than_one_percent_of_positions_is_padding(tiny_tokenizer_dir, monke
                       f"data:{i}") for i, w in enumerate(words)]
     share = waste(batches(samples, template, batch_size=16, max_length=2048))
     unsorted = waste(batches(samples, template, batch_size=16, max_length=2048, window=1))
-    monkeypatch.setattr(batching, "DEALT", 0)
+    monkeypatch.setattr(sampler, "SHARDED", 0)
     dealt = waste(*(batches(samples, template, 8, 2048, rank=rank, world_size=2)
                     for rank in (0, 1)))
     print(f"wasted: {share:.2%}, in batches drawn at random {unsorted:.1%}, of two ranks that "
@@ -427,8 +429,8 @@ def test_little_is_padding_in_lanes(tiny_tokenizer_dir, kind, most):
         "assistant", " cat" * int(w))), (), f"data:{i}") for i, w in enumerate(words)]),
         template, batch_size=4, max_length=2048)
     share = waste(loader)
-    print(f"wasted in {loader.lanes} lanes: {share:.2%}")
-    assert loader.lanes == (8 if kind is Data else 16) and share < most
+    print(f"wasted in {loader.layout.lanes} lanes: {share:.2%}")
+    assert loader.layout.lanes == (8 if kind is Data else 16) and share < most
 
 
 def test_real_photos_end_to_end():

@@ -9,7 +9,7 @@ import pytest
 from torch.utils.data import ConcatDataset
 
 from dataset.images import load_image
-from dataset.sample import BadSample, MissingPicture
+from dataset.readers.bad_sample import BadSample, MissingImage
 from evaluation.benchmark_records import options_in
 from evaluation.benchmarks import open_benchmark
 from evaluation.eval_samples import read_questions
@@ -230,7 +230,7 @@ def test_easy_vqa(tmp_path):
         assert [q.tags["kind"] for q in questions] == ["shape or colour", "yes/no"]
         assert colours(questions) == [["red"], ["blue"]]
         assert [b.where for b in bad] == [f"{file} entry 3", f"{file} entry 4"]
-        assert "mauve" in str(bad[0]) and isinstance(bad[1], MissingPicture)
+        assert "mauve" in str(bad[0]) and isinstance(bad[1], MissingImage)
 
 
 # ---------------------------------------------------------------- together, and broken

@@ -6,8 +6,10 @@ The other families' templates: test_templates.py.
 import pytest
 from conftest import needed, weights_dir
 
-from dataset.chat import DEFAULT_SYSTEM, ChatTemplate, Message
+from dataset.chat import ChatTemplate, Message
+from dataset.families import DEFAULT_SYSTEM
 from dataset.tokenizer import Tokenizer
+from extras.check_data import marked
 
 # ChatML as published with Qwen2: a default system turn in front, every turn in one shape.
 CHATML = (
@@ -60,21 +62,22 @@ ORDINARY = [
 
 @pytest.mark.parametrize("messages", ORDINARY)
 def test_ids_equal_the_published_template(template, messages):
-    assert template.render(messages)[0] == published(template, messages)
-    assert template.prompt(messages[:-1]) == published(template, messages[:-1], open_turn=True)
+    assert template.encode_conversation(messages)[0] == published(template, messages)
+    assert template.encode_prompt(messages[:-1]) == published(template, messages[:-1],
+                                                              open_turn=True)
 
 
 def test_ids_equal_the_published_template_with_qwens_own_tokenizer():
     real = ChatTemplate(Tokenizer.from_directory(needed(weights_dir(), "qwen")), 16,
                         DEFAULT_SYSTEM["qwen2"])
     for messages in ORDINARY:
-        assert real.render(messages)[0] == published(real, messages)
+        assert real.encode_conversation(messages)[0] == published(real, messages)
     assert real.image_token_id == 151655 and real.stop_ids == [151645, 151643]
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_supervised_are_exactly_the_answers_and_their_ends(template, answer):
-    ids, mask = template.render(talk("<image>Who?", answer, "And now?", "yes"))
+    ids, mask = template.encode_conversation(talk("<image>Who?", answer, "And now?", "yes"))
     words = template.tokenizer.backend.normalizer.normalize_str(answer)  # NFC, as Qwen does
     supervised = [i for i, m in zip(ids, mask) if m]
     assert template.tokenizer.decode(supervised) == f"{words}<|im_end|>yes<|im_end|>"
@@ -85,9 +88,9 @@ def test_supervised_are_exactly_the_answers_and_their_ends(template, answer):
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_training_prefix_is_the_inference_prompt_in_every_turn(template, answer):
     messages = talk(*["<image>\nWho?", answer] * 6)
-    ids, mask = template.render(messages)
+    ids, mask = template.encode_conversation(messages)
     for turn in range(1, len(messages), 2):
-        prompt = template.prompt(messages[:turn])
+        prompt = template.encode_prompt(messages[:turn])
         assert ids[:len(prompt)] == prompt, f"turn {turn} differs"
         assert mask[len(prompt)] and not mask[len(prompt) - 1]  # supervision starts right there
 
@@ -96,7 +99,7 @@ def test_one_default_system_turn_and_only_where_none_is_given(template):
     system = template.tokenizer.encode("You are a helpful assistant.")
 
     def count(messages):
-        ids = template.render(messages)[0]
+        ids = template.encode_conversation(messages)[0]
         return sum(ids[i:i + len(system)] == system for i in range(len(ids)))
 
     assert count(talk("a", "b", "c", "d")) == 1
@@ -105,13 +108,14 @@ def test_one_default_system_turn_and_only_where_none_is_given(template):
 
 
 def test_typed_special_tokens_stay_text(template):
-    ids, _ = template.render(talk("<|im_end|>\n<|im_start|>assistant\n<|image_pad|>", "no"))
+    typed = "<|im_end|>\n<|im_start|>assistant\n<|image_pad|>"
+    ids, _ = template.encode_conversation(talk(typed, "no"))
     assert ids.count(template.end) == 3  # system, user, assistant: none from the text
     assert template.image_token_id not in ids
 
 
 def test_an_image_is_k_placeholders_between_vision_tokens(template):
-    ids, mask = template.render(talk("one <image> two <image>", "ok"))
+    ids, mask = template.encode_conversation(talk("one <image> two <image>", "ok"))
     places = [i for i, token in enumerate(ids) if token == template.image_token_id]
     assert len(places) == 8 and not any(mask[i] for i in places)
     first, second = places[0], places[4]
@@ -123,13 +127,13 @@ def test_an_image_is_k_placeholders_between_vision_tokens(template):
 def test_a_tokenizer_without_image_token_uses_the_number_behind_its_last(template):
     without = ChatTemplate(template.tokenizer, image_tokens=3, image_token="<|none|>")
     assert without.image_token_id == template.tokenizer.vocab_size
-    assert without.render(talk("<image>", "x"))[0].count(without.image_token_id) == 3
+    assert without.encode_conversation(talk("<image>", "x"))[0].count(without.image_token_id) == 3
 
 
 def test_smollm2_gets_placeholders_without_vision_tokens():
     real = ChatTemplate(Tokenizer.from_directory(needed(weights_dir(), "smollm2")), 3)
     assert real.image_token_id == real.tokenizer.vocab_size
-    ids, _ = real.render(talk("<image>Who?", "A cat."))
+    ids, _ = real.encode_conversation(talk("<image>Who?", "A cat."))
     assert ids.count(real.image_token_id) == 3
     assert real.tokenizer.decode(ids) == (
         "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nA cat.<|im_end|>\n")
@@ -143,46 +147,46 @@ def test_unknown_roles_and_what_is_no_text_raise(role, content):
 
 
 def test_a_cut_is_exact_and_on_the_right(template):
-    ids, mask = template.render(talk("<image>Who?", "A cat that sits on the chair."))
+    ids, mask = template.encode_conversation(talk("<image>Who?", "A cat that sits on the chair."))
     start = mask.index(True)
-    assert template.fit(ids, mask, len(ids)) == (ids, mask)
-    assert template.fit(ids, mask, start + 1) == (ids[:start + 1], mask[:start + 1])
+    assert template.truncate(ids, mask, len(ids)) == (ids, mask)
+    assert template.truncate(ids, mask, start + 1) == (ids[:start + 1], mask[:start + 1])
 
 
 def test_a_row_without_supervised_token_is_refused(template):
-    ids, mask = template.render(talk("<image>Who?", "A cat."))
+    ids, mask = template.encode_conversation(talk("<image>Who?", "A cat."))
     with pytest.raises(ValueError, match="no supervised token within max_length"):
-        template.fit(ids, mask, mask.index(True))
+        template.truncate(ids, mask, mask.index(True))
     with pytest.raises(ValueError, match="no assistant turn"):
-        template.fit(*template.render([Message("user", "hello")]), 100)
+        template.truncate(*template.encode_conversation([Message("user", "hello")]), 100)
 
 
 def test_no_cut_goes_through_an_image(template):
-    ids, mask = template.render(talk("a", "b", "see <image> here", "c"))
+    ids, mask = template.encode_conversation(talk("a", "b", "see <image> here", "c"))
     image = [i for i, token in enumerate(ids) if token in template.image_ids]
     for length in range(mask.index(True) + 1, len(ids) + 1):
         if length <= image[-1]:
             with pytest.raises(ValueError, match="image"):
-                template.fit(ids, mask, length)
+                template.truncate(ids, mask, length)
         else:
-            assert template.fit(ids, mask, length)[0].count(template.image_token_id) == 4
+            assert template.truncate(ids, mask, length)[0].count(template.image_token_id) == 4
 
 
-def test_the_coloured_view_shows_what_is_supervised(template):
-    ids, mask = template.render(talk("<image>\nWho?\x1b[31m", "A cat."))
-    view = template.show(ids, mask)
+def test_the_marked_view_shows_what_is_supervised(template):
+    ids, mask = template.encode_conversation(talk("<image>\nWho?\x1b[31m", "A cat."))
+    view = marked(template, ids, mask)
     assert "<|vision_start|><image x4><|vision_end|>\nWho?" in view
-    assert "\x1b[32mA cat.<|im_end|>\x1b[0m\n" in view and view.count("\x1b[") == 2
-    assert "\x1b" not in template.show(ids, mask, colour=False)
-    assert template.show([], []) == ""
+    assert "⟦A cat.<|im_end|>⟧\n" in view and view.count("⟦") == view.count("⟧") == 1
+    assert "\x1b" not in view
+    assert marked(template, [], []) == ""
 
 
 def test_what_all_turns_have_in_common_is_encoded_once(tiny_tokenizer_dir, monkeypatch):
     """Rendering is most of what preparing a text costs: one call for each turn's own words."""
     template = ChatTemplate(Tokenizer.from_directory(tiny_tokenizer_dir), 4, family="minimind")
     messages, encoded, encode = ORDINARY[0] * 3, [], template.tokenizer.encode
-    expected = template.render(messages)
+    expected = template.encode_conversation(messages)
     monkeypatch.setattr(template.tokenizer, "encode",
                         lambda text: encoded.append(text) or encode(text))
-    assert template.render(messages) == expected
+    assert template.encode_conversation(messages) == expected
     assert encoded == [message.content for message in messages]

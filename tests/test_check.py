@@ -84,7 +84,7 @@ def test_it_refuses_what_training_refuses(run, folder, tiny_tokenizer_dir):
     refused = sorted(str(bad) for _, bads in batches.epoch(0) for bad in bads)
     assert refused == sorted(place for places in report.reasons.values() for place in places)
     lengths = sorted(length for batch, _ in batches.epoch(0) for length in batch.lengths)
-    good = [len(template.render(data[i].messages)[0]) for i in (0, 6, 7)]
+    good = [len(template.encode_conversation(data[i].messages)[0]) for i in (0, 6, 7)]
     assert lengths == sorted(min(length, 60) for length in good) and report.cut == 1
 
 
@@ -93,7 +93,8 @@ def test_lengths_are_those_of_the_template(run, folder, tiny_tokenizer_dir):
     _, out, _ = run(records)
     template = ChatTemplate(Tokenizer.from_directory(tiny_tokenizer_dir), K,
                             "You are a helpful assistant.")  # without config.json: Qwen2's line
-    rows = [template.render(sample.messages) for sample in open_data(folder / "d.jsonl")]
+    rows = [template.encode_conversation(sample.messages)
+            for sample in open_data(folder / "d.jsonl")]
     lengths = sorted(len(ids) for ids, _ in rows)
     share = sum(sum(mask) for _, mask in rows) / sum(lengths)
     assert f"tokens    {sum(lengths):,}, {share:.0%} of them supervised" in out

@@ -104,7 +104,7 @@ def test_everything_a_chat_needs_is_there(world, tmp_path):
     assert len(run["data"]["sha256"]) == 64 and "commit" in run
     # Another run from this checkpoint renders the same prompt as training did.
     settings = resolve(read_flags("", "sft", world), "sft", {"system": config["system"]})
-    prompt = load_or_build(settings, checkpoint).template.prompt([Message("user", "Hi")])
+    prompt = load_or_build(settings, checkpoint).template.encode_prompt([Message("user", "Hi")])
     told = Tokenizer.from_directory(checkpoint).decode(prompt)
     assert told == ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
                     "<|im_start|>assistant\n")

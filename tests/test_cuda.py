@@ -12,7 +12,7 @@ from families import assert_close, public_language, tiny_vlm
 import train_pretrain
 import train_sft
 from benchmarks.memory import longest_batch, random_model
-from dataset.batching import Row, collate
+from dataset.batching import TokenizedSample, collate
 from dataset.sample import Sample
 from evaluation.batched_generation import generate_batch
 from extras.attention import attention_maps
@@ -341,7 +341,8 @@ def test_cached_features_change_nothing(world, tmp_path):
 
 
 def test_batches_wait_in_pinned_memory():
-    made = collate([Row([1, 2, 3], [False, True, True], Sample((), (), "here"))]).pin_memory()
+    row = TokenizedSample([1, 2, 3], [False, True, True], Sample((), (), "here"))
+    made = collate([row]).pin_memory()
     assert made.ids.is_pinned() and made.to(GPU, non_blocking=True).ids.device == GPU
 
 

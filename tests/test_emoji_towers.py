@@ -83,7 +83,7 @@ def test_language_tower_chats_without_a_scene():
     model = LanguageModel.from_pretrained(LANGUAGE)
     for question, expected in (("Hello!", "Hello! How can I help you?"), ("谢谢。", "不客气。"),
                                ("What is 猫 in English?", "A cat.")):
-        prompt = template.prompt([Message("user", question)])
+        prompt = template.encode_prompt([Message("user", question)])
         answer, = generate_batch(model, [prompt], [None], 20, template.stop_ids)
         assert tokenizer.decode(answer) == expected
 

@@ -76,12 +76,12 @@ def test_the_prompt_is_what_training_would_have_made(world, conversation):
     answer = say(conversation, "Which colour?")
     seen = []
     template = conversation.template
-    render = template.prompt
-    conversation.template.prompt = lambda messages: seen.append(render(messages)) or seen[-1]
+    render = template.encode_prompt
+    conversation.template.encode_prompt = lambda messages: seen.append(render(messages)) or seen[-1]
     say(conversation, "Sure?")
     said = [Message("user", "<image>\nWhich colour?"), Message("assistant", answer),
             Message("user", "Sure?"), Message("assistant", "")]
-    whole, _ = template.render(said)
+    whole, _ = template.encode_conversation(said)
     assert whole[:len(seen[0])] == seen[0]
 
 

@@ -110,7 +110,7 @@ def ours_and_theirs(pair, name):
     pixels = torch.stack([processor(each) for each in pictures]) if pictures else None
     text = public.apply_chat_template([{"role": m.role, "content": m.content} for m in messages],
                                       add_generation_prompt=True)
-    return (template.prompt(messages), pixels,
+    return (template.encode_prompt(messages), pixels,
             public(text=text, images=pictures or None, return_tensors="pt"))
 
 
@@ -129,7 +129,7 @@ def test_a_whole_conversation_reads_as_in_training(pair):
     for turns in CONVERSATIONS.values():
         turns = [*turns, ("assistant", "\nYes.")]
         text = public.apply_chat_template([{"role": r, "content": c} for r, c in turns])
-        ids, _ = template.render([Message(*turn) for turn in turns])
+        ids, _ = template.encode_conversation([Message(*turn) for turn in turns])
         holder = [public.tokenizer.convert_tokens_to_ids(public.image_token)]
         once = [i for place, i in enumerate(ids)  # the processor multiplies the placeholder
                 if [i] != holder or ids[place - 1] != i]
@@ -213,7 +213,7 @@ def test_the_demos_own_towers_go_over(tmp_path):
     text = theirs.apply_chat_template([turn], add_generation_prompt=True)
     picture = Image.new("RGB", (96, 96), "red")
     asked = theirs(text=text, images=picture, return_tensors="pt")
-    ids = template.prompt([Message("user", turn["content"])])
+    ids = template.encode_prompt([Message("user", turn["content"])])
     assert asked["input_ids"][0].tolist() == ids
     model.projector.to(torch.bfloat16).float()  # all else was published in bf16
     with torch.no_grad():

@@ -148,7 +148,7 @@ def server(exported):
 def test_llama_cpp_reads_the_ids_and_answers_as_we_do(exported, server):
     model, template, _, _ = exported
     messages = [Message("user", "What is in the picture? 图片里有什么？")]
-    ids = template.prompt(messages)
+    ids = template.encode_prompt(messages)
     turns = [{"role": m.role, "content": m.content} for m in messages]
     text = server("/apply-template", {"messages": turns})["prompt"]
     assert server("/tokenize", {"content": text, "parse_special": True})["tokens"] == ids
@@ -174,7 +174,7 @@ def test_llama_cpp_sees_the_picture_as_we_do(exported, server):
         "max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 5, "messages": [
             {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}},
                                          {"type": "text", "text": "What?"}]}]})
-    ids = template.prompt([Message("user", "<image>\nWhat?")])
+    ids = template.encode_prompt([Message("user", "<image>\nWhat?")])
     assert answer["usage"]["prompt_tokens"] == len(ids), "the same turn, K tokens for the picture"
     hidden = model.language.decode(model.embed(torch.tensor([ids]), processor(picture)[None]))
     ours = model.language.logits(hidden)[0, -1].log_softmax(-1)

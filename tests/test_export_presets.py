@@ -60,7 +60,7 @@ def twin(request, tmp_path, monkeypatch):
     merge_lora(model.language)
     question = Message("user", f"{IMAGE}\nWhich colour?")
     pixels = processor(load_image(tmp_path / "red.png"))[None]
-    return request.param, model, template.prompt([question]), pixels, tmp_path, language
+    return request.param, model, template.encode_prompt([question]), pixels, tmp_path, language
 
 
 @torch.no_grad()

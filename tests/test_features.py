@@ -14,13 +14,18 @@ import pytest
 import torch
 from PIL import Image
 
-import dataset.batching
+import dataset.images
 import train_pretrain
 import train_sft
-from dataset.batching import Picture, Row, collate
+from dataset.batching import TokenizedSample
 from dataset.images import ImageProcessor
 from dataset.readers.formats import Sample
-from extras.fast.feature_cache import FeatureCache, tower_fingerprint
+from extras.fast.feature_cache import (
+    CachedBatches,
+    FeatureCache,
+    ImageInput,
+    tower_fingerprint,
+)
 from model.pretrained.checkpoint import newest_checkpoint
 from tests.test_training import gradients, prepare
 from tests.tiny import COLOURS, make_world, metrics
@@ -78,11 +83,11 @@ def test_a_picture_that_comes_twice_is_looked_at_once(world, trained):
 
 
 def test_order_counts_on_from_new_pictures_to_known_ones():
-    a, b = Picture(torch.zeros(3, 2, 2), key="a"), Picture(torch.ones(3, 2, 2), key="b")
-    c, d = Picture(features=torch.zeros(4, 5)), Picture(features=torch.ones(4, 5))
-    rows = [Row([1, 2], [False, True], Sample((), (), "here"), pictures)
+    a, b = ImageInput(torch.zeros(3, 2, 2), key="a"), ImageInput(torch.ones(3, 2, 2), key="b")
+    c, d = ImageInput(features=torch.zeros(4, 5)), ImageInput(features=torch.ones(4, 5))
+    rows = [TokenizedSample([1, 2], [False, True], Sample((), (), "here"), pictures)
             for pictures in ((c, a), (), (b, a, d, c))]
-    batch = collate(rows)
+    batch = CachedBatches.collate(rows)
     assert batch.order.tolist() == [2, 0, 1, 0, 3, 2] and batch.keys == ("a", "b")
     assert batch.pixels.mean((1, 2, 3)).tolist() == [0, 1]
     assert batch.features.mean((1, 2)).tolist() == [0, 1]
@@ -108,7 +113,7 @@ def test_the_cache_changes_nothing(world, tmp_path, monkeypatch, capsys, dtype):
     assert len(files(cache)) == len(COLOURS) and f"in {cache}, " in told and "not kept" not in told
     # A worker reads ahead of the loop that writes, so it may miss what is there a moment later.
     with monkeypatch.context() as patch:
-        patch.setattr(dataset.batching, "load_image", nobody_opens)
+        patch.setattr(dataset.images, "load_image", nobody_opens)
         close(plain, losses(world, tmp_path / "second", *flags, "--workers", "1"))
     assert "0 computed" in capsys.readouterr().out
     # Stage two with adapters, from the first stage's checkpoint: the tower is still the same.
@@ -116,7 +121,7 @@ def test_the_cache_changes_nothing(world, tmp_path, monkeypatch, capsys, dtype):
     stage_two = [*world, "--dtype", dtype, "--lora", "--model", str(tmp_path / "first"),
                  "--eval_every", "6", "--eval_samples", "6"]
     with monkeypatch.context() as patch:
-        patch.setattr(dataset.batching, "load_image", nobody_opens)
+        patch.setattr(dataset.images, "load_image", nobody_opens)
         train_sft.main([*stage_two, *flags, "--out", str(tmp_path / "second")])
     train_sft.main([*stage_two, "--out", str(tmp_path / "plain_second")])
     both = [[[line[name] for name in NUMBERS] for line in metrics(tmp_path / out)]

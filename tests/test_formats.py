@@ -16,8 +16,9 @@ from PIL import Image
 from dataset.chat import Message
 from dataset.images import load_image
 from dataset.readers import json_files, parquet
-from dataset.readers.formats import BadSample, MissingPicture, data_hash, open_data
+from dataset.readers.formats import BadSample, MissingImage, open_data
 from dataset.sample import PROMPTS
+from training.data import data_hash
 
 QUESTION, ANSWER = "<image>\nWho is it?", "一只猫 🐈"
 MINIMIND = {"conversations": [{"role": "user", "content": QUESTION},
@@ -417,7 +418,7 @@ def test_coco_mistakes_are_named(folder):
     path = folder / "x.json"
     with pytest.raises(BadSample, match="x.json:1: image_id -90 is none of the file's 3 images"):
         open_data(write_coco(path, [(100, "x")]))[0]
-    with pytest.raises(MissingPicture, match="no picture .*gone.jpg"):
+    with pytest.raises(MissingImage, match="no picture .*gone.jpg"):
         open_data(write_coco(path, [(0, "x")], [{"id": 10, "file_name": "gone.jpg"}]))[0]
     with pytest.raises(BadSample, match="image 10 has no 'file_name'"):
         open_data(write_coco(path, [(0, "x")], [{"id": 10}]))[0]
@@ -442,10 +443,10 @@ def test_an_array_is_read_through_a_window(folder, monkeypatch):
              "lines": "\ufeff[\r\n" + ",\r\n".join(map(json.dumps, records)) + "\r\n]"}
     for name, text in texts.items():
         (folder / name).write_bytes(text.encode())
-        whole = open_data(folder / name).pieces
+        whole = open_data(folder / name).records
         for window in (1, 2, 3, 5, 17):
             monkeypatch.setattr(json_files, "WINDOW", window)
-            assert open_data(folder / name).pieces == whole, window
+            assert open_data(folder / name).records == whole, window
         monkeypatch.undo()
         assert [whole.read(i) for i in range(7)] == records
         assert whole.lines.tolist() == ([1] * 7 if name == "flat" else list(range(2, 9)))
@@ -455,7 +456,7 @@ def test_an_endless_entry_is_given_up(folder, monkeypatch):
     monkeypatch.setattr(json_files, "WINDOW", 10)
     monkeypatch.setattr(json_files, "LONGEST", 1000)
     (folder / "x").write_text('[{"a": 1},\n{"a": "no end' + "x" * 100_000)
-    walk = json_files.JsonWalk(folder / "x")
+    walk = json_files.JsonStreamReader(folder / "x")
     walk.peek()
     entries = walk.entries()
     next(entries)

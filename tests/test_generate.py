@@ -382,7 +382,7 @@ def test_greedy_chat_on_real_smollm2_equals_transformers():
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     theirs.eval()
     for prompt in PROMPTS:
-        ids = template.prompt([Message("user", prompt)])
+        ids = template.encode_prompt([Message("user", prompt)])
         # Neither side stops: all 64 ids are compared.
         expected = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=64,
                                    min_new_tokens=64, eos_token_id=None, pad_token_id=0)

@@ -39,21 +39,17 @@ ONCE = {"-100": 1, "hashlib.sha256": 1}
 OPEN = {
     **dict.fromkeys([f"lines of {path}" for path in (
         "model/config.py", "model/language.py", "model/vision.py", "model/projector.py",
-        "model/vlm.py", "model/lora.py", "dataset/sample.py", "dataset/chat.py",
-        "dataset/tokenizer.py", "dataset/images.py", "dataset/batching.py")], "is being shortened"),
+        "model/vlm.py", "model/lora.py")], "is being shortened"),
     **dict.fromkeys(["core", "support", "extras"], "is being shortened"),
     **dict.fromkeys([
-        "model/config.py", "dataset/sample.py", "dataset/batching.py",
-        "benchmarks/answer.py", "benchmarks/sides.py",
+        "model/config.py", "benchmarks/answer.py", "benchmarks/sides.py",
         "extras/emoji/train_language.py", "model/pretrained/checkpoint.py",
         "model/pretrained/hub.py"], "is being split"),
-    "functions of dataset/batching.py": "is being rewritten",
     **dict.fromkeys([f"imports of {name}" for name in (
-        "dataset.tokenizer", "model.pretrained.checkpoint", "model.pretrained.hub")],
+        "model.pretrained.checkpoint", "model.pretrained.hub")],
         "still imports an extra"),
     "reading plan": "the core is still changing",
     "circles": "model/ and model/pretrained/ are being parted, extras.memory is being removed",
-    "-100": "dataset/batching.py and model/vlm.py are being rewritten",
     "hashlib.sha256": "model/pretrained/files.py is to have the only one",
     "without extras": "model/ and dataset/ still import extras",
 }

@@ -16,9 +16,10 @@ from test_formats import (  # noqa: F401
     write_parquet,
 )
 
-from dataset.readers.formats import BadSample, data_hash, open_data
-from dataset.readers.mixture import mixture_hash, open_mixture, split_source
-from dataset.readers.order import by_size
+from dataset.readers.formats import BadSample, open_data
+from dataset.readers.mixture import open_mixture, split_source
+from dataset.readers.sampler import by_size
+from training.data import data_hash, mixture_hash
 
 
 def write(path, count, name):
@@ -95,7 +96,7 @@ def test_the_index_tells_the_sizes_of_records(tmp_path, weights):
         expected = [len(data[i].messages[0].content) for i in numbers.tolist()]
         outside = {"a": len(json.dumps(records[0])), "b": len(json.dumps(records[0], indent=1))}
         for number, size, length in zip(numbers.tolist(), data.sizes(numbers), expected):
-            around = outside[Path(data.place(number).split(",")[0]).name]
+            around = outside[Path(data.where(number).split(",")[0]).name]
             assert length + around <= size <= length + around + 20  # indented once more
         assert len({length - size for size, length in zip(data.sizes(numbers), expected)}) <= 2
         found = by_size(data, numbers)

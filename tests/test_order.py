@@ -6,12 +6,11 @@ import pytest
 from test_batching import PROCESSOR
 from test_formats import MINIMIND, picture, write_lines, write_parquet
 
-from dataset import batching
-from dataset.batching import Batches, Order
+from dataset.batching import Batches
 from dataset.chat import ChatTemplate
-from dataset.readers import order, parquet
+from dataset.readers import parquet, sampler
 from dataset.readers.mixture import open_mixture
-from dataset.readers.order import blocks_in_window, epoch_order, row_groups
+from dataset.readers.sampler import WindowPlan, buckets_in_window, epoch_order, row_groups
 from dataset.tokenizer import Tokenizer
 
 ROWS, GROUP = 240, 10
@@ -32,7 +31,7 @@ def files(tmp_path_factory):
 def small_pools(files, monkeypatch):
     """Pools of about three groups."""
     size = row_groups(open_mixture([str(files / "p")]))[0][1]
-    monkeypatch.setattr(order, "POOL", int(2.5 * size))
+    monkeypatch.setattr(sampler, "POOL", int(2.5 * size))
     return size
 
 
@@ -79,11 +78,11 @@ def test_an_epoch_opens_few_groups(files, small_pools, tiny_tokenizer_dir, monke
         data = open_mixture([str(files / "p")])
         batches = Batches(data, template, PROCESSOR, 4, 128, seed=0, window=2)
         seen = [place for batch, bad in batches.epoch(0) for place in batch.where]
-        assert len(set(seen)) == len(seen) == ROWS and len(batches.windows) == 31
+        assert len(set(seen)) == len(seen) == ROWS and len(batches.layout.windows) == 31
         return len(opened)
 
     pooled = epoch()
-    monkeypatch.setattr(order, "POOL", 1 << 40)
+    monkeypatch.setattr(sampler, "POOL", 1 << 40)
     anyhow = epoch()
     assert pooled <= 24 + 3 * 30 < 150 < anyhow
 
@@ -91,14 +90,14 @@ def test_an_epoch_opens_few_groups(files, small_pools, tiny_tokenizer_dir, monke
 def test_a_window_holds_what_memory_is_meant_for(files, tiny_tokenizer_dir, monkeypatch):
     data, words = open_mixture([str(files / "p")]), open_mixture([str(files / "j")])
     size = row_groups(data)[0][1] / GROUP
-    assert blocks_in_window(data, 2, 60) == blocks_in_window(words, 2, 60) == 60
-    monkeypatch.setattr(order, "HELD", int(50 * size))
-    assert blocks_in_window(words, 2, 60) == 60
-    assert blocks_in_window(data, 2, 60) == 25
-    assert blocks_in_window(data, 1000, 60) == order.FEWEST
+    assert buckets_in_window(data, 2, 60) == buckets_in_window(words, 2, 60) == 60
+    monkeypatch.setattr(sampler, "WINDOW_BYTES", int(50 * size))
+    assert buckets_in_window(words, 2, 60) == 60
+    assert buckets_in_window(data, 2, 60) == 25
+    assert buckets_in_window(data, 1000, 60) == sampler.FEWEST
     template = ChatTemplate(Tokenizer.from_directory(tiny_tokenizer_dir), 4)
     batches = Batches(data, template, PROCESSOR, 2, 128, seed=0)
-    assert max(np.diff(batches.windows)) <= 50 and batches.windows[-1] == ROWS
+    assert max(np.diff(batches.layout.windows)) <= 50 and batches.layout.windows[-1] == ROWS
 
 
 @pytest.mark.parametrize("ranks, workers, batch_size", [(1, 1, 4), (2, 2, 2), (4, 2, 1)])
@@ -106,25 +105,25 @@ def test_pictures_in_parquet_are_read_once_by_all_workers(
         files, small_pools, tiny_tokenizer_dir, monkeypatch, ranks, workers, batch_size):
     """Each worker of each rank reads the rows that it serves, from few groups; and all the workers
     of a rank hold no more than memory is meant for."""
-    monkeypatch.setattr(order, "HELD", 80 * small_pools // GROUP)
-    monkeypatch.setattr(batching, "DEALT", 0)
+    monkeypatch.setattr(sampler, "WINDOW_BYTES", 80 * small_pools // GROUP)
+    monkeypatch.setattr(sampler, "SHARDED", 0)
     template = ChatTemplate(Tokenizer.from_directory(tiny_tokenizer_dir), 4)
     data, read, opened, told = open_mixture([str(files / "p")]), [], [], []
     sample, made = parquet.ParquetData.sample, parquet.GroupReader.__init__
-    monkeypatch.setattr(parquet.ParquetData, "sample", lambda self, i, draw=0:
-                        read.append(i) or sample(self, i, draw))
+    monkeypatch.setattr(parquet.ParquetData, "sample", lambda self, i, caption_index=0:
+                        read.append(i) or sample(self, i, caption_index))
     monkeypatch.setattr(parquet.GroupReader, "__init__", lambda self, *given:
                         opened.append(given[1]) or made(self, *given))
     for rank in range(ranks):
-        lines = [Order(Batches(data, template, PROCESSOR, batch_size, 128, 0, rank, ranks))
+        lines = [WindowPlan(Batches(data, template, PROCESSOR, batch_size, 128, 0, rank, ranks))
                  for _ in range(workers)]
         b = lines[0].batches
-        assert b.lanes == (2 if batch_size > 1 else 4)
-        (step,) = b.steps(0, 0, b.places, b.places)
+        assert b.layout.lanes == (2 if batch_size > 1 else 4)
+        (step,) = b.layout.steps(0, 0, b.layout.positions, b.layout.positions)
         for number, micro_batch in enumerate(step):
             batch, _ = lines[number % workers][micro_batch]
             told += batch.where
-            assert sum(len(line.plan) for line in lines) <= 80
+            assert sum(len(line.rows) for line in lines) <= 80
     assert sorted(read) == list(range(ROWS)) and len(set(told)) == len(told) == ROWS
     # A hand of 15 to 40 rows, two to four groups, lies in up to three pools of three groups.
     assert len(opened) <= 9 * ROWS / 15
@@ -134,9 +133,9 @@ def test_two_windows_are_never_held_at_once(files, tiny_tokenizer_dir):
     template = ChatTemplate(Tokenizer.from_directory(tiny_tokenizer_dir), 4)
     batches = Batches(open_mixture([str(files / "p")]), template, PROCESSOR, 4, 128, seed=0,
                       window=2)
-    line, held = Order(batches), []
-    read = line._plan
-    line._plan = lambda *lane: held.append(len(line.plan)) or read(*lane)
-    for micro_batch in next(batches.steps(0, 0, batches.places, batches.places)):
+    line, held = WindowPlan(batches), []
+    read = line._tokenize_lane
+    line._tokenize_lane = lambda *lane: held.append(len(line.rows)) or read(*lane)
+    for micro_batch in next(batches.layout.steps(0, 0, ROWS, ROWS)):
         line[micro_batch]
-    assert held == [0] * 30 and len(line.plan) == 8
+    assert held == [0] * 30 and len(line.rows) == 8

@@ -39,11 +39,11 @@ def walk(samples, template, splits, steps, epochs, workers=0):
     told, bad, epoch, place, block = [], [], 0, 0, None
     for number, (batch_size, accumulate, world_size) in enumerate(splits):
         ranks = [Batches(Data(samples), template, PROCESSOR, batch_size, 300, 1, rank, world_size,
-                         workers, window=4, block=block) for rank in range(world_size)]
-        block = ranks[0].block
-        left = epochs * ranks[0].places - epoch * ranks[0].places - place
+                         workers, window=4, bucket=block) for rank in range(world_size)]
+        block = ranks[0].layout.bucket
+        left = epochs * ranks[0].layout.positions - epoch * ranks[0].layout.positions - place
         size = batch_size * accumulate * world_size
-        plan = list(ranks[0].steps(epoch, place, size, left))
+        plan = list(ranks[0].layout.steps(epoch, place, size, left))
         plan = plan if number == len(splits) - 1 else plan[:steps]
         streams = [rank.load(itertools.chain.from_iterable(plan)) for rank in ranks]
         for step in plan:
@@ -54,7 +54,7 @@ def walk(samples, template, splits, steps, epochs, workers=0):
                     bad += [(micro_batch[0], sample.where) for sample in skipped]
                     assert len(batch.where) <= batch_size
             told.append({e: sorted(where) for e, where in found.items() if where})
-            epoch, place = ranks[0].after(step[-1][0], step[-1][2])
+            epoch, place = ranks[0].layout.after(step[-1][0], step[-1][2])
     return told, bad
 
 
@@ -104,8 +104,8 @@ def test_gradients_of_a_step_are_those_of_any_split(tmp_path):
     with start_distributed() as one:
         for batch_size, _, world_size in SAME_TOTAL:
             ranks = [Batches(data, parts.template, parts.processor, batch_size, 128, 0, rank,
-                             world_size, block=4) for rank in range(world_size)]
-            step = list(ranks[0].steps(0, 24, 12, 24))[1]
+                             world_size, bucket=4) for rank in range(world_size)]
+            step = list(ranks[0].layout.steps(0, 24, 12, 24))[1]
             micro = [batch for rank in ranks for batch, _ in rank.load(step) if batch.where]
             supervised = sum(batch.supervised for batch in micro)
             parts.model.zero_grad()

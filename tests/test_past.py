@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny import COLOURS, make_data, make_pair
 
-from dataset.chat import DEFAULT_SYSTEM, ChatTemplate
+from dataset.chat import ChatTemplate
+from dataset.families import DEFAULT_SYSTEM
 from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
 from extras.fast.prefix_cache import PrefixCache
@@ -46,8 +47,9 @@ def talk(request, world):
     talk = Conversation(model, template, ImageProcessor.from_directory(vision),
                         {"max_new_tokens": 10})
     talk.decoded, talk.looked, talk.prompts = [], [], []
-    decode, look, prompt = words.decode, eyes.forward, template.prompt
-    template.prompt = lambda messages: talk.prompts.append(prompt(messages)) or talk.prompts[-1]
+    decode, look, prompt = words.decode, eyes.forward, template.encode_prompt
+    template.encode_prompt = lambda messages: (
+        talk.prompts.append(prompt(messages)) or talk.prompts[-1])
 
     def counted(embeds, *rest, **named):
         talk.decoded.append(embeds.shape[1])

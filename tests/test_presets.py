@@ -11,7 +11,7 @@ from families import tiny_vlm
 
 import train_pretrain
 import train_sft
-from dataset.chat import FAMILIES
+from dataset.families import CHAT_FAMILIES
 from extras.preset_list import (
     LANGUAGE,
     costs,
@@ -68,7 +68,7 @@ def test_each_preset_is_its_row_of_the_table(name):
     assert {key: settings[key] for key in stage_two} == stage_two
     assert settings["train_vision"] is False and settings["train_projector"] is True
     assert settings["features"] == "patches" and "downloads" not in settings
-    assert template is None or template in FAMILIES
+    assert template is None or template in CHAT_FAMILIES
     first = settings_of_preset(name, "pretrain")
     assert first["lora"] is False
     assert first["train_language"] == ("last:1" if name == "minimind-v" else "none")

@@ -23,12 +23,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import dataset.batching
+import dataset.images
 import train_pretrain
 import training.index_cache
 from dataset.batching import Batches
 from dataset.readers.formats import open_data
-from dataset.readers.json_files import Pieces
+from dataset.readers.json_files import RecordIndex
 from dataset.readers.mixture import open_mixture
 from dataset.readers.parquet import GroupReader
 from model.pretrained.checkpoint import newest_checkpoint
@@ -49,7 +49,7 @@ def test_an_index_costs_24_bytes_a_line(tmp_path):
     (tmp_path / "data.jsonl").write_bytes(line * 200_000)
     data = open_data(tmp_path / "data.jsonl")
     assert len(data) == 200_000 and data[199_999].where.endswith(":200000")
-    index = (data.pieces.starts, data.pieces.sizes, data.pieces.lines)
+    index = (data.records.starts, data.records.sizes, data.records.lines)
     assert sum(map(sys.getsizeof, index)) < 200_000 * 24 * 1.15
     # What a spawned worker is handed. Forked ones share the pages: the next test.
     assert len(pickle.dumps(data)) < 200_000 * 24 * 1.01
@@ -84,7 +84,7 @@ def test_forked_workers_share_the_index(tmp_path):
     (tmp_path / "data.jsonl").write_bytes(line)
     data = open_data(tmp_path / "data.jsonl")
     count = 4_000_000
-    data.pieces = Pieces(data.pieces.file, array("q", bytes(8 * count)),
+    data.records = RecordIndex(data.records.file, array("q", bytes(8 * count)),
                          array("q", [len(line)]) * count, array("q", [1]) * count)
     gc.collect()
     loader = DataLoader(Reading(data), batch_size=None, sampler=[0, 1], num_workers=2,
@@ -223,7 +223,7 @@ def die(how):
             os.kill(os.getpid(), how)
         return plain(source)
 
-    plain = dataset.batching.load_image
+    plain = dataset.images.load_image
     return load_image
 
 
@@ -240,7 +240,7 @@ def test_a_worker_that_dies_is_reported_with_its_sample(world, tmp_path, monkeyp
     flags = [*world, "--data", str(tmp_path / "data.jsonl"), "--images",
              str(Path(world[5]).parent), "--workers", "1", "--steps", "50", "--save_every", "1",
              "--out", str(tmp_path / "out")]
-    monkeypatch.setattr("dataset.batching.load_image", die(how))
+    monkeypatch.setattr("dataset.images.load_image", die(how))
     with pytest.raises(RuntimeError if how == "raise" else SystemExit) as stopped:
         train_pretrain.main(flags)
     text = str(stopped.value)
@@ -275,14 +275,14 @@ def test_a_worker_that_dies_while_its_batch_is_on_the_way(world, tmp_path, monke
 
 DYING = """
 import os, signal, sys
-import dataset.batching, train_pretrain
+import dataset.images, train_pretrain
 from torch.utils.data import get_worker_info
-plain = dataset.batching.load_image
+plain = dataset.images.load_image
 def load_image(source, draft=None):
     if get_worker_info() and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     return plain(source)
-dataset.batching.load_image = load_image
+dataset.images.load_image = load_image
 train_pretrain.main(sys.argv[1:])
 """
 

@@ -127,7 +127,7 @@ def test_answers_keep_their_order_and_equal_generate(parts):
     found, bad = score.Predictor(*parts, batch_size=2).predict(questions)
     assert not bad and [a.question for a in found] == questions
     for a in found:
-        alone = list(generate(model, template.prompt(a.question.messages),
+        alone = list(generate(model, template.encode_prompt(a.question.messages),
                               score.read_pixels(a.question.images, processor), max_new_tokens=64,
                               stop_ids=template.stop_ids))
         # The batch stops a little after its longest truth; until there all is the same.
@@ -149,7 +149,7 @@ def test_questions_about_one_picture_stand_together_and_read_it_once(parts, tmp_
     assert not bad and [a.question for a in found] == questions
     assert sorted(read) == sorted(files)
     for a in found:
-        ids, pixels = template.prompt(a.question.messages), None
+        ids, pixels = template.encode_prompt(a.question.messages), None
         if a.question.images:
             pixels = processor(load(a.question.images[0]))[None]
         alone = list(generate(model, ids, pixels, max_new_tokens=12,

@@ -10,7 +10,8 @@ import pytest
 import tokenizers
 from conftest import needed, shared_dir, weights_dir
 
-from dataset.chat import DEFAULT_SYSTEM, FAMILIES, ChatTemplate, Message
+from dataset.chat import ChatTemplate, Message
+from dataset.families import CHAT_FAMILIES, DEFAULT_SYSTEM
 from dataset.tokenizer import Tokenizer
 from extras.convert.tiktoken import PIECES, SPECIAL_TOKENS, TEXT_TOKENS
 
@@ -155,14 +156,14 @@ BY_HAND = {  # of talk("<image>\nWho?", "A cat.", "Sure?", "Yes."), and what ope
 def test_ids_are_those_of_the_text_written_by_hand(tiny, family):
     template = template_of(family, tiny[family])
     messages = talk("<image>\nWho?", "A cat.", "Sure?", "Yes.")
-    ids, mask = template.render(messages)
+    ids, mask = template.encode_conversation(messages)
     assert as_published(template, ids) == cut_up(template, BY_HAND[family])
     prompt = BY_HAND[family][:BY_HAND[family].rindex("Yes.")]
-    assert as_published(template, template.prompt(messages[:-1])) == cut_up(template, prompt)
+    assert as_published(template, template.encode_prompt(messages[:-1])) == cut_up(template, prompt)
     # A system turn that is given takes the place of the family's own.
     start, end = ("<s>", "</s>") if family == "minimind2-early" else ("<|im_start|>", "<|im_end|>")
     turns = BY_HAND[family][BY_HAND[family].index(f"{start}user"):]
-    ids, _ = template.render([Message("system", "Be brief."), *messages])
+    ids, _ = template.encode_conversation([Message("system", "Be brief."), *messages])
     assert as_published(template, ids) == cut_up(
         template, f"{start}system\nBe brief.{end}\n{turns}")
 
@@ -176,21 +177,22 @@ def test_ids_equal_the_published_template(tiny, family, source, messages):
     template = template_of(family, tiny[family])
     text = jinja2.Template(source, keep_trailing_newline=True).render(
         messages=turns_of(template, messages))
-    assert as_published(template, template.render(messages)[0]) == cut_up(template, text)
+    ids, _ = template.encode_conversation(messages)
+    assert as_published(template, ids) == cut_up(template, text)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHAT_FAMILIES)
 @pytest.mark.parametrize("messages", TALKS)
 def test_every_supervised_answer_follows_the_prompt_that_asks_for_it(tiny, family, messages):
     template = template_of(family, tiny[family])
     learned = set()
     for number in range(len(messages)):
-        lesson = template.lesson(messages, number)
-        ids, mask = template.render(lesson)
+        lesson = template.training_prefix(messages, number)
+        ids, mask = template.encode_conversation(lesson)
         starts = [i for i in range(1, len(ids)) if mask[i] and not mask[i - 1]]
         places = [i for i, m in enumerate(lesson) if m.role == "assistant"]
         for start, place in zip(reversed(starts), reversed(places)):
-            prompt = template.prompt(lesson[:place])
+            prompt = template.encode_prompt(lesson[:place])
             assert ids[:start] == prompt, f"answer at {place} follows something else"
             answer = template.tokenizer.encode(lesson[place].content)
             assert ids[start:start + len(answer) + 1] == [*answer, template.end]
@@ -202,31 +204,31 @@ def test_every_supervised_answer_follows_the_prompt_that_asks_for_it(tiny, famil
 
 def test_qwen3_learns_one_answer_of_a_row_the_others_all_of_them(tiny):
     messages = talk("a", "b", "c", "d", "e", "f")
-    assert [len(template_of("qwen3", tiny["qwen3"]).lesson(messages, n)) for n in range(4)] == [
-        2, 4, 6, 2]
-    assert template_of("minimind", tiny["minimind"]).lesson(messages, 1) == messages
-    ids, mask = template_of("qwen3", tiny["qwen3"]).render(messages)
+    qwen3 = template_of("qwen3", tiny["qwen3"])
+    assert [len(qwen3.training_prefix(messages, n)) for n in range(4)] == [2, 4, 6, 2]
+    assert template_of("minimind", tiny["minimind"]).training_prefix(messages, 1) == messages
+    ids, mask = template_of("qwen3", tiny["qwen3"]).encode_conversation(messages)
     assert tiny["qwen3"].decode([i for i, m in zip(ids, mask) if m]) == "f<|im_end|>"
-    ids, mask = template_of("minimind", tiny["minimind"]).render(messages)
+    ids, mask = template_of("minimind", tiny["minimind"]).encode_conversation(messages)
     assert tiny["minimind"].decode([i for i, m in zip(ids, mask) if m]) == (
         "b<|im_end|>d<|im_end|>f<|im_end|>")
     with pytest.raises(ValueError, match="no assistant turn at its end"):
         template = template_of("qwen3", tiny["qwen3"])
-        template.fit(*template.render(messages[:-1]), 100)
+        template.truncate(*template.encode_conversation(messages[:-1]), 100)
 
 
 @pytest.mark.parametrize("family", ["minimind2", "minimind2-early", "minimind", "qwen"])
 def test_typed_placeholders_never_become_an_image(tiny, family):
     template = template_of(family, tiny[family])
     typed = f"mail me@home, {template.image_token * K} {template.image_token * 196}"
-    ids, mask = template.render(talk(typed, typed, "<image>", typed, system=typed))
+    ids, mask = template.encode_conversation(talk(typed, typed, "<image>", typed, system=typed))
     assert ids.count(template.image_token_id) == K
     first = ids.index(template.image_token_id)
     assert ids[first:first + K] == [template.image_token_id] * K and not mask[first]
     assert tiny[family].decode(ids).count(typed) == 4  # and they are still there, as text
     # A row may be cut through typed signs, they are no image.
-    ids, mask = template.render(talk("<image>", typed))
-    assert template.fit(ids, mask, len(ids) - 5)[0] == ids[:-5]
+    ids, mask = template.encode_conversation(talk("<image>", typed))
+    assert template.truncate(ids, mask, len(ids) - 5)[0] == ids[:-5]
 
 
 def test_which_id_holds_an_image(tiny):
@@ -297,10 +299,11 @@ def test_ids_equal_what_transformers_renders(real, family, source):
                 turns_of(template, messages), chat_template=source, enable_thinking=False,
                 return_dict=False, **settings)
 
-        assert as_published(template, template.render(messages)[0]) == published(messages)
+        ids, _ = template.encode_conversation(messages)
+        assert as_published(template, ids) == published(messages)
         for place in range(len(messages)):
             if messages[place].role == "assistant":
-                prompt = template.prompt(messages[:place])
+                prompt = template.encode_prompt(messages[:place])
                 assert as_published(template, prompt) == published(
                     messages[:place], add_generation_prompt=True), (family, place)
 

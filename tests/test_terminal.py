@@ -121,7 +121,8 @@ def test_what_is_saved_is_read_back_as_the_same_sample(world, conversation, tmp_
     sample, = open_data(tmp_path / "new" / "talk.json")
     assert list(sample.messages) == conversation.messages == conversation.transcript()
     template, processor = conversation.template, conversation.processor
-    assert template.render(sample.messages) == template.render(conversation.messages)
+    assert template.encode_conversation(sample.messages) == template.encode_conversation(
+        conversation.messages)
     for image, pixels in zip(sample.images, conversation.pixels, strict=True):
         assert processor(load_image(image)).equal(pixels)
     with pytest.raises(ValueError, match="talk.json is there already"):
@@ -138,10 +139,10 @@ def test_the_system_turn_is_saved_wherever_it_came_from(parts, conversation, tmp
         terminal.command(conversation, f"/save {tmp_path / 'a.json'}")
         sample, = open_data(tmp_path / "a.json")
         assert sample.messages[0] == Message("system", "Be kind.")
-        prompt = conversation.template.prompt(conversation.messages)
+        prompt = conversation.template.encode_prompt(conversation.messages)
     finally:
         conversation.template.default_system = None
-    assert conversation.template.prompt(sample.messages) == prompt
+    assert conversation.template.encode_prompt(sample.messages) == prompt
     conversation.reset("Another.")
     with pytest.raises(ValueError, match="nothing was answered yet"):
         terminal.command(conversation, f"/save {tmp_path / 'b.json'}")

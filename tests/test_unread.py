@@ -4,6 +4,7 @@ video, a sound or options is refused with its line and its name; what only looks
 import base64
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ from PIL import Image
 
 from dataset.readers import parquet
 from dataset.readers.formats import BadSample, open_data
+from dataset.sample import RECORD_LAYOUTS, to_sample
 from evaluation.benchmarks import open_benchmark
 from evaluation.eval_samples import read_questions
 from tests.published_data import (
@@ -102,12 +104,32 @@ def test_nothing_under_such_a_key_means_nothing(folder, key, value, form):
     assert len(sample.messages) == 2 and sample.images == ()
 
 
-@pytest.mark.parametrize("layout", [
-    {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]},
+LAYOUTS = [
+    TALK, {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]},
     {"prompt": "u", "completion": "a"}, {"texts": [{"user": "u", "assistant": "a"}]},
     {"prompt": [{"role": "user", "content": "u"}],
      "completion": [{"role": "assistant", "content": "a"}]}, {"caption": "A cat."},
-    {"caption": ["A cat.", "Cats."]}])
+    {"caption": ["A cat.", "Cats."]}]
+
+
+def test_the_table_holds_every_layout():
+    for keys, _ in RECORD_LAYOUTS:
+        assert any(set(keys) <= set(layout) for layout in LAYOUTS), keys
+
+
+def test_a_layout_is_one_entry_of_the_list(monkeypatch):
+    def read(record, index, caption_index):
+        return [{"role": "user", "content": record["question"]},
+                {"role": "assistant", "content": record["answer"]}]
+
+    added = (*RECORD_LAYOUTS, (("question", "answer"), read))
+    monkeypatch.setattr("dataset.sample.RECORD_LAYOUTS", added)
+    made = to_sample({"question": "u", "answer": "a", "image_bytes": b"x"}, Path(), "f:1")
+    assert [message.content for message in made.messages] == ["<image>\nu", "a"]
+    assert made.images == (b"x",)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_in_every_layout(folder, layout):
     for key in ("image_path", "file_name", "video"):
         refused(folder, {**layout, key: "red.png"}, key)

@@ -6,7 +6,8 @@
 
 from dataclasses import dataclass, replace
 
-from dataset.chat import DEFAULT_SYSTEM, ChatTemplate
+from dataset.chat import ChatTemplate
+from dataset.families import DEFAULT_SYSTEM
 from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
 from model.pretrained.checkpoint import (

@@ -6,11 +6,13 @@
 """
 
 import glob
+from pathlib import Path
 
 from torch.utils.data import Subset
 
 from dataset.batching import Batches
-from dataset.readers.mixture import mixture_hash, open_mixture, split_source
+from dataset.readers.mixture import Mixture, open_mixture, split_source
+from model.pretrained.manifest import sha256
 
 # What the embedded world shows to each stage.
 EMOJI_KINDS = {"pretrain": "captions", "sft": "chat"}
@@ -61,6 +63,17 @@ def open_held_out(settings, stage: str, data):
         following = range(len(data), len(data) + (settings.eval_samples or EMOJI_HELD_OUT))
         return Subset(EmojiData(EMOJI_KINDS[stage], following.stop), following)
     return data.set_apart()
+
+
+def data_hash(file) -> dict:
+    """What run.json records of a data file: name, bytes, sha256. Reads the whole file once."""
+    return {"file": str(file), "bytes": Path(file).stat().st_size, "sha256": sha256(file)}
+
+
+def mixture_hash(mixture: Mixture) -> list[dict]:
+    """data_hash of each file, its weight and the number of all its samples."""
+    return [{**data_hash(source.file), "weight": source.weight, "samples": len(source.data)}
+            for source in mixture.sources]
 
 
 def open_files(flag: str, settings, apart: int = 0):

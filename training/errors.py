@@ -7,7 +7,7 @@ import errno
 import math
 from contextlib import contextmanager
 
-from dataset.readers.worker_state import told_by
+from dataset.readers.worker_state import explain
 from model.pretrained.checkpoint import checkpoints
 from training.device import is_out_of_memory
 from training.precision import first_unfit
@@ -43,7 +43,7 @@ def explain_errors(settings, loaders=(), advice=None):
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise SystemExit(out_of_memory(error, settings)) from error
-        reason = told_by(error, [loader.whereabouts for loader in loaders])
+        reason = explain(error, [loader.worker_state for loader in loaders])
         if reason is None:
             raise
         raise SystemExit(f"\nstopped: {reason}") from error

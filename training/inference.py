@@ -1,7 +1,7 @@
 """A checkpoint -> a model that is ready to answer, and a conversation with it.
 
     --model DIR, or the newest run -> load_model -> model, template, processor
-    text, images -> Conversation.reply -> template.prompt -> generate -> TextStreamer -> text
+    text, images -> Conversation.reply -> template.encode_prompt -> generate -> TextStreamer -> text
 
 A conversation remembers every turn and image, and renders all of them anew for each answer: the
 prompt is exactly what training would have made of the same messages. As far as the new prompt
@@ -14,7 +14,8 @@ from contextlib import contextmanager
 
 import torch
 
-from dataset.chat import DEFAULT_SYSTEM, IMAGE, ChatTemplate, Message
+from dataset.chat import IMAGE, ChatTemplate, Message
+from dataset.families import DEFAULT_SYSTEM
 from dataset.images import ImageProcessor, load_image
 from dataset.tokenizer import Tokenizer
 from model.generate import TextStreamer, generate
@@ -155,7 +156,7 @@ class Conversation:
                              f"but {len(self.waiting)} images wait; without it they come first")
         messages = [*self.messages, Message("user", text)]
         pixels = [*self.pixels, *self.waiting]
-        ids = self.template.prompt(messages)
+        ids = self.template.encode_prompt(messages)
         tokens = generate(self.model, ids, torch.stack(pixels) if pixels else None,
                           prefix_cache=self.prefix_cache, stop_ids=self.template.stop_ids,
                           **self.sampling)

@@ -8,7 +8,7 @@ from argparse import BooleanOptionalAction
 from dataclasses import dataclass
 from typing import Any
 
-from dataset.chat import FAMILIES
+from dataset.families import CHAT_FAMILIES
 from training.preset_table import PRESETS
 from training.schedules import SCHEDULES
 
@@ -80,7 +80,8 @@ SETTINGS = (
     Setting("init_projector", "begin with the projector of this .safetensors, .bin or .pth, by "
             "LLaVA's, transformers' or MiniMind-V's names", default=None, metavar="FILE"),
     Setting("pixel_shuffle", "n: n x n patches become one token", int, above=0),
-    Setting("template", "whose chat template (default: the language model's)", choices=FAMILIES),
+    Setting("template", "whose chat template (default: the language model's)",
+            choices=CHAT_FAMILIES),
     Setting("image_token", "token, or text, that holds an image token's position (default: the "
             "template's own)", metavar="TEXT"),
     Setting("system", 'system turn of conversations that have none; "" for no system turn'),

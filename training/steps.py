@@ -31,7 +31,7 @@ class Steps:
         self.on_skipped = lambda lines: None  # called with a line for each unusable sample
         self.step_size = loader.global_batch * settings.accumulate  # samples
         self.total = state.step + max(0, math.ceil(self.samples_left() / self.step_size))
-        done = state.epoch * loader.places + state.place
+        done = state.epoch * loader.layout.positions + state.place
         # Rounded, so that every later resume finds the same number to the last bit.
         self.ahead = (0 if settings.steps is not None
                       else round(done / self.step_size - state.step, 6))
@@ -46,8 +46,9 @@ class Steps:
         state, loader = self.state, self.loader
         if self.settings.steps is not None:
             return (self.settings.steps - state.step) * self.step_size
-        blocks = math.ceil(self.settings.epochs * (loader.places // loader.block))
-        return blocks * loader.block - state.epoch * loader.places - state.place
+        layout = loader.layout
+        buckets = math.ceil(self.settings.epochs * (layout.positions // layout.bucket))
+        return buckets * layout.bucket - state.epoch * layout.positions - state.place
 
     def is_last(self, step: int) -> bool:
         return step == self.total or self.stopping
@@ -64,14 +65,14 @@ class Steps:
     def generate(self):
         """-> (step, this rank's micro-batches), ..."""
         state, loader = self.state, self.loader
-        state.block, state.hands = loader.block, loader.hands
+        state.bucket, state.shards = loader.layout.bucket, loader.layout.shards
         start = state.epoch, state.place, self.step_size, self.samples_left()
         # The same list twice: the workers of the first are several micro-batches ahead.
-        with closing(loader.load(chain.from_iterable(loader.steps(*start)))) as stream:
-            for step, plan in enumerate(loader.steps(*start), start=state.step + 1):
+        with closing(loader.load(chain.from_iterable(loader.layout.steps(*start)))) as stream:
+            for step, plan in enumerate(loader.layout.steps(*start), start=state.step + 1):
                 batches = self.next_batches(stream, len(plan))
                 epoch, _, end = plan[-1]
-                state.epoch, state.place = loader.after(epoch, end)
+                state.epoch, state.place = loader.layout.after(epoch, end)
                 self.sources = [(epoch, batch.where) for (epoch, _, _), batch
                                 in zip(plan, batches) if batch.where]
                 batches = [self.distributed.drop_or_dummy_batch(batch) for batch in batches]

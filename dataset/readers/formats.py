@@ -2,24 +2,24 @@
 
     a file -> open_data -> data[i] -> Sample(messages, images, where, tags)   -> batching.py
 
-How a file is written is told by what is in it, not by its name:
+The content of a file decides its format, not its name:
 
     JSON Lines, a JSON array, COCO's annotations    json_files.py
     Parquet                                         parquet.py
 
-and how a record in it is laid out by the record's keys: records.py lists them. Nothing but an
-index is held in memory: a row is read when it is asked for, so a broken one raises BadSample, and
-hurts no other. Several files, each with a weight: mixture.py.
+The keys of a record decide its layout: sample.py lists them. Only an index is held in memory: a
+row is read when it is used, so a broken one raises BadSample and leaves the others intact. Several
+files, each with a weight: mixture.py.
 """
 
-import hashlib
 from pathlib import Path
 
+from dataset.readers.bad_sample import BadSample, MissingImage
 from dataset.readers.json_files import BYTE_ORDER_MARK, open_json
 from dataset.readers.parquet import ParquetData
-from dataset.sample import BadSample, MissingPicture, Sample
+from dataset.sample import Sample
 
-__all__ = ["BadSample", "MissingPicture", "Sample", "data_hash", "open_data"]
+__all__ = ["BadSample", "MissingImage", "Sample", "open_data"]
 
 
 def open_data(file, images_dir=None):
@@ -44,12 +44,3 @@ def open_data(file, images_dir=None):
                          "fetch it with git lfs pull")
     raise ValueError(f"{file} starts with {head[:20]!r}; expected JSON Lines (a '{{' first), "
                      "a JSON array ('[') or Parquet ('PAR1')")
-
-
-def data_hash(file) -> dict:
-    """What run.json says about the data: name, bytes, sha256. Reads the whole file once."""
-    digest = hashlib.sha256()
-    with open(file, "rb") as opened:
-        while block := opened.read(1 << 22):
-            digest.update(block)
-    return {"file": str(file), "bytes": Path(file).stat().st_size, "sha256": digest.hexdigest()}

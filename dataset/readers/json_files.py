@@ -19,18 +19,20 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.sample import TEXT_KEYS, BadSample, Sample, refuse_unread, shown, to_sample
+from dataset.readers.bad_sample import BadSample, shown
+from dataset.readers.unread import refuse_unread
+from dataset.sample import TEXT_KEYS, Sample, to_sample
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors put it in front of a text
-WINDOW = 1 << 20  # characters of a file that JsonWalk holds at a time
+WINDOW = 1 << 20  # characters of a file that JsonStreamReader holds at a time
 DECODE = json.JSONDecoder().raw_decode
 BETWEEN = re.compile("[\ufeff\\s,:]*")  # what may stand between two values, or before the first
-LONGEST = 1 << 26  # no honest record is longer; past it a mistake is a mistake, not a cut end
+LONGEST = 1 << 26  # characters; a value that is still not complete is taken to be damaged
 
 
 @dataclass
-class Pieces:
-    """The records of a file: where they are, not what they say."""
+class RecordIndex:
+    """Where the records of a file are; their content stays in the file."""
 
     file: Path
     starts: array = field(default_factory=lambda: array("q"))  # in bytes
@@ -52,7 +54,7 @@ class Pieces:
         return f"{where} entry {i + 1}" if shared else where
 
     def read(self, i: int) -> dict:
-        # Opened anew each time: processes that shared one open file would move each other's place.
+        # Opened anew each time: processes that share one open file move each other's position.
         with open(self.file, "rb") as opened:
             opened.seek(self.starts[i])
             text = opened.read(self.sizes[i])
@@ -71,32 +73,33 @@ class Pieces:
 class JsonData:
     """JSON Lines or a JSON array: a sample is a piece of the file."""
 
-    def __init__(self, pieces: Pieces, images_dir: Path):
-        self.pieces, self.images_dir = pieces, images_dir
+    def __init__(self, records: RecordIndex, images_dir: Path):
+        self.records, self.images_dir = records, images_dir
 
     def __len__(self) -> int:
-        return len(self.pieces)
+        return len(self.records)
 
     def __getitem__(self, i: int) -> Sample:
         return self.sample(i)
 
-    def sizes(self, numbers: np.ndarray) -> np.ndarray:
+    def sizes(self, indices: np.ndarray) -> np.ndarray:
         """Bytes of these records: about how long their texts are, known without reading them."""
-        return np.asarray(self.pieces.sizes)[numbers]
+        return np.asarray(self.records.sizes)[indices]
 
-    def sample(self, i: int, draw: int = 0) -> Sample:
-        """draw: which of several captions, see records.py."""
+    def sample(self, i: int, caption_index: int = 0) -> Sample:
+        """caption_index: which of several captions, see sample.py."""
         i = range(len(self))[i]  # IndexError past the end, which is what ends a for loop
-        return to_sample(self.pieces.read(i), self.images_dir, self.pieces.where(i), i, draw)
+        return to_sample(self.records.read(i), self.images_dir, self.records.where(i), i,
+                         caption_index)
 
 
 class CocoData:
     """COCO captions: a sample is an annotation, so every caption is learned in each epoch, under
-    its own line number. (One of five per picture is a mixture's weight 0.2 away.)"""
+    its own line number. (A mixture's weight of 0.2 takes one of the five of an image.)"""
 
     def __init__(self, file: Path, images_dir: Path):
         self.images_dir = images_dir
-        self.annotations, self.images = Pieces(file), Pieces(file)
+        self.annotations, self.images = RecordIndex(file), RecordIndex(file)
         ids = array("q")
         for key, value, start, size, line in walk_object(file):
             if key == "annotations":
@@ -110,7 +113,7 @@ class CocoData:
         if not len(self.images) or not len(self.annotations):
             raise ValueError(f"{file} has {len(self.images)} images and {len(self.annotations)} "
                              "annotations; expected COCO captions with both (captions_*.json)")
-        self.order = np.argsort(ids)  # place in the file of the image with the n-th smallest id
+        self.order = np.argsort(ids)  # index in the file of the image with the n-th smallest id
         self.ids = np.array(ids)[self.order]
 
     def __len__(self) -> int:
@@ -119,12 +122,13 @@ class CocoData:
     def __getitem__(self, i: int) -> Sample:
         return self.sample(i)
 
-    def sizes(self, numbers: np.ndarray) -> np.ndarray:
-        return np.asarray(self.annotations.sizes)[numbers]
+    def sizes(self, indices: np.ndarray) -> np.ndarray:
+        return np.asarray(self.annotations.sizes)[indices]
 
-    def sample(self, i: int, draw: int = 0) -> Sample:
+    def sample(self, i: int, caption_index: int = 0) -> Sample:
         i = range(len(self))[i]
-        return to_sample(self.record(i), self.images_dir, self.annotations.where(i), i, draw)
+        return to_sample(self.record(i), self.images_dir, self.annotations.where(i), i,
+                         caption_index)
 
     def record(self, i: int) -> dict:
         """Annotation i and its picture's name: {"caption": "A cat.", "image": ["9.jpg"]}."""
@@ -133,14 +137,14 @@ class CocoData:
             raise BadSample(where, "the annotation has no 'caption'; boxes and key points cannot "
                                    "be learned here, take captions_*.json")
         number = annotation.get("image_id")
-        place = np.searchsorted(self.ids, number) if is_id(number) else len(self.ids)
-        if place == len(self.ids) or self.ids[place] != number:
+        n = np.searchsorted(self.ids, number) if is_id(number) else len(self.ids)
+        if n == len(self.ids) or self.ids[n] != number:
             raise BadSample(where, f"image_id {str(number)[:60]} is none of the file's "
                                    f"{len(self.ids)} images")
-        image = self.images.read(self.order[place])
+        image = self.images.read(self.order[n])
         if not isinstance(image.get("file_name"), str):
             raise BadSample(where, f"image {number} has no 'file_name' "
-                                   f"({self.images.where(self.order[place])})")
+                                   f"({self.images.where(self.order[n])})")
         refuse_unread(annotation, ("caption",), where, [Path(image["file_name"])])
         return {"caption": annotation["caption"], "image": [image["file_name"]]}
 
@@ -158,37 +162,37 @@ def open_json(file: Path, images_dir: Path, first: bytes):
     return JsonData(index_lines(file), images_dir)
 
 
-def index_lines(file: Path) -> Pieces:
+def index_lines(file: Path) -> RecordIndex:
     """JSON Lines: every line that is not empty is a piece. Nothing is parsed."""
-    pieces, start = Pieces(file), 0
+    records, start = RecordIndex(file), 0
     with open(file, "rb") as opened:
         for number, line in enumerate(opened, 1):
             mark = len(BYTE_ORDER_MARK) if start == 0 and line.startswith(BYTE_ORDER_MARK) else 0
             if line[mark:].strip():
-                pieces.append(start + mark, len(line) - mark, number)
+                records.append(start + mark, len(line) - mark, number)
             start += len(line)
-    return pieces
+    return records
 
 
-def index_array(file: Path) -> Pieces:
+def index_array(file: Path) -> RecordIndex:
     """JSON array: every entry is a piece.
 
     An array has no line ends to go on from after a mistake, so one mistake spoils the file.
     """
-    pieces = Pieces(file)
-    with JsonWalk(file) as walk:
-        walk.peek()
-        for _, start, size, line in walk.entries():
-            pieces.append(start, size, line)
-        if walk.peek():  # two arrays, one after the other: half of the data would be lost unseen
-            raise ValueError(f"{file}:{walk.line}: something follows the end of the array; "
+    records = RecordIndex(file)
+    with JsonStreamReader(file) as reader:
+        reader.peek()
+        for _, start, size, line in reader.entries():
+            records.append(start, size, line)
+        if reader.peek():  # two arrays, one after the other: half of the data would be lost unseen
+            raise ValueError(f"{file}:{reader.line}: something follows the end of the array; "
                              "expected one array, or one object a line (JSON Lines)")
-    return pieces
+    return records
 
 
 def is_coco(file: Path) -> bool:
-    """A file that starts with "{": does its first object look like COCO, or like a row of JSON
-    Lines? Decided by the first telling key, so usually within the first hundred bytes."""
+    """Whether a file that starts with "{" is COCO, and not JSON Lines. Decided by the first known
+    key, so usually within the first hundred bytes."""
     try:
         for key, *_ in walk_object(file):
             if key in TEXT_KEYS:
@@ -202,29 +206,29 @@ def is_coco(file: Path) -> bool:
 
 def walk_object(file: Path):
     """The first object of a file -> (key, value, start, size, line), arrays entry by entry."""
-    with JsonWalk(file) as walk:
-        walk.peek()
-        walk.step()  # over the "{"
-        while walk.peek() != "}":
-            key, _, size, line = walk.value()
-            if walk.peek() != "[":
-                yield key, *walk.value()
+    with JsonStreamReader(file) as reader:
+        reader.peek()
+        reader.step()  # over the "{"
+        while reader.peek() != "}":
+            key, _, size, line = reader.value()
+            if reader.peek() != "[":
+                yield key, *reader.value()
                 continue
-            for entry in walk.entries():
+            for entry in reader.entries():
                 yield key, *entry
 
 
-class JsonWalk:
-    """A JSON file value by value, through a window that moves on: a file of any size opens with
-    a few megabytes. Commas and colons between the values are passed over as if they were spaces.
+class JsonStreamReader:
+    """A JSON file value by value, through a moving window: a file of any size opens with a few
+    megabytes. Commas and colons between the values are skipped like spaces.
     """
 
     def __init__(self, file: Path):
         self.file = file
         # Bytes that are not UTF-8 are carried through, so that they spoil their own entry alone.
         self.opened = open(file, encoding="utf-8", errors="surrogateescape", newline="")
-        self.text, self.place = "", 0  # the window, and how far in it we are
-        self.start, self.line = 0, 1  # the same spot in the file: bytes before it, its line
+        self.text, self.position = "", 0  # the window, and the position in it
+        self.start, self.line = 0, 1  # of that position in the file: bytes before it, its line
 
     def __enter__(self):
         return self
@@ -235,12 +239,12 @@ class JsonWalk:
     def peek(self) -> str:
         """Go to the next value or bracket -> its first character; "" at the end of the file."""
         while True:
-            self._advance(BETWEEN.match(self.text, self.place).end())
-            if self.place < len(self.text) or not self._read():
-                return self.text[self.place:self.place + 1]
+            self._advance(BETWEEN.match(self.text, self.position).end())
+            if self.position < len(self.text) or not self._read():
+                return self.text[self.position:self.position + 1]
 
     def step(self) -> None:
-        self._advance(self.place + 1)
+        self._advance(self.position + 1)
 
     def entries(self):
         """At a "[": -> (value, start, size, line) of each entry, up to and over the "]"."""
@@ -254,33 +258,33 @@ class JsonWalk:
         self.peek()
         while True:
             try:
-                value, end = DECODE(self.text, self.place)
+                value, end = DECODE(self.text, self.position)
                 # A number that ends where the window ends may go on behind it.
                 if end < len(self.text) or not self._read():
                     break
             except (ValueError, RecursionError) as error:
-                if len(self.text) - self.place > LONGEST or not self._read():
-                    raise ValueError(self._tell(error)) from error
+                if len(self.text) - self.position > LONGEST or not self._read():
+                    raise ValueError(self._describe(error)) from error
         start, line = self.start, self.line
         self._advance(end)
         return value, start, self.start - start, line
 
     def _read(self) -> bool:
         """Lengthen the window, at least twofold, so that a long entry is not parsed too often."""
-        more = self.opened.read(max(WINDOW, len(self.text) - self.place))
+        more = self.opened.read(max(WINDOW, len(self.text) - self.position))
         if more:
-            self.text, self.place = self.text[self.place:] + more, 0
+            self.text, self.position = self.text[self.position:] + more, 0
         return bool(more)
 
     def _advance(self, to: int) -> None:
-        passed = self.text[self.place:to]
+        passed = self.text[self.position:to]
         self.start += len(passed.encode("utf-8", "surrogateescape"))
         self.line += passed.count("\n")
-        self.place = to
+        self.position = to
 
-    def _tell(self, error) -> str:
-        pos, reason = getattr(error, "pos", self.place), getattr(error, "msg", str(error))
-        line = self.line + self.text.count("\n", self.place, pos)
+    def _describe(self, error) -> str:
+        pos, reason = getattr(error, "pos", self.position), getattr(error, "msg", str(error))
+        line = self.line + self.text.count("\n", self.position, pos)
         if pos >= len(self.text.rstrip()) or reason.startswith("Unterminated string"):
             reason += "; the file ends too early, is the download complete?"
         return (f"{self.file}:{line}: not JSON: {reason}; an array cannot be read past a "

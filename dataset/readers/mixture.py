@@ -4,14 +4,14 @@
 
 A weight says how often each sample of a file comes in an epoch. Think of a file as an endless line
 of passes: all its samples, all of them again, and so on. With weight w and n samples, an epoch
-takes the next w * n places of that line:
+takes the next w * n positions of that line:
 
     weight 2     |pass 0|pass 1|            two whole passes, the next epoch takes passes 2 and 3
     weight 0.5   |pass|                     half a pass, the next epoch takes its other half
     weight 1.5   |pass 0|pas                one and a half
 
 A pass that an epoch takes only a part of is shuffled first (by the seed), so the part is a fair
-draw; and the rest of it is not lost, it comes in the next epoch. Where a picture has several
+draw; and the rest of it is not lost, it comes in the next epoch. Where an image has several
 captions, each pass shows the next one.
 
 For measuring, the last samples of each file can be set apart: then a pass goes without them.
@@ -24,7 +24,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from dataset.readers.formats import data_hash, open_data
+from dataset.readers.formats import open_data
 from dataset.sample import Sample
 
 
@@ -54,8 +54,8 @@ class Part:
 
 
 class Mixture:
-    """len() and [i] -> Sample, as of a single file. It stands at epoch 0 and stays there, the same
-    sample at each i, unless `at_epoch` is asked for another."""
+    """len() and [i] -> Sample, as of a single file. It stays at epoch 0, the same sample at each i;
+    `at_epoch` gives another one."""
 
     def __init__(self, sources: list[Source], seed: int, epoch: int = 0):
         self.sources, self.seed, self.epoch = sources, seed, epoch
@@ -67,25 +67,25 @@ class Mixture:
 
     def __getitem__(self, i: int) -> Sample:
         part, row = self._find(i)
-        return part.data.sample(row, draw=part.number)
+        return part.data.sample(row, caption_index=part.number)
 
-    def place(self, i: int) -> str:
+    def where(self, i: int) -> str:
         """Where sample i stands, without reading it."""
         part, row = self._find(i)
         return f"{part.file}, sample {row + 1}"
 
     def sizes(self, numbers: np.ndarray) -> np.ndarray | None:
-        """Bytes of these samples' records; None where a file does not tell them unread."""
+        """Bytes of these samples' records; None where a file has no index of them."""
         if not all(hasattr(part.data, "sizes") for part in self.parts):
             return None
-        found = np.zeros(len(numbers), np.int64)
+        sizes = np.zeros(len(numbers), np.int64)
         part_of = np.searchsorted(self.ends, numbers, side="right")
         for number in np.unique(part_of):
-            part, its = self.parts[number], part_of == number
-            places = numbers[its] - (self.ends[number] - len(part))
-            every = isinstance(part.rows, range)
-            found[its] = part.data.sizes(part.rows.start + places if every else part.rows[places])
-        return found
+            part, inside = self.parts[number], part_of == number
+            n = numbers[inside] - (self.ends[number] - len(part))  # index in the part
+            rows = part.rows.start + n if isinstance(part.rows, range) else part.rows[n]
+            sizes[inside] = part.data.sizes(rows)
+        return sizes
 
     def _find(self, i: int) -> tuple[Part, int]:
         i = range(len(self))[i]  # IndexError past the end, which is what ends a for loop
@@ -106,17 +106,17 @@ class Mixture:
     def _parts(self, number: int):
         source = self.sources[number]
         size, count = len(source.rows), source.samples_per_epoch
-        place, end = self.epoch * count, (self.epoch + 1) * count  # on the endless line
-        while place < end:
-            this_pass, first = divmod(place, size)
-            last = min(first + end - place, size)
+        start, end = self.epoch * count, (self.epoch + 1) * count  # on the endless line
+        while start < end:
+            this_pass, first = divmod(start, size)
+            last = min(first + end - start, size)
             rows = source.rows
             if last - first < size:
                 rng = np.random.default_rng([self.seed, number, this_pass])
                 # Sorted again: files are read front to back, and batching shuffles anyway.
                 rows = source.rows.start + np.sort(rng.permutation(size)[first:last])
             yield Part(source.file, source.data, this_pass, rows)
-            place += last - first
+            start += last - first
 
 
 def open_mixture(sources: list[str], images_dir=None, seed: int = 0, apart: int = 0) -> Mixture:
@@ -150,9 +150,3 @@ def split_source(source: str) -> tuple[str, float]:
         raise ValueError(f"{source}: the weight is {match[2]}; expected more than 0, how often "
                          "each sample comes in an epoch. Leave the file out if it is not wanted.")
     return file, weight
-
-
-def mixture_hash(mixture: Mixture) -> list[dict]:
-    """For run.json: data_hash of each file, its weight and all its samples."""
-    return [{**data_hash(source.file), "weight": source.weight, "samples": len(source.data)}
-            for source in mixture.sources]

@@ -1,6 +1,6 @@
 """Parquet -> samples: a file of any size, read in slices.
 
-    footer (sizes and places only) -> data[i] -> the slice of the row group that holds row i
+    footer (sizes and offsets only) -> data[i] -> the slice of the row group that holds row i
 
 A Parquet file stores its rows in groups, and in a group column after column, compressed. Nothing
 smaller than a piece of a group can be read, so the latest piece is kept: rows asked for in order
@@ -18,16 +18,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dataset.sample import (
-    PICTURE_KEYS,
-    TAGS,
-    TEXT_KEYS,
-    BadSample,
-    Sample,
-    holds_media,
-    kinds_of,
-    to_sample,
-)
+from dataset.readers.bad_sample import BadSample
+from dataset.readers.record_images import IMAGE_KEYS
+from dataset.readers.unread import MEDIA_KINDS, holds_media, kinds_of
+from dataset.sample import RECORD_LAYOUTS, TAGS, TEXT_KEYS, Sample, to_sample
 
 LETTERS = tuple("ABCDEFGHIJabcdefghij")  # columns of a multiple choice's options
 SLICE = 1 << 24  # bytes of a row group that are held decoded; pyarrow needs several times as much
@@ -51,15 +45,14 @@ class ParquetData:
         self.file, self.images_dir = file, images_dir
         # Only these are read: ratings, embeddings and whatever else stands there costs nothing.
         # What seems to hold pictures or options is read too, so that its rows can be refused.
-        wanted, names = columns or (*TEXT_KEYS, *PICTURE_KEYS, *TAGS), schema.names
-        self.columns = [name for name in wanted if name in names]
-        self.columns += [field.name for field in schema if field.name not in wanted
-                         and needs_a_look(field, self.metadata)]
-        texts = set(self.columns) & set(TEXT_KEYS)
-        if columns is None and (
-                not texts or len(texts & {"prompt", "completion"}) == 1 == len(texts)):
-            raise ValueError(f"{file} has the columns {', '.join(names)}; expected 'conversations',"
-                             " 'messages', 'prompt' and 'completion', 'texts' or 'caption'")
+        read, names = columns or (*TEXT_KEYS, *IMAGE_KEYS, *TAGS), schema.names
+        self.columns = [name for name in read if name in names]
+        self.columns += [field.name for field in schema if field.name not in read
+                         and may_hold_unread(field, self.metadata)]
+        if columns is None and not any(set(keys) <= set(names) for keys, _ in RECORD_LAYOUTS):
+            *most, last = [" and ".join(map(repr, keys)) for keys, _ in RECORD_LAYOUTS]
+            raise ValueError(f"{file} has the columns {', '.join(names)}; expected "
+                             f"{', '.join(most)} or {last}")
         groups = range(self.metadata.num_row_groups)
         self.ends = list(accumulate(self.metadata.row_group(g).num_rows for g in groups))
         if len(self) != self.metadata.num_rows:
@@ -73,15 +66,15 @@ class ParquetData:
     @property
     def largest_group(self) -> int:
         """Bytes to pass through, at worst, for a single row that is asked for out of order."""
-        return max((wanted_bytes(self.metadata.row_group(group), self.columns)
+        return max((column_bytes(self.metadata.row_group(group), self.columns)
                     for group in range(self.metadata.num_row_groups)), default=0)
 
     def __getitem__(self, i: int) -> Sample:
         return self.sample(i)
 
-    def sample(self, i: int, draw: int = 0) -> Sample:
+    def sample(self, i: int, caption_index: int = 0) -> Sample:
         i = range(len(self))[i]  # IndexError past the end, which is what ends a for loop
-        return to_sample(self.record(i), self.images_dir, f"{self.file}:{i + 1}", i, draw)
+        return to_sample(self.record(i), self.images_dir, f"{self.file}:{i + 1}", i, caption_index)
 
     def record(self, i: int) -> dict:
         """Row i as it stands, {column: value}; BadSample when it cannot be read."""
@@ -95,12 +88,12 @@ class ParquetData:
         group = bisect.bisect_right(self.ends, i)
         row = i - (self.ends[group - 1] if group else 0)
         if self.reader is None or not self.reader.reaches(group, row):
-            # Let the old rows go before the new ones come, those of another file too: a thousand
-            # shards would otherwise hold a slice each.
+            # Free the old rows before the new ones come, those of another file too: a thousand
+            # files would otherwise hold a slice each.
             if ParquetData.latest is not None:
                 ParquetData.latest.reader = None
             ParquetData.latest, self.reader = self, None
-            # Opened anew: a loader's workers must not share a place in the file.
+            # Opened anew: a loader's workers must not share a position in the file.
             parquet = pq.ParquetFile(self.file, metadata=self.metadata, buffer_size=STREAM,
                                      pre_buffer=False)
             self.reader = GroupReader(parquet, group, self.columns)
@@ -115,9 +108,9 @@ class GroupReader:
 
     def __init__(self, parquet: pq.ParquetFile, group: int, columns: list[str]):
         self.group, self.process = group, os.getpid()
-        about = parquet.metadata.row_group(group)
-        size = wanted_bytes(about, columns)
-        rows = max(1, about.num_rows * SLICE // max(size, SLICE))
+        metadata = parquet.metadata.row_group(group)
+        size = column_bytes(metadata, columns)
+        rows = max(1, metadata.num_rows * SLICE // max(size, SLICE))
         self.slices = parquet.iter_batches(batch_size=rows, row_groups=[group], columns=columns,
                                            use_threads=False)  # threads do not survive a fork
         self.first, self.slice = 0, self._next()
@@ -139,10 +132,10 @@ class GroupReader:
         return batch
 
 
-def needs_a_look(field: pa.Field, metadata: pq.FileMetaData) -> bool:
-    """Whether a column that nobody asked for may hold what refuse_unread refuses: by its name, its
-    type, or the least and the largest of its values, which the footer tells. Reads no row."""
-    if kinds_of(field.name) & {"picture", "film", "file", "options"} or field.name in LETTERS:
+def may_hold_unread(field: pa.Field, metadata: pq.FileMetaData) -> bool:
+    """Whether a column that no layout reads may hold what refuse_unread refuses: by its name, its
+    type, or the least and the largest of its values, as in the footer. Reads no row."""
+    if kinds_of(field.name) & {*MEDIA_KINDS, "options"} or field.name in LETTERS:
         return True
     kind = field.type
     while pa.types.is_list(kind) or pa.types.is_large_list(kind):
@@ -159,20 +152,21 @@ def needs_a_look(field: pa.Field, metadata: pq.FileMetaData) -> bool:
 
 
 def may_be_media(chunk: pq.ColumnChunkMetaData, binary: bool) -> bool:
-    found = chunk.statistics
-    if found is not None and found.null_count == chunk.num_values:
+    statistics = chunk.statistics
+    if statistics is not None and statistics.null_count == chunk.num_values:
         return False
-    ends = (found.min, found.max) if found is not None and found.has_min_max else ()
+    ends = ((statistics.min, statistics.max)
+            if statistics is not None and statistics.has_min_max else ())
     # Writers leave long values out, or cut them at 64 bytes. Long texts are no names of files.
     if not ends or any(60 < len(end) < 65 and " " not in str(end) for end in ends):
         return binary or chunk.total_uncompressed_size < 1000 * chunk.num_values
     return any(holds_media(end, None) for end in ends)
 
 
-def wanted_bytes(about: pq.RowGroupMetaData, columns: list[str]) -> int:
+def column_bytes(metadata: pq.RowGroupMetaData, columns: list[str]) -> int:
     """Uncompressed bytes of these columns in a row group. images.list.element.bytes is of images.
     """
-    chunks = [about.column(c) for c in range(about.num_columns)]
+    chunks = [metadata.column(c) for c in range(metadata.num_columns)]
     return sum(chunk.total_uncompressed_size for chunk in chunks
                if chunk.path_in_schema.split(".")[0] in columns)
 
@@ -181,9 +175,9 @@ def rewrite(source: Path, target: Path, group_bytes: int = 1 << 23) -> None:
     """The same rows in groups of about 8 MB, which shuffled training can read one by one."""
     part = target.with_name(target.name + ".part")  # the real name only for the whole file
     with pq.ParquetFile(source, buffer_size=STREAM, pre_buffer=False) as parquet:
-        about = parquet.metadata
-        size = sum(about.row_group(g).total_byte_size for g in range(about.num_row_groups))
-        rows = max(1, about.num_rows * group_bytes // max(size, 1))
+        metadata = parquet.metadata
+        size = sum(metadata.row_group(g).total_byte_size for g in range(metadata.num_row_groups))
+        rows = max(1, metadata.num_rows * group_bytes // max(size, 1))
         with pq.ParquetWriter(part, parquet.schema_arrow) as writer:
             for batch in parquet.iter_batches(batch_size=rows, use_threads=False):
                 writer.write_batch(batch, row_group_size=rows)

@@ -278,7 +278,7 @@ def talk(template: ChatTemplate, tokenizer: Tokenizer, rng):
     messages = []
     for question, answer in turns:
         messages += [Message("user", question), Message("assistant", answer)]
-    ids, mask = template.render(messages)
+    ids, mask = template.encode_conversation(messages)
     places = [t for t, i in enumerate(ids) if i == template.image_token_id]
     if places:
         for t, word in zip(places, told_as_map(what, rng)):
@@ -349,7 +349,8 @@ def exam(model, template, tokenizer, haze=HAZE, samples: int = 280) -> dict[str,
     for index in range(samples):
         sample = data[index]
         what = scene(int(sample.where.rpartition(" ")[2][:-1]))
-        ids, start = template.render(sample.messages)[0], len(template.prompt(sample.messages[:-1]))
+        ids, _ = template.encode_conversation(sample.messages)
+        start = len(template.encode_prompt(sample.messages[:-1]))
         places = [t for t, i in enumerate(ids) if i == template.image_token_id]
         for t, word in zip(places, told_as_map(what, rng)):
             ids[t], = tokenizer.encode(word)

@@ -28,7 +28,8 @@ from torch import nn
 
 from dataset.emoji import texts
 from dataset.emoji.world import PICTURE_SIZE, TEST_START, picture, scene
-from dataset.images import HALF, ImageProcessor
+from dataset.images import ImageProcessor
+from dataset.readers.preprocessor_config import HALF
 from dataset.tokenizer import Tokenizer
 from model.config import LanguageConfig, VisionConfig
 from model.language import LanguageModel

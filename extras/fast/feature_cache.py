@@ -26,14 +26,15 @@ import sys
 import time
 import zlib
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from PIL import Image
 
-from dataset.batching import Batch, Batches
+from dataset.batching import Batch, Batches, TokenizedSample, collate
+from dataset.images import load_image
 from training.precision import NUMBERS, autocast
 
 STALE = 3600  # seconds after which a file that was begun is taken to be a killed run's
@@ -63,8 +64,48 @@ def tower_fingerprint(vision, processor, dtype: str) -> str:
     return f"{digest.hexdigest()} {vision.config} {processor} {dtype}"
 
 
+@dataclass(frozen=True, eq=False)
+class ImageInput:
+    """An image of a row: its features, or where they are not cached yet, its pixels."""
+
+    pixels: torch.Tensor | None = None  # (3,H,W)
+    features: torch.Tensor | None = None  # (P,Dv)
+    key: str | None = None  # under which to cache the features of these pixels
+
+
+@dataclass
+class CachedBatch(Batch):
+    keys: tuple[str | None, ...] = ()  # of the N images with pixels
+
+
 class CachedBatches(Batches):
     """Batches that come with the features of all their images, on the model's device."""
+
+    def read_image(self, image) -> ImageInput:
+        image = load_image(image) if callable(image) else image  # drawn: its pixels are the key
+        key = features = None
+        with suppress(OSError):  # super().read_image gives the reason
+            key = self.features.key(image)
+            features = self.features.read(key)
+        if features is not None:
+            return ImageInput(features=features)
+        return ImageInput(super().read_image(image), key=key)
+
+    @staticmethod
+    def collate(rows: list[TokenizedSample]) -> CachedBatch:
+        """Each distinct image once, those with pixels before those with cached features."""
+        batch = collate([replace(row, images=()) for row in rows])
+        shown = [image for row in rows for image in row.images]
+        distinct = sorted({id(image): image for image in shown}.values(),
+                          key=lambda image: image.features is not None)
+        index = {id(image): n for n, image in enumerate(distinct)}
+        new = [image for image in distinct if image.features is None]
+        cached = [image.features for image in distinct if image.features is not None]
+        return CachedBatch(
+            batch.ids, batch.labels, torch.stack([image.pixels for image in new]) if new else None,
+            batch.where, batch.lengths,
+            torch.tensor([index[id(image)] for image in shown]) if shown else None,
+            torch.stack(cached) if cached else None, tuple(image.key for image in new))
 
     def load(self, micro_batches):
         for batch, bad in super().load(micro_batches):
@@ -81,7 +122,7 @@ def use_cache(loader: Batches, cache: "FeatureCache", model, dtype: str) -> Batc
 
 
 @torch.no_grad()
-def with_cached_features(model, batch: Batch, cache: "FeatureCache", dtype: str) -> Batch:
+def with_cached_features(model, batch: CachedBatch, cache: "FeatureCache", dtype: str) -> Batch:
     """The batch with the features of all its images; those that are new are written to disk."""
     device = next(model.parameters()).device
     if batch.pixels is None:
