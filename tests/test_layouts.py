@@ -495,9 +495,9 @@ def test_a_full_size_language_model_has_the_published_count(name):
 
 def shapes_of(model) -> dict[str, list[int]]:
     """{published name: shape} of what we hold."""
-    names = public_names(model, LAYOUTS[model.config.model_type])
-    return {public: public_shape(public, [model.get_parameter(each) for each in ours])
-            for public, ours in names.items()}
+    layout = LAYOUTS[model.config.model_type]
+    return {public: public_shape({each: model.get_parameter(each) for each in ours}, layout)
+            for public, ours in public_names(model, layout).items()}
 
 
 TOWERS = {  # config.json as published; patches; parameters of the tower as far as we hold it

@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from families import VISION, assert_close, public_language, public_vision
+from families import VISION, assert_close, public_language, public_vision, save_qwen
 from safetensors.torch import load_file, save_file
 
 import model.pretrained.hub
@@ -19,10 +20,12 @@ from model.pretrained.hub import (
     file_hashes,
     load_language,
     load_vision,
+    public_tensors,
     resolve,
     save_language,
     save_vision,
 )
+from model.pretrained.weight_names import LAYOUTS
 
 LANGUAGES = [("Qwen2", {}), ("Qwen2", {"tie_word_embeddings": True}), ("Qwen3", {"head_dim": 10}),
              ("Llama", {})]
@@ -409,6 +412,71 @@ def test_a_tower_without_its_extras_is_whole_too(family, tmp_path):
     save_vision(load_vision(tmp_path / "theirs"), tmp_path / "ours")
     _, report = type(original).from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+FAMILIES = ["Qwen2", "Qwen3", "Llama", "Qwen-7B", "Siglip", "CLIP", "Dinov2"]
+
+
+def of_family(family: str, directory):
+    """A tiny model as it is published, in directory -> our load and save of such a model."""
+    if family == "Qwen-7B":
+        save_qwen(directory)
+    elif family in ("Siglip", "CLIP", "Dinov2"):
+        public_vision(family).save_pretrained(directory)
+        return load_vision, save_vision
+    else:
+        public_language(family).save_pretrained(directory)
+    return load_language, save_language
+
+
+@pytest.mark.parametrize("prefix", ["its own", "none", "another."])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_saved_loads_equal_under_every_prefix(family, prefix, tmp_path, monkeypatch):
+    load, save = of_family(family, tmp_path / "theirs")
+    ours = load(tmp_path / "theirs")
+    kind = ours.config.model_type
+    layout = LAYOUTS[kind]
+    if prefix == "another.":  # as where a tower is saved as a part of a larger model
+        monkeypatch.setitem(LAYOUTS, kind, replace(layout, prefix=prefix, names={
+            prefix + name.removeprefix(layout.prefix): mine
+            for name, mine in layout.names.items()}))
+    save(ours, tmp_path / "ours")
+    names = load_file(tmp_path / "ours" / "model.safetensors").keys()
+    assert any(name.startswith(LAYOUTS[kind].prefix) for name in names)
+    if prefix == "none":
+        edit(tmp_path / "ours", lambda tensors: [
+            tensors.__setitem__(name.removeprefix(layout.prefix), tensors.pop(name))
+            for name in [*tensors]])
+    again = load(tmp_path / "ours").state_dict()
+    assert again.keys() == ours.state_dict().keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("prefix", ["its own", "none", "another."])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_public_classes_write_is_what_we_would_write(family, prefix, tmp_path,
+                                                              monkeypatch):
+    load, _ = of_family(family, tmp_path)
+    theirs = load_file(tmp_path / "model.safetensors")
+    kind = load(tmp_path).config.model_type
+    layout, plain = LAYOUTS[kind], LAYOUTS[kind].prefix
+    if prefix != "its own":
+        put = "" if prefix == "none" else prefix
+        edit(tmp_path, lambda tensors: [
+            tensors.__setitem__(put + name.removeprefix(plain), tensors.pop(name))
+            for name in [*tensors]])
+    if prefix == "another.":
+        monkeypatch.setitem(LAYOUTS, kind, replace(layout, prefix=prefix, names={
+            prefix + name.removeprefix(plain): mine for name, mine in layout.names.items()}))
+    written = {name.removeprefix(LAYOUTS[kind].prefix): tensor
+               for name, tensor in public_tensors(load(tmp_path)).items()}
+    theirs = {name.removeprefix(plain): tensor for name, tensor in theirs.items()}
+    left_alone = theirs.keys() - written.keys()
+    assert all(name.startswith(("head.", "post_layernorm.", "embeddings.mask_token"))
+               for name in left_alone), "SigLIP's, CLIP's and DINOv2's, see Layout.unread"
+    for name, tensor in written.items():
+        assert tensor.shape == theirs[name].shape, name
+        assert torch.equal(tensor, theirs[name]), name
 
 
 def test_a_model_can_be_saved_over_the_file_that_it_is_mapped_from(qwen2):

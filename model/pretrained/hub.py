@@ -26,7 +26,7 @@ from extras.convert.minimind import is_older, minimind_config
 from extras.convert.pickle_loader import TorchFile
 from model.config import LanguageConfig, VisionConfig
 from model.language import LanguageModel
-from model.pretrained.weight_names import LAYOUTS, LEADING_ONES, Layout, half_split
+from model.pretrained.weight_names import LAYOUTS, Layout, half_split
 from model.vision import VisionTransformer
 
 # What the weights of well-known models weigh, for the message when they cannot be fetched.
@@ -108,7 +108,7 @@ def fill(model, source: Path, held: dict[str, Path], layout: Layout, unread: lis
             for name, ours in wanted.items():
                 if held.get(name) != path:
                     continue
-                shape = public_shape(name.removeprefix(prefix), [target[each] for each in ours])
+                shape = public_shape({each: target[each] for each in ours}, layout)
                 found = list(file.get_slice(name).get_shape())  # from the header: reads no data
                 if found != shape:
                     problems.append(f"misshapen: {name} is {found} in the file, and config.json "
@@ -168,18 +168,20 @@ def public_names(model: nn.Module, layout: Layout) -> dict[str, list[str]]:
     return names
 
 
-def public_shape(name: str, stacked: list[torch.Tensor]) -> list[int]:
-    rows = sum(len(tensor) for tensor in stacked)
-    return [1] * LEADING_ONES.get(name, 0) + [rows, *stacked[0].shape[1:]]
+def public_shape(stacked: dict[str, torch.Tensor], layout: Layout) -> list[int]:
+    """{our name: tensor} of all that one published tensor holds -> its shape in the file."""
+    first, *_ = stacked
+    rows = sum(len(tensor) for tensor in stacked.values())
+    return [1] * layout.leading_ones.get(first, 0) + [rows, *stacked[first].shape[1:]]
 
 
 def public_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """{published name: tensor}: the model in the form in which its family is published."""
-    state, tensors = model.state_dict(), {}
-    for public, ours in public_names(model, LAYOUTS[model.config.model_type]).items():
-        stacked = [state[each] for each in ours]
-        tensor = torch.cat(stacked) if len(stacked) > 1 else stacked[0]
-        tensors[public] = tensor.reshape(public_shape(public, stacked))
+    state, tensors, layout = model.state_dict(), {}, LAYOUTS[model.config.model_type]
+    for public, ours in public_names(model, layout).items():
+        stacked = {each: state[each] for each in ours}
+        tensor = torch.cat([*stacked.values()]) if len(stacked) > 1 else stacked[ours[0]]
+        tensors[public] = tensor.reshape(public_shape(stacked, layout))
     return tensors
 
 

@@ -7,7 +7,7 @@ published matrix holds several of ours, stacked one on the other, the right side
 their order.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 LANGUAGE = {  # Llama, Qwen2, Qwen3; MiniMind since April 2025
     "model.embed_tokens": "embed_tokens",
@@ -83,9 +83,6 @@ DINOV2 = {
     "encoder.layer.{}.layer_scale2.lambda1": "layers.{}.layer_scale2",
     "layernorm": "post_layernorm",
 }
-# DINOv2 publishes these with axes of length 1 in front, ready to be added to a batch.
-LEADING_ONES = {"embeddings.cls_token": 2, "embeddings.position_embeddings": 1}
-
 # What MiniMind-V writes beside its language model, for published_projector.py to read.
 MINIMIND_V = ("vision_proj.*", "vision_encoder.*")
 
@@ -101,6 +98,9 @@ class Layout:
     unread: tuple = ()
     # Matrices whose heads turn the pairs (0,1), (2,3), ... of their rows; see half_split.
     interleaved: tuple = ()
+    # Published with so many axes of length 1 in front, ready to be added to a batch: by our names,
+    # because the published ones may have the prefix or not.
+    leading_ones: dict = field(default_factory=dict)
 
     @property
     def public(self) -> dict[str, str]:
@@ -128,7 +128,8 @@ LAYOUTS = {
         "post_layernorm.*",  # normalises the class token alone: patches never pass it
         "embeddings.position_ids", "text_model.*", "logit_scale",
         "visual_projection.weight", "text_projection.weight")),
-    "dinov2": Layout(DINOV2, "", ("embeddings.mask_token",)),  # for hidden patches, in training
+    "dinov2": Layout(DINOV2, "", ("embeddings.mask_token",),  # for hidden patches, in training
+                     leading_ones={"class_embedding": 2, "position_embedding": 1}),
 }
 
 
