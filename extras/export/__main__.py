@@ -22,7 +22,7 @@ from dataset.tokenizer import Tokenizer
 from extras.export.chat_template import PublicTemplate
 from extras.export.model_card import CURVE, metrics_of, model_card
 from extras.export.peft import peft_adapter
-from extras.export.transformers import llava
+from extras.export.transformers import account_for, llava, same_names
 from extras.export.upload import files_to_push, listing, push
 from extras.fast.quantize import quantize
 from model.lora import merge_lora
@@ -38,6 +38,7 @@ from model.pretrained.checkpoint import (
     write_json,
 )
 from model.pretrained.hub import save
+from model.projector import Projector
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -76,10 +77,23 @@ def load(flags, checkpoint: Path):
     """-> the model in float32 with its adapters in place, template, image processor."""
     config = read_config(checkpoint)
     model = load_checkpoint(checkpoint, torch.float32, flags.language, flags.vision)
+    account_for_all(model)
     template = ChatTemplate(Tokenizer.from_directory(checkpoint), config["image_tokens"],
                             config["system"], config.get("image_token"),
                             config.get("template", "qwen2"))  # the first ones had no other
     return model, template, ImageProcessor.from_directory(checkpoint)
+
+
+def account_for_all(model) -> None:
+    """Whatever the form: what none of our own classes makes, nobody could read back. ValueError
+    with the tensor's name."""
+    config = model.config
+    with torch.device("meta"):
+        known = Projector(config.projector, config.vision.hidden_size,
+                          config.language.hidden_size, config.pixel_shuffle).state_dict()
+    account_for(model, known, "this model cannot be exported", "Known are both towers as their "
+                f"config.json describes them, and --projector {config.projector}: "
+                + ", ".join(known))
 
 
 def to_transformers(flags, checkpoint: Path, out: Path) -> None:
@@ -111,6 +125,8 @@ def to_merged(flags, checkpoint: Path, out: Path) -> None:
         reference.pop("copied", None)
     tensors = {name: p.to(DTYPES[flags.dtype]) if p.is_floating_point() else p
                for name, p in model.named_parameters()}
+    same_names(model.state_dict(), tensors, "this model cannot be told as a checkpoint of ours",
+               "A checkpoint holds parameters, and no buffers: make it an nn.Parameter")
     save_checkpoint(out, run["step"], tensors, config, run, (template.tokenizer, processor))
 
 
@@ -129,6 +145,9 @@ def to_peft(flags, checkpoint: Path, out: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()},
               out / "adapter_model.safetensors", metadata={"format": "pt"})
     write_json(out / "adapter_config.json", adapter)
+    left = sorted({name.split(".")[0] for name in tensor_names(checkpoint)} - {"language"})
+    print(f"not in an adapter of peft: what was trained of {' and '.join(left)}; --to merged "
+          "takes all")
 
 
 def to_gguf(flags, checkpoint: Path, out: Path) -> None:

@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 import torch
 
-from extras.export.transformers import llava_language, stretched
+from extras.export.transformers import account_for, llava_language, stretched, with_biases
 from model.vlm import VLM
 
 LANGUAGE = {  # ours -> theirs
@@ -119,21 +119,21 @@ def write_mmproj(vlm: VLM, processor, path: Path) -> None:
 
 
 def refuse_unspeakable(vlm: VLM, processor) -> None:
-    vision, projector = vlm.vision.config, vlm.projector
-    kind = vlm.config.projector
+    vision, kind, shuffle = vlm.vision.config, vlm.config.projector, vlm.config.pixel_shuffle
     reasons = {
         f"a {vision.model_type} tower: it has CLIP's and SigLIP's":
             vision.model_type not in ("clip_vision_model", "siglip_vision_model"),
         f"hidden_act {vision.hidden_act}: it has quick_gelu and gelu_pytorch_tanh":
             vision.hidden_act not in ("quick_gelu", "gelu_pytorch_tanh"),
         f"--projector {kind}: it has LLaVA's, linear, gelu, linear": kind != "mlp",
-        f"--pixel_shuffle {projector.pixel_shuffle}: its LLaVA projector takes one patch at a time":
-            projector.pixel_shuffle > 1,
+        f"--pixel_shuffle {shuffle}: its LLaVA projector takes one patch at a time": shuffle > 1,
         f"--features {vision.features}: it takes all patches": vision.features != "patches",
         "pictures that are not square": processor.size[0] != processor.size[1]}
     for reason, holds in reasons.items():
         if holds:
             raise ValueError(f"llama.cpp has no form for {reason}")
+    account_for(vlm, with_biases(PROJECTOR), "llama.cpp has no form for this model",
+                "It takes CLIP's and SigLIP's towers and the projector mlp: fc1, fc2")
 
 
 def add_tensors(writer, state: dict[str, torch.Tensor], names: dict, dtype: str) -> None:
@@ -153,6 +153,9 @@ def gguf_name(ours: str, names: dict) -> str:
     number = re.search(r"(?<=layers\.)\d+", ours)
     pattern = re.sub(r"(?<=layers\.)\d+", "{}", ours)
     layer, _, last = pattern.rpartition(".")
+    if pattern not in names and layer not in names:
+        raise ValueError(f"llama.cpp has no name for the tensor {ours}; it has one for "
+                         + ", ".join(names))
     theirs = names.get(pattern) or f"{names[layer]}.{last}"
     return theirs.format(number.group()) if number else theirs
 

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from extras.export.transformers import same_names
+from model.language import LanguageModel
 from model.lora import LoRALinear, add_lora, linear_names, published_names
 from model.pretrained.hub import all_tensors, read_json
 from model.pretrained.weight_names import LAYOUTS
@@ -32,10 +34,16 @@ BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva")
 def peft_adapter(language: nn.Module, lora: dict, base: str) -> tuple[dict, dict]:
     """-> adapter_config.json, {peft's name: tensor}. lora: config.json's, as add_lora got it.
 
-    ValueError: adapters on a part of a matrix that the family publishes as one.
+    ValueError: adapters on a part of a matrix that the family publishes as one, or a tensor that
+    is neither the base's nor of an adapter: peft has no place for it.
     """
     adapters = {name: language.get_submodule(name) for name in linear_names(language, LoRALinear)}
     every, tensors = published_layers(language), {}
+    with torch.device("meta"):
+        places = LanguageModel(language.config).state_dict()
+    same_names(language.state_dict(), places, "this model is no adapter on its base",
+               "An adapter is lora_a and lora_b of linear layers of the base. Use --to merged",
+               [f"{name}.{half}" for name in adapters for half in ("lora_a", "lora_b")])
     for public, ours in every.items():
         adapted = [adapters[name] for name in ours if name in adapters]
         if not adapted:

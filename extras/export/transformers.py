@@ -7,8 +7,11 @@
 LLaVA (Liu et al. 2023) is the form that most engines read. It always takes the patches as they
 leave a block, BEFORE the tower's last norm, and sends them through two linear layers. What we can
 say in these words is said exactly; what we cannot is refused with the reason, never approximated.
+Every tensor of the model goes over, or is refused by its name: one that was left out without a word
+would be a model that answers otherwise.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -16,6 +19,7 @@ from torch import nn
 
 from model.config import LanguageConfig, VisionConfig
 from model.language import LanguageModel
+from model.lora import LoRALinear, linear_names
 from model.pretrained.hub import public_tensors
 from model.vision import VisionTransformer
 from model.vlm import VLM
@@ -23,6 +27,11 @@ from model.vlm import VLM
 # How much louder than its input the block speaks that stands in for the last norm. A power of
 # two, so that multiplying and dividing by it rounds nothing.
 LOUD = 2.0**30
+# The kinds of projector that LLaVA has words for, and the layers that each is made of.
+PROJECTORS = {"linear": ("fc1",), "mlp": ("fc1", "fc2")}
+LLAVA_TAKES = ("LLaVA takes both towers as their config.json describes them, and a projector "
+               "linear (fc1) or mlp (fc1, fc2). Serve it with eval.py, or export it with --to "
+               "merged")
 
 
 def llava(vlm: VLM, size: tuple[int, int], image_token_id: int) -> tuple[dict, dict]:
@@ -58,12 +67,13 @@ def llava(vlm: VLM, size: tuple[int, int], image_token_id: int) -> tuple[dict, d
 
 
 def refuse_unspeakable(vlm: VLM, size: tuple[int, int]) -> None:
-    features = vlm.vision.config.features
+    features, kind = vlm.vision.config.features, vlm.config.projector
     reasons = {
-        f"--pixel_shuffle {vlm.projector.pixel_shuffle}: LLaVA's projector takes one patch at a "
-        "time, and this one several": vlm.projector.pixel_shuffle > 1,
-        "--projector norm_mlp: LLaVA's projector has no norm in front":
-            vlm.projector.norm is not None,
+        f"--pixel_shuffle {vlm.config.pixel_shuffle}: LLaVA's projector takes one patch at a "
+        "time, and this one several": vlm.config.pixel_shuffle > 1,
+        "--projector norm_mlp: LLaVA's projector has no norm in front": kind == "norm_mlp",
+        f"--projector {kind}: LLaVA's projector is {' or '.join(PROJECTORS)}":
+            kind not in PROJECTORS,
         f"--features {features}: LLaVA takes all patches, with the class token or without, and "
         "never one vector": features != "patches",
         f"pictures of {size[0]} x {size[1]} pixels: LLaVA's towers have one image_size for both "
@@ -72,6 +82,41 @@ def refuse_unspeakable(vlm: VLM, size: tuple[int, int]) -> None:
         if holds:
             raise ValueError(f"this model cannot be told as a LLaVA. {reason}. Serve it with "
                              "eval.py, or export it with --to merged")
+    account_for(vlm, with_biases(PROJECTORS[kind]), "this model cannot be told as a LLaVA",
+                LLAVA_TAKES)
+
+
+def account_for(vlm: VLM, projector: Iterable[str], refusal: str, takes: str) -> None:
+    """Every tensor of the model has a place in the form that it goes over in, or a ValueError with
+    its name.
+
+    projector: names of the tensors that the form's projector is made of. The towers are those that
+    their config describes; LoRA adapters count as the layers that they are merged into. refusal,
+    takes: what the message says before the name and behind it.
+    """
+    with torch.device("meta"):
+        towers = {"language": LanguageModel(vlm.language.config),
+                  "vision": VisionTransformer(vlm.vision.config)}
+    places = [f"{part}.{name}" for part, tower in towers.items() for name in tower.state_dict()]
+    places += [f"projector.{name}" for name in projector]
+    adapters = [f"language.{name}.{half}" for name in linear_names(vlm.language, LoRALinear)
+                for half in ("lora_a", "lora_b")]
+    same_names(vlm.state_dict(), places, refusal, takes, adapters)
+
+
+def with_biases(layers: Iterable[str]) -> list[str]:
+    return [f"{layer}.{last}" for layer in layers for last in ("weight", "bias")]
+
+
+def same_names(found, places, refusal: str, takes: str, allowed=()) -> None:
+    """ValueError with the first of the tensors found that has no place, or the first place that
+    none fills. allowed: names that may be there as well."""
+    found, places = dict.fromkeys(found), dict.fromkeys(places)
+    over = [name for name in found if name not in places and name not in set(allowed)]
+    if wrong := over or [name for name in places if name not in found]:
+        more = f" (and {len(wrong) - 1} more)" if wrong[1:] else ""
+        what = "holds a tensor without a place there" if over else "lacks a tensor"
+        raise ValueError(f"{refusal}: it {what}, {wrong[0]}{more}. {takes}")
 
 
 # ---------------------------------------------------------------- the language model
@@ -98,6 +143,8 @@ def llava_language(language: LanguageModel, rows: int) -> LanguageModel:
 def filled(kind, config: LanguageConfig | VisionConfig, state: dict) -> nn.Module:
     with torch.device("meta"):
         model = kind(config)
+    same_names(state, model.state_dict(), f"this model cannot be told as a {config.model_type}",
+               "Its config.json does not describe it")
     model.load_state_dict(state, assign=True)
     return model
 
