@@ -13,15 +13,10 @@ from dataset.tokenizer import Tokenizer
 from extras.fast.fused import join
 from extras.fast.quantize import compute_in, is_quantized, quantize
 from model.generate import decoder_of
-from model.language import LanguageModel
 from model.lora import merge_lora
-from model.pretrained.checkpoint import (
-    base_directory,
-    find_base,
-    find_model,
-    load_checkpoint,
-    read_config,
-)
+from model.pretrained.checkpoint import find_model, read_config
+from model.pretrained.hub import base_directory, resolve
+from model.pretrained.load import load_checkpoint, load_language
 from training.device import check_dtype, choose_device, prepare_device
 from training.precision import NUMBERS, choose_dtype
 
@@ -40,8 +35,8 @@ def load(flags, name: str | None):
     if getattr(flags, "stats", False):
         print(f"dtype: {str(dtype).removeprefix('torch.')} ({why})", file=sys.stderr)
     if name == "none":
-        directory = find_base(flags.language or "dataset/emoji/language")
-        model = LanguageModel.from_pretrained(str(directory), loaded).eval()
+        directory = resolve(flags.language or "dataset/emoji/language")
+        model = load_language(str(directory), loaded).eval()
         tokenizer = Tokenizer.from_directory(base_directory(directory))
         family = flags.template or model.config.model_type
         template = ChatTemplate(tokenizer, image_tokens=0,
@@ -53,8 +48,7 @@ def load(flags, name: str | None):
         model = load_checkpoint(directory, loaded, flags.language, flags.vision)
         merge_lora(model.language)  # adapters would cost two more products in every layer
         template = ChatTemplate(Tokenizer.from_directory(directory), config["image_tokens"],
-                                config["system"], config.get("image_token"),
-                                config.get("template", "qwen2"))  # the first ones had no other
+                                config["system"], config.get("image_token"), config["template"])
         processor = ImageProcessor.from_directory(directory)
         print(f"model: {directory}", file=sys.stderr)
     if flags.system is not None:

@@ -28,9 +28,9 @@ from evaluation.report import contact_sheet, loss_curve, write_scores
 from evaluation.results_cache import Journal, changes, locked
 from evaluation.score import answer_all, share, table, with_wrong_picture, without_picture
 from evaluation.summary import TITLES, UNITS, WORDS, judged, told, write_answers
-from model.pretrained.checkpoint import STEP, find_base, find_model, read_run
-from model.pretrained.hub import file_hashes
-from model.pretrained.manifest import sha256
+from model.pretrained.checkpoint import STEP, find_model, read_run
+from model.pretrained.files import file_hashes, sha256
+from model.pretrained.hub import resolve
 from model.projector import Projector
 from training.setup import free_name, matching
 
@@ -131,7 +131,7 @@ def result_name(flags, checkpoint) -> str:
     """MODEL-DATA-HASH, a directory's name: the same for the same model and data, whatever else is
     asked. The hash is of where both lie, for there may be a second data.jsonl elsewhere."""
     files = [file for given in flags.data for file in matching(given)]
-    model = find_base(model_name(flags, checkpoint)) if checkpoint == "none" else Path(checkpoint)
+    model = resolve(model_name(flags, checkpoint)) if checkpoint == "none" else Path(checkpoint)
     emoji = flags.data == ["emoji"]
     places = [model.resolve(), *("emoji" if emoji else Path(file).resolve() for file in files)]
     shown = "-".join(model.resolve().parts[-2:] if STEP.fullmatch(model.resolve().name)
@@ -194,7 +194,7 @@ def about_questions(flags, metric: str, questions: list, template, model) -> dic
 def model_files(flags, checkpoint) -> dict:
     """{"model": {file: sha256}}; checkpoint: a directory, or "none" for --language alone."""
     if checkpoint == "none":
-        return {"model": file_hashes(find_base(model_name(flags, checkpoint)))}
+        return {"model": file_hashes(resolve(model_name(flags, checkpoint)))}
     return {"model": {name: sha256(Path(checkpoint) / name) for name in CHECKPOINT_FILES
                       if (Path(checkpoint) / name).is_file()}}
 
@@ -222,9 +222,8 @@ def runs_of(checkpoint) -> list[Path]:
 def untrained_projector(model) -> Projector:
     """Noise in the place of what stage one learned."""
     torch.manual_seed(0)
-    c, weight = model.config, model.projector.fc1.weight
-    fresh = Projector(c.projector, c.vision.hidden_size, c.language.hidden_size, c.pixel_shuffle)
-    return fresh.to(weight.device, weight.dtype).eval()
+    weight = next(model.projector.parameters())
+    return Projector(model.config.projector).to(weight.device, weight.dtype).eval()
 
 
 # ---------------------------------------------------------------- asking

@@ -68,7 +68,7 @@ def token_grid(model, processor) -> tuple[int, int]:
         raise ValueError(f"--attention: this model was trained with --features "
                          f"{model.config.vision.features}, one token for a whole picture; there "
                          "are no places in it to look at")
-    side = model.config.vision.patch_size * model.config.pixel_shuffle
+    side = model.config.vision.patch_size * model.config.projector.pixel_shuffle
     return processor.size[0] // side, processor.size[1] // side
 
 
@@ -82,7 +82,7 @@ def seen_picture(pixels, processor, model, grid) -> Image.Image:
     the remainder at the right and lower edge."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (processor.mean, processor.std))
     values = ((pixels.cpu().float() * std + mean) / processor.rescale).round().clamp(0, 255)
-    side = model.config.vision.patch_size * model.config.pixel_shuffle
+    side = model.config.vision.patch_size * model.config.projector.pixel_shuffle
     values = values[:, :grid[0] * side, :grid[1] * side].permute(1, 2, 0)  # (H,W,3)
     return Image.fromarray(values.to(torch.uint8).numpy())
 

@@ -23,7 +23,7 @@ Whoever looks at one asks either for the share (`to_local`) or for the whole (`f
 which all ranks must ask at the same time).
 
 **All ranks must go through the same blocks in the same order**, whatever their rows are, or one
-waits for ever for shares that nobody sends. Rows differ: see `to_compute` and VLM.nothing.
+waits for ever for shares that nobody sends. Rows differ: see `to_compute` and VLM.dummy_image_loss.
 """
 
 import math
@@ -98,7 +98,7 @@ def spread(model, mesh: DeviceMesh | None, settings, ranks) -> float | None:
     # All that is in no block is one unit, gathered when the step begins: embedding table, head,
     # projector, first and last layers of the towers.
     fully_shard(model.float(), mesh=mesh)
-    model.always_look = True
+    model.force_vision_forward = True
     return total
 
 

@@ -29,12 +29,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.language import LanguageModel
 from model.loss import head_loss
 from model.pretrained.checkpoint import own_names
-from model.projector import Projector
-from model.vision import VisionTransformer
-from model.vlm import VLM
+from model.vlm import VLM, build_model
 from training.optim import choose_trained
 from training.precision import autocast, choose_dtype, store_weights
 from training.preset_table import PRESETS
@@ -93,9 +90,7 @@ def as_trained(config, settings, keep=frozenset()) -> VLM:
     """The model as a run has it, adapters, frozen parts and each weight's numbers, on the "meta"
     device: shapes and no numbers."""
     with torch.device("meta"):
-        model = VLM(config, LanguageModel(config.language), VisionTransformer(config.vision),
-                    Projector(config.projector, config.vision.hidden_size,
-                              config.language.hidden_size, config.pixel_shuffle))
+        model = build_model(config)
     choose_trained(model, argparse.Namespace(**{**vars(settings), "lora_from": None}), None)
     store_weights(model, settings.dtype, set(own_names(model)) | set(keep))
     model.set_checkpointing(settings.checkpointing)

@@ -15,43 +15,44 @@ from pathlib import Path
 import torch
 
 from extras.memory import standing
-from model.config import LanguageConfig, VisionConfig, VLMConfig
+from model.config import ProjectorConfig, VLMConfig
 from model.language import LanguageModel
-from model.projector import Projector
+from model.pretrained.hub import GIGABYTES
+from model.pretrained.public_config import read_language_config, read_vision_config
 from model.vision import VisionTransformer
-from model.vlm import VLM
+from model.vlm import VLM, build_model
 from training.optim import choose_trained
 from training.preset_table import PRESETS, Preset
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Published config.json facts, as far as they give a model its shape. "gigabytes": the published
-# weight files, 1e9 bytes; where that is not known, "bytes" of one weight, to compute it from.
+# Published config.json facts, as far as they give a model its shape. "bytes" of one weight, where
+# the size of the published files is not known (GIGABYTES of model/pretrained/hub.py).
 LANGUAGE = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": dict(
         model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536,
         num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-        tie_word_embeddings=True, gigabytes=0.269),
+        tie_word_embeddings=True),
     "Qwen/Qwen2.5-0.5B": dict(
         model_type="qwen2", vocab_size=151936, hidden_size=896, intermediate_size=4864,
         num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
-        tie_word_embeddings=True, gigabytes=0.988),
+        tie_word_embeddings=True),
     "Qwen/Qwen2.5-1.5B-Instruct": dict(
         model_type="qwen2", vocab_size=151936, hidden_size=1536, intermediate_size=8960,
         num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
-        tie_word_embeddings=True, gigabytes=3.09),
+        tie_word_embeddings=True),
     "Qwen/Qwen3-0.6B": dict(
         model_type="qwen3", vocab_size=151936, hidden_size=1024, intermediate_size=3072,
         num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128,
-        tie_word_embeddings=True, gigabytes=1.50),  # the tied table twice, as the head too
+        tie_word_embeddings=True),
     "Qwen/Qwen-7B-Chat": dict(
         model_type="qwen", vocab_size=151936, hidden_size=4096, intermediate_size=22016,
         num_hidden_layers=32, num_attention_heads=32, kv_channels=128, no_bias=True,
-        tie_word_embeddings=False, gigabytes=15.4),
+        tie_word_embeddings=False),
     "jingyaogong/MiniMind2-Small": dict(
         model_type="llama", vocab_size=6400, hidden_size=512, intermediate_size=1408,
         num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2,
-        tie_word_embeddings=True, gigabytes=0.103),
+        tie_word_embeddings=True),
     "jingyaogong/minimind-3": dict(
         model_type="qwen3", vocab_size=6400, hidden_size=768, intermediate_size=2432,
         num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, head_dim=96,
@@ -62,27 +63,22 @@ LANGUAGE = {
 VISION = {
     "facebook/dinov2-small": dict(
         model_type="dinov2", hidden_size=384, num_hidden_layers=12, num_attention_heads=6,
-        image_size=518, patch_size=14, pixels=224, gigabytes=0.088),
+        image_size=518, patch_size=14, pixels=224),
     "google/siglip-base-patch16-224": dict(
         model_type="siglip_vision_model", hidden_size=768, intermediate_size=3072,
-        num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=16,
-        gigabytes=0.813),
+        num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=16),
     "openai/clip-vit-large-patch14": dict(
         model_type="clip_vision_model", hidden_size=1024, intermediate_size=4096,
-        num_hidden_layers=24, num_attention_heads=16, image_size=224, patch_size=14,
-        gigabytes=1.71),
+        num_hidden_layers=24, num_attention_heads=16, image_size=224, patch_size=14),
     "openai/clip-vit-base-patch32": dict(
         model_type="clip_vision_model", hidden_size=768, intermediate_size=3072,
-        num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=32,
-        gigabytes=0.605),
+        num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=32),
     "openai/clip-vit-base-patch16": dict(
         model_type="clip_vision_model", hidden_size=768, intermediate_size=3072,
-        num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=16,
-        gigabytes=0.599),
+        num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=16),
     "jingyaogong/siglip2-base-p32-256-ve": dict(
         model_type="siglip_vision_model", hidden_size=768, intermediate_size=3072,
-        num_hidden_layers=12, num_attention_heads=12, image_size=256, patch_size=32,
-        gigabytes=0.189),
+        num_hidden_layers=12, num_attention_heads=12, image_size=256, patch_size=32),
 }
 
 COLUMNS = "{:<18}{:>14}{:>13}   {:<16}{:>14}{:>19}"
@@ -113,21 +109,20 @@ def image_tokens(preset: Preset) -> int:
 
 def empty_model(preset: Preset) -> VLM:
     """The whole model in full size, without numbers: it takes no memory."""
-    language = empty_tower(preset.language)
-    vision = empty_tower(preset.vision, preset.vision_layer, preset.features)
+    language = read_language_config(facts(preset.language, LANGUAGE))
+    vision = read_vision_config(facts(preset.vision, VISION), preset.vision_layer, preset.features)
+    projector = ProjectorConfig(preset.projector, vision.hidden_size, language.hidden_size,
+                                preset.pixel_shuffle)
     with torch.device("meta"):
-        projector = Projector(preset.projector, vision.config.hidden_size,
-                              language.config.hidden_size, preset.pixel_shuffle)
-    return VLM(VLMConfig(language.config, vision.config, preset.projector, preset.pixel_shuffle,
-                         image_token_id=0), language, vision, projector)
+        return build_model(VLMConfig(language, vision, projector, image_token_id=0))
 
 
 def empty_tower(name: str, feature_layer: int | None = None, features: str = "patches"):
     """A language model; with a feature_layer, a vision tower."""
     with torch.device("meta"):
         if feature_layer is None:
-            return LanguageModel(LanguageConfig.from_public(facts(name, LANGUAGE)))
-        return VisionTransformer(VisionConfig.from_public(facts(name, VISION), feature_layer,
+            return LanguageModel(read_language_config(facts(name, LANGUAGE)))
+        return VisionTransformer(read_vision_config(facts(name, VISION), feature_layer,
                                                           features))
 
 
@@ -154,12 +149,12 @@ def costs(name: str) -> dict:
 
 def download_size(name: str) -> float:
     """Bytes of a model's published weights; 0 for what lies in this repository."""
-    told = {**LANGUAGE, **VISION}.get(name)
-    if told is None:
+    if name in GIGABYTES:
+        return 1e9 * GIGABYTES[name]
+    published = {**LANGUAGE, **VISION}.get(name)
+    if published is None:
         return 0
-    if "gigabytes" in told:
-        return 1e9 * told["gigabytes"]
-    return told["bytes"] * count(empty_tower(name, None if name in LANGUAGE else -1))
+    return published["bytes"] * count(empty_tower(name, None if name in LANGUAGE else -1))
 
 
 def gigabytes(size: float) -> str:

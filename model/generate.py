@@ -107,7 +107,7 @@ def step_of(model, cache: KVCache, real=None) -> Step:
     """
     decoder = decoder_of(model)
     fixed = (decoder.norm.weight.is_cuda and not torch.is_autocast_enabled("cuda")
-             and not getattr(model, "always_look", False))
+             and not getattr(model, "force_vision_forward", False))
     return (RecordedStep if fixed else Step)(decoder, cache, real)
 
 

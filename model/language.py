@@ -182,17 +182,6 @@ class LanguageModel(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    @classmethod
-    def from_pretrained(cls, name: str,
-                        dtype: torch.dtype | None = torch.float32) -> "LanguageModel":
-        """Load a public model from a local directory or by its name on the hub.
-
-        dtype None: the numbers as they are in the file.
-        """
-        from model.pretrained.hub import load_language  # here, because weights.py knows this class
-
-        return load_language(name, dtype)
-
     def embed(self, ids):
         # In training a frozen table is bf16. The stream that all layers add to is float32 all the
         # same, as the norms are: small contributions would be rounded away in it.

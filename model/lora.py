@@ -21,7 +21,7 @@ from torch import nn
 
 from extras.fast.one_row import Linear
 from model.numbers import product_dtype
-from model.pretrained.weight_names import LAYOUTS
+from model.pretrained.families import LANGUAGE_FAMILIES
 
 
 class LoRALinear(nn.Module):
@@ -108,7 +108,7 @@ def add_lora(module: nn.Module, targets: list[str], rank: int, alpha: float,
 
 def published_names(module: nn.Module) -> dict[str, list[str]]:
     """{name of a linear layer in the family's files: our names}; {} for a module of no family."""
-    layout = LAYOUTS.get(getattr(getattr(module, "config", None), "model_type", None))
+    layout = LANGUAGE_FAMILIES.get(getattr(getattr(module, "config", None), "model_type", None))
     names = {}
     for ours in linear_names(module) if layout else []:
         public = layout.public.get(re.sub(r"(?<=layers\.)\d+", "{}", ours), ours)

@@ -18,10 +18,11 @@ from extras.attention_map import look
 from extras.fast.fused import join
 from extras.fast.quantize import BITS, quantize
 from extras.memory import planned, predict
-from model.config import LanguageConfig
 from model.generate import Past, generate, generate_batch
-from model.language import Attention, LanguageModel
+from model.language import Attention
 from model.pretrained.checkpoint import newest_checkpoint
+from model.pretrained.load import load_language
+from model.pretrained.public_config import read_language_config
 from model.step import RecordedStep
 from model.vlm import VLM
 from tests.test_checkpointing import batch, trained
@@ -51,7 +52,7 @@ def there(model):
 def test_the_decoder_equals_transformers_on_the_gpu(facts, tmp_path):
     public = public_language("Qwen2", **facts)
     public.save_pretrained(tmp_path)
-    ours, public = LanguageModel.from_pretrained(str(tmp_path)).to(GPU).eval(), public.to(GPU)
+    ours, public = load_language(str(tmp_path)).to(GPU).eval(), public.to(GPU)
     ids = torch.randint(0, 61, (2, 70), generator=torch.Generator().manual_seed(3)).to(GPU)
     with torch.inference_mode():
         assert_close(ours(ids), public(ids).logits, 2e-4, "ours/public")
@@ -62,7 +63,8 @@ def test_a_picture_is_seen_as_on_the_cpu():
     plain = tiny_vlm()
     pixels = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        assert_close(there(plain).look(pixels.to(GPU)).cpu(), plain.look(pixels), 2e-5, "features")
+        assert_close(there(plain).vision_features(pixels.to(GPU)).cpu(),
+                     plain.vision_features(pixels), 2e-5, "features")
 
 
 def attention(heads: int, dtype):
@@ -70,7 +72,7 @@ def attention(heads: int, dtype):
                  num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=heads,
                  tie_word_embeddings=True, max_position_embeddings=9000)
     torch.manual_seed(0)
-    return Attention(LanguageConfig.from_public(facts)).to(dtype)
+    return Attention(read_language_config(facts)).to(dtype)
 
 
 def turned(T: int, device):
@@ -211,7 +213,7 @@ def test_in_the_middle_of_training_steps_are_not_recorded(vlm, recorded):
     with autocast("bf16", GPU):
         answers = generate_batch(model, *zip(*cases), 9, stop_ids=[])
     assert [len(answer) for answer in answers] == [9, 9] and not recorded
-    model.always_look = True  # as fsdp has it
+    model.force_vision_forward = True  # as fsdp has it
     expected = [list(generate(vlm, *case, max_new_tokens=9)) for case in cases]
     assert generate_batch(model, *zip(*cases), 9, stop_ids=[]) == expected and not recorded
 

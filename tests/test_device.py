@@ -13,8 +13,8 @@ import train_pretrain
 import train_sft
 from evaluation.loading import chat_dtype, lighten
 from extras.fast.quantize import is_quantized
-from model.config import LanguageConfig
 from model.language import LanguageModel, kernel_shares_heads
+from model.pretrained.public_config import read_language_config
 from tests.tiny import ROOT, make_world
 from training.device import (
     KERNEL_CACHES,
@@ -128,7 +128,7 @@ def test_a_chat_takes_bf16_where_the_processor_multiplies_it(native, monkeypatch
                    "this processor has no bf16 instructions")
     assert chat_dtype(cpu, "fp32")[0] == torch.float32
     # bf16 weights: multiplied as they are, or read as bf16 and multiplied in float32.
-    model = LanguageModel(LanguageConfig.from_public(dict(
+    model = LanguageModel(read_language_config(dict(
         model_type="qwen2", vocab_size=32, hidden_size=16, intermediate_size=32,
         num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)))
     lighten(model, None, torch.bfloat16, cpu)

@@ -13,9 +13,9 @@ import train_sft
 from dataset.chat import IMAGE, Message
 from dataset.images import load_image
 from extras.export.peft import add_peft
-from model.language import LanguageModel
 from model.lora import merge_lora
-from model.pretrained.checkpoint import find_model, load_checkpoint
+from model.pretrained.checkpoint import find_model
+from model.pretrained.load import load_checkpoint, load_language
 from model.pretrained.weight_names import half_split
 from tests import test_systems
 from tests.families import public_vision
@@ -101,7 +101,7 @@ def from_peft(twin, out):
     ids = torch.arange(3, 40)[None]
     expected = model.language(ids)
     if model.language.config.model_type == "qwen":  # transformers has no first Qwen
-        base = LanguageModel.from_pretrained(language)
+        base = load_language(language)
         add_peft(base, out)
         return base(ids), expected
     base = transformers.AutoModelForCausalLM.from_pretrained(language)

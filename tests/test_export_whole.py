@@ -7,37 +7,38 @@ import torch
 from torch import nn
 
 import extras.export.__main__ as export
-import model.pretrained.checkpoint
 from extras.export.peft import peft_adapter
 from extras.export.transformers import llava, llava_language
 from model.lora import add_lora
-from model.pretrained.checkpoint import (
-    find_model,
-    load_checkpoint,
-    read_config,
-    read_run,
-    save_checkpoint,
-)
-from model.projector import Projector
+from model.pretrained.checkpoint import find_model, read_config, read_run, save_checkpoint
+from model.pretrained.load import load_checkpoint
+from model.projector import PROJECTORS, Projector
 from tests.families import tiny_vlm
 from tests.test_export import trained
 
 
-class Residual(Projector):
-    """A kind of projector that nobody here knows: scale * mlp(x) + fc1(x)."""
+class ScaledMLP(nn.Module):
+    """A layer that no export knows: a residual MLP with a learned scale."""
 
-    def __init__(self, kind: str, *sizes, **facts):
-        super().__init__("mlp" if kind == "residual" else kind, *sizes, **facts)
-        if kind == "residual":
-            self.scale = nn.Parameter(torch.tensor(0.5))
+    def __init__(self, width: int, D: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, D), nn.Linear(D, D)
+        self.scale = nn.Parameter(torch.tensor(0.5))
 
     def forward(self, x):
-        return super().forward(x) * self.scale + self.fc1(x)
+        x = self.fc1(x)
+        return x + self.scale * self.fc2(nn.functional.gelu(x))
+
+
+def residual_layers(width, D):
+    return {"residual": ScaledMLP(width, D)}
 
 
 def residual(vlm):
     c = vlm.config
-    vlm.projector = Residual("residual", c.vision.hidden_size, c.language.hidden_size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PROJECTORS, "residual", residual_layers)
+        vlm.projector = Projector(replace(c.projector, kind="residual"))
 
 
 def named(place: str, name: str, buffer: bool = False):
@@ -51,7 +52,7 @@ def named(place: str, name: str, buffer: bool = False):
 
 
 UNKNOWN = {  # what is done to a sound model, and the tensor that the message names
-    "a residual mlp with a learned scale": (residual, "projector.scale"),
+    "a residual mlp with a learned scale": (residual, "projector.residual.scale"),
     "a norm that the kind has not": (
         lambda vlm: setattr(vlm.projector, "norm", nn.LayerNorm(36)), "projector.norm.weight"),
     "a third layer": (lambda vlm: setattr(vlm.projector, "fc3", nn.Linear(36, 36)),
@@ -100,8 +101,7 @@ def known(run, tmp_path, monkeypatch):
     checkpoint = find_model(run)
     vlm, template, processor = export.load(export.read_flags([]), checkpoint)
     residual(vlm)
-    for module in (model.pretrained.checkpoint, export):
-        monkeypatch.setattr(module, "Projector", Residual)
+    monkeypatch.setitem(PROJECTORS, "residual", residual_layers)
     save_checkpoint(tmp_path / "run", 2, dict(vlm.named_parameters()),
                     {**read_config(checkpoint), "projector": "residual"}, read_run(checkpoint),
                     (template.tokenizer, processor))
@@ -125,7 +125,7 @@ def test_a_kind_that_is_new_to_llava_is_refused_and_a_checkpoint_takes_it_whole(
              "--projector residual: LLaVA's projector is linear or mlp")
     whole = load_checkpoint(find_model(known))
     merged = load_checkpoint(find_model(str(exported(known, tmp_path, "merged"))))
-    assert merged.projector.scale == 0.5
+    assert merged.projector.residual.scale == 0.5
     pixels = torch.rand(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     difference = merged.encode_images(pixels) - whole.encode_images(pixels)
     assert difference.abs().max() < 0.05, "rounded to bf16, and all of it"
@@ -135,9 +135,9 @@ def test_a_kind_that_is_new_to_llava_is_refused_and_a_checkpoint_takes_it_whole(
         vlm.projector.register_buffer("mean", torch.ones(2))
         return vlm
 
-    class Buffered(Residual):
-        def __init__(self, *arguments, **facts):
-            super().__init__(*arguments, **facts)
+    class Buffered(Projector):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
             self.register_buffer("mean", torch.ones(2))
 
     monkeypatch.setattr(export, "Projector", Buffered)  # a class that makes it: nothing unknown
@@ -164,12 +164,12 @@ def test_a_kind_that_no_class_knows_is_refused_in_every_form(run, tmp_path, monk
     def loaded(*arguments):
         vlm = load(*arguments)
         residual(vlm)
-        vlm.config = replace(vlm.config, projector="residual")
+        vlm.config = replace(vlm.config, projector=replace(vlm.config.projector, kind="residual"))
         return vlm
 
     monkeypatch.setattr(export, "load_checkpoint", loaded)
     for form in set(export.FORMS) - {"gguf"}:
-        exported(run, tmp_path, form, "'linear', 'mlp' or 'norm_mlp', got 'residual'")
+        exported(run, tmp_path, form, "no projector 'residual'; there are linear, mlp, norm_mlp")
 
 
 # ---------------------------------------------------------------- the writers by themselves

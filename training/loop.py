@@ -222,7 +222,8 @@ def forward(model, batch, settings, ranks, files=None,
     with autocast(settings.dtype, ranks.device):
         if files:
             batch = look(model, batch, files, settings.dtype)
-        return model(batch.ids, batch.labels, batch.pixels, batch.order, batch.features, factor)
+        images = batch.pixels if batch.features is None else batch.features
+        return model(batch.ids, batch.labels, images, batch.order, factor)
 
 
 def check_bad(progress: Progress, settings, at_end: bool = False) -> None:

@@ -11,6 +11,7 @@ from dataclasses import asdict
 
 from dataset.chat import FAMILIES
 from extras.trackers import BOARDS
+from model.projector import PROJECTORS
 from training.preset_table import PRESETS, Preset, Recipe
 
 OVERFIT_STEPS = 200
@@ -57,7 +58,7 @@ def read_flags(description: str, stage: str, arguments=None) -> argparse.Namespa
     add("--vision_layer", type=int, help="whose features are used: -1 the last layer's, -2 ...")
     add("--features", choices=("patches", "class", "pooled"), help="what of a picture is used: "
         "all patches, the class token alone, or the patches' mean")
-    add("--projector", choices=("linear", "mlp", "norm_mlp"), help="what joins the two towers")
+    add("--projector", choices=PROJECTORS, help="what joins the two towers")
     add("--init_projector", metavar="FILE", help="begin with the projector of this .safetensors, "
         ".bin or .pth, by LLaVA's, transformers' or MiniMind-V's names")
     add("--pixel_shuffle", type=int, help="n: n x n patches become one token")

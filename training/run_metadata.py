@@ -21,7 +21,8 @@ import safetensors
 import tokenizers
 import torch
 
-from model.pretrained.checkpoint import ROOT, write_json
+from model.pretrained.files import write_json
+from model.pretrained.hub import ROOT
 from training.distributed import cores
 
 # What a run writes beside its checkpoints; a new run in the same OUT moves them aside.

@@ -17,19 +17,15 @@ from dataset.chat import DEFAULT_SYSTEM, ChatTemplate
 from dataset.images import ImageProcessor
 from dataset.readers.mixture import mixture_hash, open_mixture, split_source
 from dataset.tokenizer import Tokenizer
-from extras.convert.pickle_loader import load_plain
 from extras.convert.published_projector import load_projector
 from extras.fsdp import in_turn, load_optimizer, whole
-from model.config import VLMConfig
-from model.language import LanguageModel
+from model.config import ProjectorConfig, VLMConfig
 from model.pretrained.checkpoint import (
-    base_directory,
+    CorruptCheckpointError,
     base_reference,
     checkpoints,
-    find_base,
     find_model,
     flush_to_disk,
-    load_checkpoint,
     newest_whole,
     own_names,
     read_config,
@@ -39,10 +35,11 @@ from model.pretrained.checkpoint import (
     step_of,
     tensor_names,
 )
-from model.pretrained.manifest import TornError
-from model.projector import Projector
-from model.vision import VisionTransformer
-from model.vlm import VLM
+from model.pretrained.hub import base_directory, resolve
+from model.pretrained.load import load_checkpoint, load_language, load_vision
+from model.pretrained.pickle_loader import load_plain
+from model.pretrained.public_config import write_vlm_config
+from model.vlm import VLM, build_model
 from training.loop import Progress
 from training.run_metadata import FILES
 
@@ -67,7 +64,7 @@ def where_to_start(flags, stage: str) -> tuple[Path | None, dict]:
     that it brings: all of its run's to resume, the model's facts alone to train on."""
     try:
         checkpoint = newest_whole(flags.out) if flags.resume else None
-    except TornError as error:
+    except CorruptCheckpointError as error:
         raise SystemExit(f"{error}. Without --resume the run starts anew.") from error
     if checkpoint:
         earlier = {"features": "patches", "lora_from": None, "init_projector": None,
@@ -142,12 +139,10 @@ def assemble(settings, checkpoint: Path | None) -> Parts:
             place = moved[part] or (reference.get("copied") and str(checkpoint / part))
             bases[part] = {"name": place or reference["name"], "sha256": reference["sha256"]}
     else:
-        language_directory = find_base(settings.language)
-        vision_directory = find_base(settings.vision)
-        language = LanguageModel.from_pretrained(str(language_directory), None)
-        vision = VisionTransformer.from_pretrained(str(vision_directory), None,
-                                                   feature_layer=settings.vision_layer,
-                                                   features=settings.features)
+        language_directory = resolve(settings.language)
+        vision_directory = resolve(settings.vision)
+        language = load_language(language_directory, None)
+        vision = load_vision(vision_directory, None, settings.vision_layer, settings.features)
         bases = {part: base_reference(getattr(settings, part)) for part in ("language", "vision")}
         held, config = set(), {"lora": None}
 
@@ -167,20 +162,15 @@ def assemble(settings, checkpoint: Path | None) -> Parts:
     if checkpoint:  # with another template the placeholder may be another id
         model.config = replace(model.config, image_token_id=template.image_token_id)
     else:
-        projector = Projector(settings.projector, vision.config.hidden_size,
-                              language.config.hidden_size, settings.pixel_shuffle,
-                              loudness(language))
+        projector = ProjectorConfig(settings.projector, vision.config.hidden_size,
+                                    language.config.hidden_size, settings.pixel_shuffle)
+        model = build_model(VLMConfig(language.config, vision.config, projector,
+                                      template.image_token_id),
+                            language, vision, loudness(language))
         if settings.init_projector:
-            load_projector(projector, settings.init_projector)
-        model = VLM(VLMConfig(language.config, vision.config, settings.projector,
-                              settings.pixel_shuffle, template.image_token_id),
-                    language, vision, projector)
+            load_projector(model.projector, settings.init_projector)
     config = {
-        "model_type": "vlm", "language": language.config.to_public(),
-        "vision": vision.config.to_public(), "vision_layer": vision.config.feature_layer,
-        "features": settings.features, "projector": settings.projector,
-        "pixel_shuffle": settings.pixel_shuffle,
-        "image_tokens": K, "image_token_id": template.image_token_id,
+        **write_vlm_config(model.config), "image_tokens": K,
         "template": family, "image_token": template.image_token,
         "system": template.default_system, "lora": config["lora"], "bases": bases}
     return Parts(model, template, processor, config, held)

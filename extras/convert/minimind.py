@@ -9,7 +9,8 @@ rest follows from which generation the tensors belong to, and that they tell as 
 
 import re
 
-from model.config import LanguageConfig, check_values, refuse
+from model.config import LanguageConfig
+from model.pretrained.public_config import check_values, refuse
 
 # What shapes cannot tell, by: older names? norms of q and k? width of q / width of k.
 # The first two are interleaved (layouts.half_split); all tie the head to the embeddings.

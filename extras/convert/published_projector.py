@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from model.pretrained.hub import open_tensors
+from model.pretrained.files import open_tensors
 from model.projector import Projector
 
 # Published names -> names in our Projector; some files put "model." in front of them.

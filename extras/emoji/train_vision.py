@@ -32,7 +32,7 @@ from dataset.images import HALF, ImageProcessor
 from dataset.tokenizer import Tokenizer
 from model.config import LanguageConfig, VisionConfig
 from model.language import LanguageModel
-from model.pretrained.hub import save_vision
+from model.pretrained.save import save_vision
 from model.vision import VisionTransformer
 
 HERE = Path(__file__).resolve().parents[2] / "dataset" / "emoji"

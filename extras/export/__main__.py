@@ -28,16 +28,16 @@ from extras.fast.quantize import quantize
 from model.lora import merge_lora
 from model.pretrained.checkpoint import (
     find_model,
-    load_checkpoint,
     newest_checkpoint,
     read_config,
     read_run,
     refuse_quantized,
     save_checkpoint,
     tensor_names,
-    write_json,
 )
-from model.pretrained.hub import save
+from model.pretrained.files import write_json
+from model.pretrained.load import load_checkpoint
+from model.pretrained.save import save_model
 from model.projector import Projector
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -79,8 +79,7 @@ def load(flags, checkpoint: Path):
     model = load_checkpoint(checkpoint, torch.float32, flags.language, flags.vision)
     account_for_all(model)
     template = ChatTemplate(Tokenizer.from_directory(checkpoint), config["image_tokens"],
-                            config["system"], config.get("image_token"),
-                            config.get("template", "qwen2"))  # the first ones had no other
+                            config["system"], config.get("image_token"), config["template"])
     return model, template, ImageProcessor.from_directory(checkpoint)
 
 
@@ -89,10 +88,9 @@ def account_for_all(model) -> None:
     with the tensor's name."""
     config = model.config
     with torch.device("meta"):
-        known = Projector(config.projector, config.vision.hidden_size,
-                          config.language.hidden_size, config.pixel_shuffle).state_dict()
+        known = Projector(config.projector).state_dict()
     account_for(model, known, "this model cannot be exported", "Known are both towers as their "
-                f"config.json describes them, and --projector {config.projector}: "
+                f"config.json describes them, and --projector {config.projector.kind}: "
                 + ", ".join(known))
 
 
@@ -102,7 +100,7 @@ def to_transformers(flags, checkpoint: Path, out: Path) -> None:
     public = PublicTemplate(template)
     config, tensors = llava(model, processor.size, template.image_token_id)
     dtype = DTYPES[flags.dtype]
-    save(out, config, {name: tensor.to(dtype) for name, tensor in tensors.items()})
+    save_model(out, config, {name: tensor.to(dtype) for name, tensor in tensors.items()})
     public.save(out, model.language.config.max_position_embeddings)
     processor.save(out)
     class_token = int(model.vision.config.class_token)

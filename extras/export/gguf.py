@@ -119,7 +119,8 @@ def write_mmproj(vlm: VLM, processor, path: Path) -> None:
 
 
 def refuse_unspeakable(vlm: VLM, processor) -> None:
-    vision, kind, shuffle = vlm.vision.config, vlm.config.projector, vlm.config.pixel_shuffle
+    vision, projector = vlm.vision.config, vlm.config.projector
+    kind, shuffle = projector.kind, projector.pixel_shuffle
     reasons = {
         f"a {vision.model_type} tower: it has CLIP's and SigLIP's":
             vision.model_type not in ("clip_vision_model", "siglip_vision_model"),

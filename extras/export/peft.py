@@ -19,8 +19,8 @@ from torch import nn
 from extras.export.transformers import same_names
 from model.language import LanguageModel
 from model.lora import LoRALinear, add_lora, linear_names, published_names
-from model.pretrained.hub import all_tensors, read_json
-from model.pretrained.weight_names import LAYOUTS
+from model.pretrained.families import family_of
+from model.pretrained.files import all_tensors, read_json
 
 TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 # What changes the arithmetic, and the only value with which it is ours.
@@ -121,7 +121,7 @@ def add_peft(language: nn.Module, directory, dropout: float = 0.0) -> dict:
 
 def read_pairs(tensors: dict, every: dict, language, directory) -> dict[str, dict]:
     """peft's tensors -> {the family's name of a layer: {"A": tensor, "B": tensor}}."""
-    prefix, pairs = LAYOUTS[language.config.model_type].prefix, {}
+    prefix, pairs = family_of(language.config.model_type).prefix, {}
     for name, tensor in tensors.items():
         match = TENSOR.fullmatch(name)
         public = match and (match[1] if match[1] in every else prefix + match[1])

@@ -20,7 +20,8 @@ from torch import nn
 from model.config import LanguageConfig, VisionConfig
 from model.language import LanguageModel
 from model.lora import LoRALinear, linear_names
-from model.pretrained.hub import public_tensors
+from model.pretrained.public_config import write_config
+from model.pretrained.save import optional_parts, public_tensors
 from model.vision import VisionTransformer
 from model.vlm import VLM
 
@@ -49,17 +50,13 @@ def llava(vlm: VLM, size: tuple[int, int], image_token_id: int) -> tuple[dict, d
     tensors.update({f"vision_tower.{name}": tensor
                     for name, tensor in public_tensors(eyes).items()})
     tensors.update(llava_projector(vlm.projector, loudness))
-    vision_config = eyes.config.to_public()
-    if eyes.config.model_type == "siglip_vision_model":
-        vision_config["vision_use_head"] = False  # it pools; its weights are not here
-    if eyes.config.model_type == "dinov2":
-        vision_config["use_mask_token"] = False
-    text_config = language.config.to_public()
+    vision_config = {**write_config(eyes.config), **optional_parts(eyes, ())}
+    text_config = write_config(language.config)
     config = {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
         "text_config": text_config, "vision_config": vision_config,
         "image_token_index": image_token_id, "image_seq_length": eyes.config.patches,
-        "projector_hidden_act": "linear" if vlm.projector.fc2 is None else "gelu",
+        "projector_hidden_act": "linear" if vlm.config.projector.kind == "linear" else "gelu",
         "multimodal_projector_bias": True, "vision_feature_layer": -1,
         "vision_feature_select_strategy": "default" if eyes.config.class_token else "full",
         "tie_word_embeddings": language.config.tie_word_embeddings}
@@ -67,10 +64,11 @@ def llava(vlm: VLM, size: tuple[int, int], image_token_id: int) -> tuple[dict, d
 
 
 def refuse_unspeakable(vlm: VLM, size: tuple[int, int]) -> None:
-    features, kind = vlm.vision.config.features, vlm.config.projector
+    features, projector = vlm.vision.config.features, vlm.config.projector
+    kind = projector.kind
     reasons = {
-        f"--pixel_shuffle {vlm.config.pixel_shuffle}: LLaVA's projector takes one patch at a "
-        "time, and this one several": vlm.config.pixel_shuffle > 1,
+        f"--pixel_shuffle {projector.pixel_shuffle}: LLaVA's projector takes one patch at a "
+        "time, and this one several": projector.pixel_shuffle > 1,
         "--projector norm_mlp: LLaVA's projector has no norm in front": kind == "norm_mlp",
         f"--projector {kind}: LLaVA's projector is {' or '.join(PROJECTORS)}":
             kind not in PROJECTORS,
@@ -218,7 +216,7 @@ def norm_as_block(vision: VisionTransformer, prefix: str) -> dict[str, torch.Ten
 
 def llava_projector(projector: nn.Module, loudness: float) -> dict[str, torch.Tensor]:
     """linear_2(act(linear_1(x))): a single linear layer is followed by one that changes nothing."""
-    first, second = projector.fc1, projector.fc2
+    first, second = projector.fc1, getattr(projector, "fc2", None)
     D, like = first.out_features, first.weight
     return {
         "multi_modal_projector.linear_1.weight": first.weight / loudness,

@@ -53,7 +53,7 @@ def look(model, batch: Batch, files: FeatureFiles, dtype: str) -> Batch:
         files.found += 0 if batch.features is None else len(batch.features)
         return batch
     # Rounded before they are used, so that it makes no difference whether they were found.
-    features = model.look(batch.pixels).to(NUMBERS[dtype])  # (N,P,Dv)
+    features = model.vision_features(batch.pixels).to(NUMBERS[dtype])  # (N,P,Dv)
     for key, each in zip(batch.keys, features, strict=True):
         if key:
             files.write(key, each)
