@@ -180,7 +180,7 @@ def test_a_kind_that_no_class_knows_is_refused_in_every_form(run, tmp_path, monk
 def test_the_writers_refuse_it_too(tmp_path, name):
     vlm, (change, tensor) = tiny_vlm(), UNKNOWN[name]
     change(vlm)
-    with pytest.raises(ValueError, match=f"cannot be told as a LLaVA: .*{tensor}"):
+    with pytest.raises(ValueError, match=f"cannot be expressed as a LLaVA: .*{tensor}"):
         llava(vlm, (48, 48), 60)
     gguf = pytest.importorskip("extras.export.gguf", exc_type=ImportError)
     processor = type("Processor", (), {"size": (48, 48), "mean": (0.5,) * 3, "std": (0.5,) * 3})
@@ -189,10 +189,28 @@ def test_the_writers_refuse_it_too(tmp_path, name):
     assert not (tmp_path / "mmproj.gguf").exists()
 
 
+@pytest.mark.parametrize("part, refusal", [("vision", "a plain_vit tower: it takes siglip_vis"),
+                                           ("language", "a plain_vit has no form there")])
+def test_a_family_that_is_new_to_an_export_is_refused(tmp_path, part, refusal):
+    vlm = tiny_vlm()
+    tower = getattr(vlm, part)
+    tower.config = replace(tower.config, model_type="plain_vit")
+    with pytest.raises(ValueError, match=refusal):
+        llava(vlm, (48, 48), 60)
+    gguf = pytest.importorskip("extras.export.gguf", exc_type=ImportError)
+    processor = type("Processor", (), {"size": (48, 48), "mean": (0.5,) * 3, "std": (0.5,) * 3})
+    with pytest.raises(ValueError, match="plain_vit"):
+        if part == "vision":
+            gguf.write_mmproj(vlm, processor, tmp_path / "mmproj.gguf")
+        else:
+            gguf.write_language(vlm, {}, 61, "f16", tmp_path / "language.gguf")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_language_model_that_its_config_does_not_describe_is_refused(tmp_path):
     vlm = tiny_vlm()
     named("language.layers.0", "gate")(vlm)
-    with pytest.raises(ValueError, match=r"told as a qwen2: it holds .*layers\.0\.gate"):
+    with pytest.raises(ValueError, match=r"expressed as a qwen2: it holds .*layers\.0\.gate"):
         llava_language(vlm.language, 61)
 
 

@@ -11,7 +11,6 @@ from dataclasses import asdict
 
 from dataset.chat import FAMILIES
 from extras.trackers import BOARDS
-from model.projector import PROJECTORS
 from training.preset_table import PRESETS, Preset, Recipe
 
 OVERFIT_STEPS = 200
@@ -42,6 +41,14 @@ class ListPresets(argparse.Action):
         parser.exit()
 
 
+def projector_kind(text: str) -> str:
+    from model.projector import PROJECTORS  # here: reading flags needs no torch
+
+    if text not in PROJECTORS:
+        raise argparse.ArgumentTypeError(f"{text!r}; there are {', '.join(PROJECTORS)}")
+    return text
+
+
 def read_flags(description: str, stage: str, arguments=None) -> argparse.Namespace:
     """The flags of both training scripts. Not given: None, so that the preset can fill it in."""
     parser = argparse.ArgumentParser(description=description.split("\n\n")[0])
@@ -58,7 +65,8 @@ def read_flags(description: str, stage: str, arguments=None) -> argparse.Namespa
     add("--vision_layer", type=int, help="whose features are used: -1 the last layer's, -2 ...")
     add("--features", choices=("patches", "class", "pooled"), help="what of a picture is used: "
         "all patches, the class token alone, or the patches' mean")
-    add("--projector", choices=PROJECTORS, help="what joins the two towers")
+    add("--projector", type=projector_kind, help="what joins the towers, such as linear or mlp: "
+        "a kind of model/projector.py")
     add("--init_projector", metavar="FILE", help="begin with the projector of this .safetensors, "
         ".bin or .pth, by LLaVA's, transformers' or MiniMind-V's names")
     add("--pixel_shuffle", type=int, help="n: n x n patches become one token")

@@ -1,4 +1,4 @@
-"""Hand a trained model over, in a form that other programs read.
+"""Export a trained model in a form that other programs read.
 
     python -m extras.export --to transformers   LlavaForConditionalGeneration: transformers, vLLM
     python -m extras.export --to merged         a checkpoint of ours, LoRA merged, in one piece
@@ -20,10 +20,9 @@ from dataset.chat import ChatTemplate
 from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
 from extras.export.chat_template import PublicTemplate
-from extras.export.model_card import CURVE, metrics_of, model_card
+from extras.export.hub import CURVE, files_to_push, listing, metrics_of, model_card, push
 from extras.export.peft import peft_adapter
 from extras.export.transformers import account_for, llava, same_names
-from extras.export.upload import files_to_push, listing, push
 from extras.fast.quantize import quantize
 from model.lora import merge_lora
 from model.pretrained.checkpoint import (
@@ -84,8 +83,8 @@ def load(flags, checkpoint: Path):
 
 
 def account_for_all(model) -> None:
-    """Whatever the form: what none of our own classes makes, nobody could read back. ValueError
-    with the tensor's name."""
+    """In every form: ValueError with the name of a tensor that none of our classes has, because
+    nothing could read it back."""
     config = model.config
     with torch.device("meta"):
         known = Projector(config.projector).state_dict()
@@ -119,11 +118,11 @@ def to_merged(flags, checkpoint: Path, out: Path) -> None:
     if flags.quantize:  # from float32, so that the sum is rounded once here too
         quantize(model.language, flags.quantize)
         config["quantize"] = flags.quantize
-    for reference in config["bases"].values():  # told still, as where it comes from
+    for reference in config["bases"].values():  # still named, as where it comes from
         reference.pop("copied", None)
     tensors = {name: p.to(DTYPES[flags.dtype]) if p.is_floating_point() else p
                for name, p in model.named_parameters()}
-    same_names(model.state_dict(), tensors, "this model cannot be told as a checkpoint of ours",
+    same_names(model.state_dict(), tensors, "this model cannot be expressed as a checkpoint of ours",
                "A checkpoint holds parameters, and no buffers: make it an nn.Parameter")
     save_checkpoint(out, run["step"], tensors, config, run, (template.tokenizer, processor))
 
@@ -160,7 +159,7 @@ def to_gguf(flags, checkpoint: Path, out: Path) -> None:
     write_language(model, tokenizer, len(tokenizer["tokens"]), flags.dtype, out / "language.gguf")
     try:
         write_mmproj(model, processor, out / "mmproj.gguf")
-    except ValueError as error:  # the language model is of use without its eyes
+    except ValueError as error:  # the language model is of use without the vision tower
         print(f"no mmproj.gguf, so llama.cpp will see no pictures: {error}")
 
 

@@ -1,4 +1,4 @@
-"""Our chat template in other people's words: a Jinja template and a tokenizer.json.
+"""Our chat template in the form that other engines read: Jinja, and a tokenizer.json.
 
     ChatTemplate -> PublicTemplate -> chat_template.jinja, tokenizer.json, tokenizer_config.json
 

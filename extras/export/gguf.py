@@ -1,4 +1,4 @@
-"""Our VLM -> GGUF, the files of llama.cpp: the language model with its tokenizer, and the eyes.
+"""Our VLM -> GGUF, the files of llama.cpp: the language model with its tokenizer, and the tower.
 
     language  -> OUT/language.gguf   (f16, bf16, q8_0)
     vision + projector -> OUT/mmproj.gguf, in the form that llama.cpp has for LLaVA
@@ -91,7 +91,7 @@ def interleaved(weight, head_dim: int):
 
 def write_mmproj(vlm: VLM, processor, path: Path) -> None:
     """The vision tower and the projector. ValueError: llama.cpp has no such form, and why."""
-    refuse_unspeakable(vlm, processor)
+    check_exportable(vlm, processor)
     config = vlm.vision.config
     writer = gguf.GGUFWriter(path, "clip")
     writer.add_type(gguf.GGUFType.MMPROJ)
@@ -118,7 +118,7 @@ def write_mmproj(vlm: VLM, processor, path: Path) -> None:
     finish(writer)
 
 
-def refuse_unspeakable(vlm: VLM, processor) -> None:
+def check_exportable(vlm: VLM, processor) -> None:
     vision, projector = vlm.vision.config, vlm.config.projector
     kind, shuffle = projector.kind, projector.pixel_shuffle
     reasons = {

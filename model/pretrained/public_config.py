@@ -138,8 +138,8 @@ def read_vision_config(public: dict, feature_layer: int = -1,
     if model_type not in list(VISION_FAMILIES):
         raise ValueError(
             f"config.json says model_type {model_type!r}; the vision transformer here reads "
-            f"{', '.join(VISION_FAMILIES)}, also out of a whole 'siglip' (and SigLIP2 of a fixed "
-            "resolution) or 'clip'; 'siglip2' is SigLIP2's NaFlex, for images of any shape")
+            f"{', '.join(VISION_FAMILIES)}, also out of a whole 'clip' or 'siglip' (also SigLIP2 "
+            "of a fixed resolution); 'siglip2' is SigLIP2's NaFlex, for images of any shape")
     family = VISION_FAMILIES[model_type]
     for name, value in {"num_channels": 3, **family.supported}.items():
         refuse(public, name, public.get(name, value), value)
