@@ -15,7 +15,7 @@ from extras.fast.quantize import compute_in, is_quantized, quantize
 from model.generate import decoder_of
 from model.lora import merge_lora
 from model.pretrained.checkpoint import find_model, read_config
-from model.pretrained.hub import base_directory, resolve
+from model.pretrained.hub import resolve
 from model.pretrained.load import load_checkpoint, load_language
 from training.device import check_dtype, choose_device, prepare_device
 from training.precision import NUMBERS, choose_dtype
@@ -37,7 +37,7 @@ def load(flags, name: str | None):
     if name == "none":
         directory = resolve(flags.language or "dataset/emoji/language")
         model = load_language(str(directory), loaded).eval()
-        tokenizer = Tokenizer.from_directory(base_directory(directory))
+        tokenizer = Tokenizer.from_directory(directory)
         family = flags.template or model.config.model_type
         template = ChatTemplate(tokenizer, image_tokens=0,
                                 default_system=DEFAULT_SYSTEM[family], family=family)

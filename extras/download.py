@@ -14,7 +14,6 @@ may ask the model's side which files the loader reads.
 """
 
 import argparse
-import hashlib
 import os
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -25,12 +24,12 @@ from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.utils import build_hf_headers
 
 from extras.preset_list import download_size
-from model.pretrained.hub import WANTED_FILES
+from model.pretrained.files import sha256
+from model.pretrained.hub import PICKLE_FILES, WANTED_FILES
 from training.presets import PRESETS, Preset
 
 PARTS = ("language", "vision", "data")
-# What is read where a model is not published as safetensors; where it is, these hold it again.
-TORCH_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ def listed(repo: str, kind: str, patterns: list[str], to: str | None) -> list[Fi
         return [name for name in held if any(fnmatch(name, pattern) for pattern in patterns)]
 
     if kind == "model" and not fitting(["model*.safetensors"]):
-        patterns = patterns + TORCH_FILES
+        patterns = patterns + PICKLE_FILES
     if kind == "dataset":
         missing = [pattern for pattern in patterns if not fitting([pattern])]
         if missing:
@@ -179,15 +178,6 @@ def fetch_large(file: File, place: Path) -> None:
                  opened, resume_size=part.stat().st_size, expected_size=file.size,
                  headers=build_hf_headers())
     os.replace(part, place)
-
-
-def sha256(path: Path) -> str:
-    """About a second for each gigabyte."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def size(number: float | None) -> str:

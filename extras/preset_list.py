@@ -8,23 +8,20 @@ float32. What the layers keep for the backward pass comes on top, and grows with
 """
 
 import argparse
-import json
 from functools import cache
-from pathlib import Path
 
 import torch
 
 from extras.memory import standing
 from model.config import ProjectorConfig, VLMConfig
 from model.language import LanguageModel
-from model.pretrained.hub import GIGABYTES
+from model.pretrained.files import read_json
+from model.pretrained.hub import GIGABYTES, ROOT
 from model.pretrained.public_config import read_language_config, read_vision_config
 from model.vision import VisionTransformer
 from model.vlm import VLM, build_model
 from training.optim import choose_trained
 from training.preset_table import PRESETS, Preset
-
-ROOT = Path(__file__).resolve().parent.parent
 
 # Published config.json facts, as far as they give a model its shape. "bytes" of one weight, where
 # the size of the published files is not known (GIGABYTES of model/pretrained/hub.py).
@@ -95,7 +92,7 @@ def facts(name: str, table: dict) -> dict:
     """The config facts of a public model, or of one in this repository."""
     if name in table:
         return table[name]
-    return json.loads((ROOT / name / "config.json").read_text(encoding="utf-8"))
+    return read_json(ROOT / name / "config.json")
 
 
 def image_tokens(preset: Preset) -> int:

@@ -14,7 +14,7 @@ from PIL import Image
 
 import extras.export.__main__ as export
 from dataset.chat import Message
-from model.pretrained.weight_names import half_split
+from extras.convert.minimind import half_split
 from tests.test_export import opened, trained
 
 gguf = pytest.importorskip("gguf")  # an extra

@@ -12,11 +12,11 @@ import extras.export.__main__ as export
 import train_sft
 from dataset.chat import IMAGE, Message
 from dataset.images import load_image
+from extras.convert.minimind import half_split
 from extras.export.peft import add_peft
 from model.lora import merge_lora
 from model.pretrained.checkpoint import find_model
 from model.pretrained.load import load_checkpoint, load_language
-from model.pretrained.weight_names import half_split
 from tests import test_systems
 from tests.families import public_vision
 from tests.test_systems import save_language_model, save_vision_tower

@@ -2,6 +2,7 @@
 their own code; and the full sizes of all supported models have the published counts."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -19,18 +20,19 @@ from families import (
 )
 from safetensors.torch import load_file, save_file
 
-from extras.convert.minimind import minimind_config
+import extras.convert.__main__ as command
+from extras.convert.minimind import half_split, minimind_config
 from extras.convert.published_projector import load_projector
 from model.config import ProjectorConfig
 from model.language import LanguageModel
 from model.lora import LoRALinear, add_lora, lora_parameters, merge_lora, trainable_state
 from model.pretrained.families import family_of, public_names, public_shape
-from model.pretrained.files import file_hashes, weight_files
+from model.pretrained.files import file_hashes
 from model.pretrained.hub import resolve
 from model.pretrained.load import load_language
+from model.pretrained.pickle_loader import load_plain
 from model.pretrained.public_config import read_language_config, read_vision_config
 from model.pretrained.save import save_language
-from model.pretrained.weight_names import half_split
 from model.projector import Projector
 from model.step import KVCache
 from model.vision import VisionTransformer
@@ -375,20 +377,45 @@ def test_a_config_json_of_miniminds_own_goes_before_the_table(tmp_path):
         load_language(tmp_path)
 
 
+@torch.no_grad()
 def test_a_pth_file_is_a_name_a_lone_one_in_a_directory_too(tmp_path):
     path = tmp_path / "llm_768.pth"
     save_minimind(path, "3")
-    assert resolve(str(path)) == path and weight_files(path) == [path]
-    assert weight_files(tmp_path) == [path], "the only weights there"
-    assert file_hashes(path) == file_hashes(tmp_path)
-    assert list(file_hashes(path)) == ["llm_768.pth"] and len(file_hashes(path)[path.name]) == 64
+    (tmp_path / "tokenizer.json").write_text("{}")
+    directory = resolve(str(path))
+    assert directory == resolve(tmp_path) == tmp_path / "converted_llm_768"
+    assert {file.name for file in directory.iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "converted_from.json"}
     assert load_language(tmp_path).config == load_language(path).config
+    before = load_language(path)(IDS)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    assert_close(theirs.eval()(IDS).logits, before, 2e-4, "the files are public ones")
+    hashes = file_hashes(directory)
+    torch.save({name: 2 * tensor for name, tensor in load_plain(path).items()}, path)
+    os.utime(path, (1, 1))  # another file under the same name: converted anew
+    assert file_hashes(resolve(path)) != hashes
+    assert not torch.equal(load_language(path)(IDS), before)
+    assert not list(tmp_path.glob(".*")), "nothing is left of the way there"
     save_minimind(tmp_path / "sft_vlm_768.pth", "3")
     with pytest.raises(ValueError, match="2 .pth files: give the path of the one"):
         load_language(tmp_path)
     for wrong in (tmp_path / "other.pth", "other.pth", "out/other.pth"):  # none asks the hub
         with pytest.raises(FileNotFoundError, match=r"other\.pth, and no \.pth file"):
             resolve(wrong)
+
+
+@torch.no_grad()
+def test_the_command_writes_the_same_files_as_the_loader_does(tmp_path, capsys):
+    save_minimind(tmp_path / "llm.pth", "2 older")
+    command.main([str(tmp_path / "llm.pth"), str(tmp_path / "out")])
+    assert "config.json" in capsys.readouterr().out
+    assert file_hashes(tmp_path / "out") == file_hashes(resolve(tmp_path / "llm.pth"))
+    with pytest.raises(SystemExit, match="is there already"):
+        command.main([str(tmp_path / "llm.pth"), str(tmp_path / "out")])
+    torch.save({"x": torch.ones(1)}, tmp_path / "other.pth")
+    with pytest.raises(SystemExit, match="no MiniMind"):
+        command.main([str(tmp_path / "other.pth"), str(tmp_path / "another")])
+    assert not (tmp_path / "another").exists()
 
 
 @pytest.mark.parametrize("change, words", [

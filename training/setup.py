@@ -35,7 +35,7 @@ from model.pretrained.checkpoint import (
     step_of,
     tensor_names,
 )
-from model.pretrained.hub import base_directory, resolve
+from model.pretrained.hub import resolve
 from model.pretrained.load import load_checkpoint, load_language, load_vision
 from model.pretrained.pickle_loader import load_plain
 from model.pretrained.public_config import write_vlm_config
@@ -146,7 +146,7 @@ def assemble(settings, checkpoint: Path | None) -> Parts:
         bases = {part: base_reference(getattr(settings, part)) for part in ("language", "vision")}
         held, config = set(), {"lora": None}
 
-    tokenizer = Tokenizer.from_directory(base_directory(language_directory))
+    tokenizer = Tokenizer.from_directory(language_directory)
     processor = ImageProcessor.from_directory(vision_directory)
     if settings.fast_images is not None:
         processor = replace(processor, fast=settings.fast_images)

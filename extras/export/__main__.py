@@ -122,7 +122,8 @@ def to_merged(flags, checkpoint: Path, out: Path) -> None:
         reference.pop("copied", None)
     tensors = {name: p.to(DTYPES[flags.dtype]) if p.is_floating_point() else p
                for name, p in model.named_parameters()}
-    same_names(model.state_dict(), tensors, "this model cannot be expressed as a checkpoint of ours",
+    same_names(model.state_dict(), tensors,
+               "this model cannot be expressed as a checkpoint of ours",
                "A checkpoint holds parameters, and no buffers: make it an nn.Parameter")
     save_checkpoint(out, run["step"], tensors, config, run, (template.tokenizer, processor))
 

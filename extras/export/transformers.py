@@ -84,8 +84,8 @@ def check_exportable(vlm: VLM, size: tuple[int, int]) -> None:
         if holds:
             raise ValueError(f"this model cannot be expressed as a LLaVA. {reason}. Serve it with "
                              "eval.py, or export it with --to merged")
-    account_for(vlm, with_biases(LLAVA_PROJECTORS[kind]), "this model cannot be expressed as a LLaVA",
-                LLAVA_TAKES)
+    account_for(vlm, with_biases(LLAVA_PROJECTORS[kind]),
+                "this model cannot be expressed as a LLaVA", LLAVA_TAKES)
 
 
 def account_for(vlm: VLM, projector: Iterable[str], refusal: str, takes: str) -> None:

@@ -29,7 +29,7 @@ from model.pretrained.files import (
     weight_files,
     write_json,
 )
-from model.pretrained.hub import base_directory, resolve
+from model.pretrained.hub import resolve
 
 STEP = re.compile(r"step_(\d+)")
 MANIFEST = "manifest.json"
@@ -163,10 +163,8 @@ def copied_bases(config: dict, directory: Path) -> dict:
     bases = {}
     for part, reference in config["bases"].items():
         source = resolve(reference["name"])
-        beside = base_directory(source)
         (directory / part).mkdir()
-        facts = [beside / "config.json"] if (beside / "config.json").is_file() else []  # .pth: none
-        for file in [*facts, *source.glob("*.index.json"), *weight_files(source)]:
+        for file in [source / "config.json", *source.glob("*.index.json"), *weight_files(source)]:
             shutil.copyfile(file, directory / part / file.name)
         bases[part] = {**reference, "copied": True}
     return {**config, "bases": bases}

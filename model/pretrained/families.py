@@ -30,7 +30,6 @@ class Family:
     leading_ones: dict = field(default_factory=dict)
     # config.json says whether the file holds these: its key, and how their names begin.
     optional: tuple[str, str] | None = None
-    interleaved: tuple = ()  # matrices whose rows weight_names.half_split has to permute
 
     @property
     def public(self) -> dict[str, str]:
@@ -39,28 +38,24 @@ class Family:
                 for ours in ([stacked] if isinstance(stacked, str) else stacked)}
 
 
-# What MiniMind-V writes beside its language model, for published_projector.py to read.
-MINIMIND_V = ("vision_proj.*", "vision_encoder.*")
-NO_SLIDING = {"use_sliding_window": False, "hidden_act": "silu", "mlp_bias": False}
+PLAIN = {"use_sliding_window": False, "hidden_act": "silu", "mlp_bias": False}
 
 LANGUAGE_FAMILIES = {
     "llama": Family(
         "LlamaForCausalLM", weight_names.LANGUAGE, "model.",
         implied={"qkv_bias": False, "qk_norm": False},
         defaults={"max_position_embeddings": 2048},
-        supported={**NO_SLIDING, "attention_bias": False},
-        unread=("layers.*.self_attn.rotary_emb.inv_freq",  # a table that is computed here
-                "freqs_cos", "freqs_sin", *MINIMIND_V)),
+        supported={**PLAIN, "attention_bias": False},
+        unread=("layers.*.self_attn.rotary_emb.inv_freq",)),  # a table that is computed here
     "qwen2": Family(  # also Qwen2.5
         "Qwen2ForCausalLM", weight_names.LANGUAGE, "model.",
         implied={"qkv_bias": True, "qk_norm": False},
-        defaults={"max_position_embeddings": 32768}, supported=NO_SLIDING),
+        defaults={"max_position_embeddings": 32768}, supported=PLAIN),
     "qwen3": Family(
         "Qwen3ForCausalLM", weight_names.LANGUAGE, "model.",
         implied={"qkv_bias": False, "qk_norm": True},
         defaults={"max_position_embeddings": 32768, "head_dim": 128},
-        supported={**NO_SLIDING, "attention_bias": False},
-        unread=("freqs_cos", "freqs_sin", *MINIMIND_V)),
+        supported={**PLAIN, "attention_bias": False}),
     "qwen": Family(  # Qwen-7B, the first Qwen
         "QWenLMHeadModel", weight_names.QWEN, "transformer.",
         implied={"qkv_bias": True, "qk_norm": False,
@@ -70,10 +65,6 @@ LANGUAGE_FAMILIES = {
         unread=("h.*.attn.rotary_emb.inv_freq", "rotary_emb.inv_freq", "h.*.attn.masked_bias",
                 "h.*.attn.bias")),  # of early releases: tables and a causal mask
 }
-MINIMIND = Family(  # files of MiniMind before April 2025: a llama by older names
-    "LlamaForCausalLM", weight_names.MINIMIND, interleaved=("wq", "wk"), unread=(
-        "layers.*.attention.mask", "pos_cis", *MINIMIND_V))  # a causal mask and RoPE's table
-
 VIT_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
             "image_size": 224}
 VISION_FAMILIES = {

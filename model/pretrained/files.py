@@ -62,8 +62,7 @@ def with_filename(path: Path):
 def weight_files(source) -> list[Path]:
     """The files with the weights of a public directory: one, or the shards that an index names.
 
-    safetensors first; where none are, pytorch_model.bin; then a single .pth, MiniMind's form. A
-    path of such a file stands for itself.
+    safetensors first; where none are, pytorch_model.bin. The path of a file stands for itself.
     """
     source = Path(source)
     if source.is_file():
@@ -77,13 +76,12 @@ def weight_files(source) -> list[Path]:
             names = [single]
         if names:
             break
-    names = names or [path.name for path in pth_files(source)]
     missing = [name for name in names if not (source / name).is_file()]
     if missing or not names:
         raise FileNotFoundError(
             f"{source} lacks {', '.join(missing) or 'model.safetensors'}; weights are read from "
-            "model.safetensors or pytorch_model.bin, from the shards that an index "
-            "(model.safetensors.index.json) names, or from a .pth of MiniMind's")
+            "model.safetensors or pytorch_model.bin, or from the shards that an index "
+            "(model.safetensors.index.json) names")
     return [source / name for name in names]
 
 
@@ -98,15 +96,6 @@ def shards(index: Path) -> list[str]:
             raise ValueError(f"{index}: the file of {name} is {file!r}; expected a file beside the "
                              "index, nothing else is opened")
     return sorted(set(weight_map.values()))
-
-
-def pth_files(source: Path) -> list[Path]:
-    """The one .pth file that source is or holds, or nothing; ValueError for several."""
-    files = [source] if source.is_file() else sorted(source.glob("*.pth"))
-    if len(files) > 1:
-        raise ValueError(f"{source} holds {len(files)} .pth files: give the path of the one to "
-                         f"read, such as {files[0]}")
-    return files
 
 
 def open_tensors(path: Path):
@@ -132,11 +121,3 @@ def tensor_files(source: Path) -> dict[str, Path]:
         with open_tensors(path) as file:
             files.update(dict.fromkeys(file.keys(), path))
     return files
-
-
-def tensor_shapes(source: Path) -> dict[str, list[int]]:
-    shapes = {}
-    for path in weight_files(source):
-        with open_tensors(path) as file:
-            shapes.update({name: list(file.get_slice(name).get_shape()) for name in file.keys()})
-    return shapes

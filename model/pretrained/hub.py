@@ -7,6 +7,8 @@ import os
 import re
 from pathlib import Path
 
+from model.pretrained.files import read_json
+
 ROOT = Path(__file__).resolve().parents[2]  # presets name the embedded towers relative to it
 # Published weight files of well-known models, in gigabytes (1e9 bytes).
 GIGABYTES = {
@@ -29,8 +31,9 @@ PICKLE_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 
 def resolve(name) -> Path:
-    """A local directory, or .pth file, as it is or relative to the project; else a name on the hub,
-    fetched (once) into its cache: "owner/model", or "owner/model/file.pth" for one file of many.
+    """The directory of a name: local, as it is or relative to the project; else on the hub, fetched
+    (once) into its cache: "owner/model". A .pth of MiniMind's, local or "owner/model/file.pth", is
+    converted to such a directory.
 
     HF_ENDPOINT (a mirror), HF_HUB_OFFLINE and HF_HOME work as everywhere. FileNotFoundError says
     what to download and where to put it.
@@ -38,13 +41,13 @@ def resolve(name) -> Path:
     path = Path(name).expanduser()
     for local in (path, ROOT / path):
         if local.is_dir() or (local.is_file() and local.suffix == ".pth"):
-            return local
+            return public(local)
     name = str(name)
     form = r"[\w-][\w.-]*/[\w.-]+/[\w.-]+" if name.endswith(".pth") else r"[\w-][\w.-]*(/[\w.-]+)?"
     if not re.fullmatch(form, name):  # no name on the hub
         raise FileNotFoundError(f"there is no directory {path}, and no .pth file")
     try:
-        return fetch(name)
+        path = fetch(name)
     except Exception as error:  # offline, unknown, refused, full disk: the way out is the same
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
         size = GIGABYTES.get(name, 0)
@@ -57,11 +60,22 @@ def resolve(name) -> Path:
             f"Download {files} of {endpoint}/{repository}/tree/main into a directory and pass the "
             "path instead, or set HF_ENDPOINT to a mirror (such as HF_ENDPOINT=https://hf-mirror.com)"
         ) from error
+    return public(path)
 
 
-def base_directory(base: Path) -> Path:
-    """The directory of a tower's small files, such as its tokenizer's: they lie beside a .pth."""
-    return base.parent if base.is_file() else base
+def public(path: Path) -> Path:
+    """path, or for MiniMind's own layouts the directory of public files made of them (once)."""
+    if path.is_dir():
+        config = path / "config.json"
+        if config.is_file():
+            own = str(read_json(config).get("model_type")) in ("minimind", "minimind-v")
+        else:
+            own = any(path.glob("*.pth"))
+        if not own:
+            return path
+    from extras.convert.public_files import converted  # here: public layouts need no conversion
+
+    return converted(path)
 
 
 def fetch(name: str) -> Path:

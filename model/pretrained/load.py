@@ -19,14 +19,12 @@ from pathlib import Path
 
 import torch
 
-from extras.convert.minimind import is_older, minimind_config
 from model.config import LanguageConfig, VisionConfig
 from model.language import LanguageModel
 from model.lora import add_lora
 from model.pretrained.checkpoint import own_names, read_config
 from model.pretrained.families import (
     LANGUAGE_FAMILIES,
-    MINIMIND,
     VISION_FAMILIES,
     Family,
     public_names,
@@ -36,10 +34,8 @@ from model.pretrained.files import (
     all_tensors,
     file_hashes,
     open_tensors,
-    pth_files,
     read_json,
     tensor_files,
-    tensor_shapes,
     with_filename,
 )
 from model.pretrained.hub import ROOT, resolve
@@ -48,40 +44,24 @@ from model.pretrained.public_config import (
     read_vision_config,
     read_vlm_config,
 )
-from model.pretrained.weight_names import half_split
 from model.vision import VisionTransformer
 from model.vlm import VLM, build_model
 
 
 def load_language(name, dtype: torch.dtype | None = torch.float32) -> LanguageModel:
-    """A public decoder from a directory, from MiniMind's .pth file or from the hub, in dtype.
+    """A public decoder from a directory or from the hub, in dtype.
 
     dtype None: as the file holds it, and then it is the mapped file itself, which takes no memory
     until it is read.
     """
-    source = resolve(name)
-    config = language_config(source)
-    with torch.device("meta"):
-        model = LanguageModel(config)
-    files = tensor_files(source)
-    family = MINIMIND if is_older(files) else LANGUAGE_FAMILIES[config.model_type]
-    if config.tie_word_embeddings:  # some files hold the table a second time, as the head
-        family = replace(family, unread=(*family.unread,
-                                         family.public["lm_head"].removeprefix(family.prefix)
-                                         + ".weight"))
-    return load_into(model, source, files, family, dtype)
-
-
-def language_config(source: Path) -> LanguageConfig:
-    """From config.json; of MiniMind's files, which often have none, from the tensors' shapes."""
-    directory = source if source.is_dir() else source.parent
-    alone = not (directory / "config.json").is_file() and bool(pth_files(source))
-    public = {} if alone else read_public(directory)
-    if alone or public.get("model_type") in ("minimind", "minimind-v"):
-        with with_filename(source):
-            return minimind_config(tensor_shapes(source), public, source)
+    directory = resolve(name)
+    public = read_public(directory)
     with with_filename(directory / "config.json"):
-        return read_language_config(public)
+        config = read_language_config(public)
+    family = LANGUAGE_FAMILIES[config.model_type]
+    if config.tie_word_embeddings:  # some files hold the table a second time, as the head
+        family = replace(family, unread=(*family.unread, "lm_head.weight"))
+    return load_tensors(LanguageModel, config, directory, family, dtype)
 
 
 def load_vision(name, dtype: torch.dtype | None = torch.float32, feature_layer: int = -1,
@@ -94,15 +74,14 @@ def load_vision(name, dtype: torch.dtype | None = torch.float32, feature_layer: 
     public = read_public(directory)
     with with_filename(directory / "config.json"):
         config = read_vision_config(public, feature_layer, features)
-    with torch.device("meta"):
-        model = VisionTransformer(config)
     family = VISION_FAMILIES[config.model_type]
     if feature_layer != -1:
         unread = ["post_layernorm.*", "layernorm.*"]
         unread += [f"encoder.layer*.{number}.*"  # "encoder.layers." or "encoder.layer."
-                   for number in range(len(model.layers), config.num_hidden_layers)]
+                   for number in range(config.num_hidden_layers + feature_layer + 1,
+                                       config.num_hidden_layers)]
         family = replace(family, unread=(*family.unread, *unread))
-    return load_into(model, directory, tensor_files(directory), family, dtype)
+    return load_tensors(VisionTransformer, config, directory, family, dtype)
 
 
 def read_public(directory: Path) -> dict:
@@ -115,9 +94,11 @@ def read_public(directory: Path) -> dict:
 # ---------------------------------------------------------------- tensors
 
 
-def load_into(model, source: Path, files: dict[str, Path], family: Family,
-              dtype: torch.dtype | None):
-    """Put the tensors of the files, {name: its file}, into model, which is on the meta device."""
+def load_tensors(kind: type, config, source: Path, family: Family, dtype: torch.dtype | None):
+    """A model of this kind and config, with the tensors of the weight files of source."""
+    with torch.device("meta"):
+        model = kind(config)
+    files = tensor_files(source)
     expected, prefix = public_names(model, family), family.prefix
     if not any(name.startswith(prefix) for name in files):
         expected = {name.removeprefix(prefix): ours for name, ours in expected.items()}
@@ -141,8 +122,6 @@ def load_into(model, source: Path, files: dict[str, Path], family: Family,
                         problems.append(f"{reason}: {name} in {path.name}")
                         continue
                     tensor = tensor if dtype is None else tensor.to(dtype)
-                    if name.rsplit(".", 2)[-2] in family.interleaved:
-                        tensor = half_split(tensor, model.config.head_dim)
                     tensors.update(split_stacked(tensor, target))
     if problems:
         more = f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else ""

@@ -36,20 +36,6 @@ QWEN = {  # Qwen-7B, the first Qwen
     "transformer.ln_f": "norm",
     "lm_head": "lm_head",
 }
-MINIMIND = {  # MiniMind before April 2025, in the names of Llama's own first code
-    "tok_embeddings": "embed_tokens",
-    "layers.{}.attention_norm": "layers.{}.input_layernorm",
-    "layers.{}.attention.wq": "layers.{}.self_attn.q_proj",
-    "layers.{}.attention.wk": "layers.{}.self_attn.k_proj",
-    "layers.{}.attention.wv": "layers.{}.self_attn.v_proj",
-    "layers.{}.attention.wo": "layers.{}.self_attn.o_proj",
-    "layers.{}.ffn_norm": "layers.{}.post_attention_layernorm",
-    "layers.{}.feed_forward.w1": "layers.{}.mlp.gate_proj",
-    "layers.{}.feed_forward.w2": "layers.{}.mlp.down_proj",
-    "layers.{}.feed_forward.w3": "layers.{}.mlp.up_proj",
-    "norm": "norm",
-    "output": "lm_head",
-}
 SIGLIP_AND_CLIP = {
     "vision_model.embeddings.class_embedding": "class_embedding",  # CLIP
     "vision_model.embeddings.patch_embedding": "patch_embedding",
@@ -81,20 +67,3 @@ DINOV2 = {
     "encoder.layer.{}.layer_scale2.lambda1": "layers.{}.layer_scale2",
     "layernorm": "post_layernorm",
 }
-
-
-def half_split(weight, head_dim: int):
-    """Move the rows of q or k (heads*hd,D) from RoPE's interleaved order to the split one.
-
-    RoPE rotates pairs of elements, and nothing in it says which two make a pair. Llama's first code
-    pairs neighbours, (0,1), (2,3), ...; the files of transformers pair each element of a head's
-    first half with one of its second half, (0,hd/2), (1,hd/2+1), ..., as language.py does:
-
-        interleaved   a0 b0 a1 b1 a2 b2
-        split         a0 a1 a2 b0 b1 b2
-
-    q and k are permuted alike, and their products do not depend on the order: nothing else changes.
-    """
-    rows, width = weight.shape
-    pairs = weight.view(rows // head_dim, head_dim // 2, 2, width)  # head, pair, a or b
-    return pairs.transpose(1, 2).reshape(rows, width)
