@@ -33,8 +33,10 @@ def convert(source: Path, out: Path) -> None:
 
 
 def origin(source: Path) -> dict:
-    about = weight_file(source).stat()
-    return {"file": weight_file(source).name, "bytes": about.st_size, "modified": about.st_mtime_ns}
+    """{file name: [bytes, time of its last change]} of what a conversion depends on."""
+    file = weight_file(source)
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns]
+            for path in (file, file.parent / "config.json") if path.is_file()}
 
 
 def converted(source: Path) -> Path:

@@ -76,11 +76,10 @@ def load_vision(name, dtype: torch.dtype | None = torch.float32, feature_layer: 
         config = read_vision_config(public, feature_layer, features)
     family = VISION_FAMILIES[config.model_type]
     if feature_layer != -1:
-        unread = ["post_layernorm.*", "layernorm.*"]
-        unread += [f"encoder.layer*.{number}.*"  # "encoder.layers." or "encoder.layer."
-                   for number in range(config.num_hidden_layers + feature_layer + 1,
-                                       config.num_hidden_layers)]
-        family = replace(family, unread=(*family.unread, *unread))
+        with torch.device("meta"):
+            whole = VisionTransformer(replace(config, feature_layer=-1))
+        family = replace(family, unread=(*family.unread, *(
+            name.removeprefix(family.prefix) for name in public_names(whole, family))))
     return load_tensors(VisionTransformer, config, directory, family, dtype)
 
 
