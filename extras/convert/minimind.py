@@ -72,9 +72,9 @@ def load_minimind(source: Path) -> LanguageModel:
 
 def weight_file(source: Path) -> Path:
     """The one file with the weights that source is or holds; ValueError for several."""
-    files = [source] if source.is_file() else sorted(source.glob("*.pth"))
-    if not files:
-        files = weight_files(source)
+    standard = [source / name for name in ("model.safetensors", "pytorch_model.bin")]
+    files = [source] if source.is_file() else [path for path in standard if path.is_file()][:1]
+    files = files or sorted(source.glob("*.pth")) or weight_files(source)
     if len(files) > 1:
         raise ValueError(f"{source} holds {len(files)} {files[0].suffix} files: give the path of "
                          f"the one to read, such as {files[0]}")
@@ -99,7 +99,7 @@ def half_split(weight, head_dim: int):
 
 
 def is_older(names) -> bool:
-    """Was this file written before April 2025, under the names of layouts.MINIMIND?"""
+    """Was this file written before April 2025, under the names in OLDER?"""
     return "tok_embeddings.weight" in names
 
 
@@ -125,14 +125,14 @@ def minimind_config(shapes: dict[str, list[int]], public: dict, where) -> Langua
         if len(shapes[f"{name}.weight"]) != 2 or 0 in shapes[f"{name}.weight"]:
             raise ValueError(f"{where}: {name}.weight has the shape {shapes[f'{name}.weight']}; "
                              "expected a matrix")
-    (words, width), (q, _), (k, _), (middle, _) = (shapes[f"{name}.weight"] for name in names)
+    (vocab_size, width), (q, _), (k, _), (middle, _) = (shapes[f"{name}.weight"] for name in names)
 
-    said = check_values({OLDER_NAMES.get(key, key): value for key, value in public.items()})
-    rope = check_values(said.get("rope_parameters") or said.get("rope_scaling") or {},
+    given = check_values({OLDER_NAMES.get(key, key): value for key, value in public.items()})
+    rope = check_values(given.get("rope_parameters") or given.get("rope_scaling") or {},
                         "rope_scaling of config.json")
     refuse(public, "rope_type", rope.get("rope_type", rope.get("type", "default")), "default")
     facts = {**GENERATIONS.get((older, normed, q / k), {}), **rope,
-             **{key: value for key, value in said.items() if value is not None}}
+             **{key: value for key, value in given.items() if value is not None}}
     if "num_attention_heads" not in facts:
         raise ValueError(
             f"{where}: q is {q} wide and k {k}: no MiniMind that is known here, so the shapes do "
@@ -145,7 +145,7 @@ def minimind_config(shapes: dict[str, list[int]], public: dict, where) -> Langua
     layer = re.compile(r"(?:model\.)?layers\.(\d+)\.")
     return LanguageConfig(
         model_type="qwen3" if normed else "llama",
-        vocab_size=words,
+        vocab_size=vocab_size,
         hidden_size=width,
         intermediate_size=middle,
         num_hidden_layers=1 + max(int(layer.match(name)[1]) for name in shapes

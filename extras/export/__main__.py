@@ -161,7 +161,7 @@ def to_gguf(flags, checkpoint: Path, out: Path) -> None:
     try:
         write_mmproj(model, processor, out / "mmproj.gguf")
     except ValueError as error:  # the language model is of use without the vision tower
-        print(f"no mmproj.gguf, so llama.cpp will see no pictures: {error}")
+        print(f"no mmproj.gguf, so llama.cpp will see no images: {error}")
 
 
 FORMS = {"transformers": to_transformers, "merged": to_merged, "peft": to_peft, "gguf": to_gguf}

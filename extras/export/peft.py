@@ -35,13 +35,13 @@ def peft_adapter(language: nn.Module, lora: dict, base: str) -> tuple[dict, dict
     """-> adapter_config.json, {peft's name: tensor}. lora: config.json's, as add_lora got it.
 
     ValueError: adapters on a part of a matrix that the family publishes as one, or a tensor that
-    is neither the base's nor of an adapter: peft has no place for it.
+    is neither the base's nor of an adapter: peft cannot hold it.
     """
     adapters = {name: language.get_submodule(name) for name in linear_names(language, LoRALinear)}
     every, tensors = published_layers(language), {}
     with torch.device("meta"):
-        places = LanguageModel(language.config).state_dict()
-    same_names(language.state_dict(), places, "this model is no adapter on its base",
+        base_names = LanguageModel(language.config).state_dict()
+    same_names(language.state_dict(), base_names, "this model is no adapter on its base",
                "An adapter is lora_a and lora_b of linear layers of the base. Use --to merged",
                [f"{name}.{half}" for name in adapters for half in ("lora_a", "lora_b")])
     for public, ours in every.items():
@@ -106,12 +106,12 @@ def add_peft(language: nn.Module, directory, dropout: float = 0.0) -> dict:
     add_lora(language, targets, rank, alpha, dropout)
     for public, pair in pairs.items():
         layers = [language.get_submodule(name) for name in every[public]]
-        wanted = {"A": (rank, layers[0].lora_a.shape[1]),
+        expected = {"A": (rank, layers[0].lora_a.shape[1]),
                   "B": (sum(len(layer.lora_b) for layer in layers), rank)}
-        for half, shape in wanted.items():
+        for half, shape in expected.items():
             if half not in pair or tuple(pair[half].shape) != shape:
-                found = tuple(pair[half].shape) if half in pair else "missing"
-                raise ValueError(f"{directory}: lora_{half} of {public} is {found}; rank {rank} "
+                actual = tuple(pair[half].shape) if half in pair else "missing"
+                raise ValueError(f"{directory}: lora_{half} of {public} is {actual}; rank {rank} "
                                  f"and this model ask for {shape}")
         layers[0].lora_a.data.copy_(pair["A"])  # stacked layers share it
         for layer, part in zip(layers, pair["B"].split([len(each.lora_b) for each in layers])):

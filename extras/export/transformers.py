@@ -1,6 +1,6 @@
 """Our VLM -> the tensors and the config.json of a LlavaForConditionalGeneration of transformers.
 
-    vision     public names; positions of the pictures' size; its last norm as one more block
+    vision     public names; positions of the image size; its last norm as one more block
     projector  linear_1, act, linear_2
     language   public names; a row for the placeholder
 
@@ -78,7 +78,7 @@ def check_exportable(vlm: VLM, size: tuple[int, int]) -> None:
             kind not in LLAVA_PROJECTORS,
         f"--features {features}: LLaVA takes all patches, with the class token or without, and "
         "never one vector": features != "patches",
-        f"pictures of {size[0]} x {size[1]} pixels: LLaVA's towers have one image_size for both "
+        f"images of {size[0]} x {size[1]} pixels: LLaVA's towers have one image_size for both "
         "sides": size[0] != size[1]}
     for reason, holds in reasons.items():
         if holds:
@@ -89,8 +89,7 @@ def check_exportable(vlm: VLM, size: tuple[int, int]) -> None:
 
 
 def account_for(vlm: VLM, projector: Iterable[str], refusal: str, takes: str) -> None:
-    """Every tensor of the model has a place in the form that it goes over in, or a ValueError with
-    its name.
+    """ValueError with the name of a tensor of the model that the exported form cannot hold.
 
     projector: names of the tensors that the form's projector is made of. The towers are those that
     their config describes; LoRA adapters count as the layers that they are merged into. refusal,
@@ -99,23 +98,23 @@ def account_for(vlm: VLM, projector: Iterable[str], refusal: str, takes: str) ->
     with torch.device("meta"):
         towers = {"language": LanguageModel(vlm.language.config),
                   "vision": VisionTransformer(vlm.vision.config)}
-    places = [f"{part}.{name}" for part, tower in towers.items() for name in tower.state_dict()]
-    places += [f"projector.{name}" for name in projector]
+    known = [f"{part}.{name}" for part, tower in towers.items() for name in tower.state_dict()]
+    known += [f"projector.{name}" for name in projector]
     adapters = [f"language.{name}.{half}" for name in linear_names(vlm.language, LoRALinear)
                 for half in ("lora_a", "lora_b")]
-    same_names(vlm.state_dict(), places, refusal, takes, adapters)
+    same_names(vlm.state_dict(), known, refusal, takes, adapters)
 
 
 def with_biases(layers: Iterable[str]) -> list[str]:
     return [f"{layer}.{last}" for layer in layers for last in ("weight", "bias")]
 
 
-def same_names(found, places, refusal: str, takes: str, allowed=()) -> None:
-    """ValueError with the first of the tensors found that has no place, or the first place that
-    none fills. allowed: names that may be there as well."""
-    found, places = dict.fromkeys(found), dict.fromkeys(places)
-    over = [name for name in found if name not in places and name not in set(allowed)]
-    if wrong := over or [name for name in places if name not in found]:
+def same_names(names, known, refusal: str, takes: str, allowed=()) -> None:
+    """ValueError with the first of names that is not known, or the first known one that is missing.
+    allowed: names that may be there as well."""
+    names, known = dict.fromkeys(names), dict.fromkeys(known)
+    over = [name for name in names if name not in known and name not in set(allowed)]
+    if wrong := over or [name for name in known if name not in names]:
         more = f" (and {len(wrong) - 1} more)" if wrong[1:] else ""
         what = "holds a tensor without a place there" if over else "lacks a tensor"
         raise ValueError(f"{refusal}: it {what}, {wrong[0]}{more}. {takes}")
@@ -125,7 +124,7 @@ def same_names(found, places, refusal: str, takes: str, allowed=()) -> None:
 
 
 def llava_language(language: LanguageModel, rows: int) -> LanguageModel:
-    """The same decoder as a family that transformers has, with at least `rows` words."""
+    """The same decoder as a family that transformers has, with at least `rows` tokens."""
     config, state = language.config, language.state_dict()
     if config.model_type == "qwen":  # the first Qwen's arithmetic is Qwen2's, up to its limit
         limit = config.context_limit or config.max_position_embeddings
@@ -135,7 +134,7 @@ def llava_language(language: LanguageModel, rows: int) -> LanguageModel:
         raise ValueError(f"a {config.model_type} has no form there: the decoders that can be "
                          f"exported are {', '.join(LLAVA_DECODERS)}")
     if rows > config.vocab_size:
-        # A placeholder past the table: its row is overwritten by the picture, but the head reads
+        # A placeholder past the table: its row is overwritten by the image, but the head reads
         # it too. As the mean of all rows its logit is the mean of all logits: never the largest.
         for name in {"embed_tokens.weight", "lm_head.weight"} & state.keys():
             table = state[name]
@@ -158,10 +157,10 @@ def filled(kind, config: LanguageConfig | VisionConfig, state: dict) -> nn.Modul
 
 
 def llava_vision(vision: VisionTransformer, size: tuple[int, int]):
-    """The same tower, its features read behind its last block -> tower, how much louder it is.
+    """The same tower, its features read behind its last block -> tower, gain of its output.
 
     Blocks behind our feature layer are gone already. The position table is stretched once and for
-    all to the pictures' size, as the tower would stretch it for each of them: not every engine can.
+    all to the image size, as the tower would stretch it for each of them: not every engine can.
     """
     config, state = vision.config, dict(vision.state_dict())
     own = state["position_embedding"] = stretched(vision, size)
@@ -169,7 +168,7 @@ def llava_vision(vision: VisionTransformer, size: tuple[int, int]):
     if vision.final_norm:
         state.update(norm_as_block(vision, f"layers.{layers}."))
         layers, gain = layers + 1, NORM_GAIN
-    # LLaVA's classes want this norm's numbers and never use them.
+    # LLaVA's classes want this norm's weights and never use them.
     width = config.hidden_size
     state["post_layernorm.weight"] = torch.ones(width, dtype=own.dtype)
     state["post_layernorm.bias"] = torch.zeros(width, dtype=own.dtype)
@@ -179,7 +178,7 @@ def llava_vision(vision: VisionTransformer, size: tuple[int, int]):
 
 
 def stretched(vision: VisionTransformer, size: tuple[int, int]) -> torch.Tensor:
-    """The position table for pictures of this size, the class token's row in front as before."""
+    """The position table for images of this size, the class token's row in front as before."""
     rows, columns = (pixels // vision.config.patch_size for pixels in size)
     own = vision.position_embedding[:int(vision.config.class_token)]
     return torch.cat([own, vision.positions(rows, columns)[0]]).detach()
@@ -190,7 +189,7 @@ def norm_as_block(vision: VisionTransformer, prefix: str) -> dict[str, torch.Ten
 
     A block computes x + fc2(act(fc1(norm(x)))) once its attention says nothing. We want norm(x):
 
-        z = norm(x)                        the block's second norm takes the last norm's numbers
+        z = norm(x)                        the block's second norm takes the last norm's weights
         fc1 = [I; -I], fc2 = c [I, -I]     c (act(z) - act(-z)) = c z: true of every GELU, because
                                            z f(z) + z f(-z) = z where f is a sigmoid or a Gauss sum
         out = x + c z

@@ -235,8 +235,8 @@ def base_reference(name: str) -> dict:
 
 def checkpoints(out) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    found = [path for path in Path(out).glob("step_*") if STEP.fullmatch(path.name)]
-    return sorted(found, key=step_of)
+    return sorted((path for path in Path(out).glob("step_*") if STEP.fullmatch(path.name)),
+                  key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:

@@ -66,12 +66,11 @@ def resolve(name) -> Path:
 def public(path: Path) -> Path:
     """path, or for MiniMind's own layouts the directory of public files made of them (once)."""
     if path.is_dir():
-        config = path / "config.json"
-        if config.is_file():
-            own = str(read_json(config).get("model_type")) in ("minimind", "minimind-v")
-        else:
-            own = any(path.glob("*.pth"))
-        if not own:
+        config, files = path / "config.json", [file.name for file in path.iterdir()]
+        model_type = read_json(config).get("model_type") if config.is_file() else None
+        pth = any(name.endswith(".pth") for name in files) and not any(
+            name.startswith(("model", "pytorch_model")) for name in files)
+        if not pth and model_type not in ("minimind", "minimind-v"):
             return path
     from extras.convert.public_files import converted  # here: public layouts need no conversion
 
