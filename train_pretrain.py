@@ -1,21 +1,225 @@
-"""Stage one: teach the projector to say what the vision tower sees in words that it can read.
+"""Stage one, alignment: the projector learns to turn image features into token embeddings.
 
-    torchrun train_pretrain.py                                  the embedded default
+    python train_pretrain.py                                 the embedded emoji world, on a CPU
     torchrun --nproc_per_node 4 train_pretrain.py --preset qwen2.5-siglip --data FILE --images DIR
 
-Both towers are frozen. The projector starts from noise, and what comes back through the frozen
-language model is the only thing that tells it which vectors mean "two cats". Writes checkpoints
-and metrics.jsonl to --out; train_sft.py goes on from there.
-
-What happens is told in training/run.py, from top to bottom.
+Both towers are frozen. The projector starts from random weights, and the gradient that comes back
+through the frozen language model is all that it learns from. Writes checkpoints and metrics.jsonl
+to --out; train_sft.py goes on from there. Both stages share fit() and train().
 """
 
-from training.run import run
+import contextlib
+import math
+import time
+from functools import partial
+
+import torch
+
+from model.config import ProjectorConfig, VLMConfig
+from model.pretrained.checkpoint import own_names
+from model.pretrained.hub import resolve
+from model.pretrained.load import load_language, load_vision
+from model.vlm import build_model
+from training.bundle import (
+    ModelBundle,
+    checkpoint_config,
+    embedding_rms,
+    load_bundle,
+    make_inputs,
+    public_bases,
+)
+from training.data import batch_maker, open_data
+from training.distributed import Distributed, start_distributed
+from training.errors import check_skipped, check_weights, explain_errors, not_finite
+from training.hooks import make_hooks, report_at_end
+from training.index_cache import load_on_local_leader
+from training.log import Log
+from training.messages import introduction, way_out
+from training.optim import choose_trainable, make_optimizer, set_learning_rate
+from training.precision import (
+    UNSCALED,
+    LossScaler,
+    autocast,
+    cast_weights,
+    first_unfit,
+    settle_dtype,
+)
+from training.resume import changes, read_settings, restore, save
+from training.run_metadata import describe, record_launch, summarise
+from training.schedules import SCHEDULES
+from training.signal_handler import handle_signals, stop_requested
+from training.steps import Steps
+from training.validation import Validator
 
 
 def main(arguments=None) -> None:
-    run("pretrain", __doc__, emoji_kind="captions", next_command="python train_sft.py --lora",
-        arguments=arguments)
+    # 1. Flags. What is not given comes from the preset, or from the run that is resumed.
+    settings, start = read_settings("pretrain", __doc__, arguments)
+    with start_distributed(strategy(settings)) as distributed, explain_errors(settings):
+        # 2. Data: a line on disk -> Sample. One process of each machine reads the index.
+        data = load_on_local_leader(partial(open_data, settings, "pretrain"), distributed)
+        settle_dtype(settings, distributed)
+        with distributed.one_rank_at_a_time():
+            # 3. Model: two public towers, a new projector between them.
+            bundle = load_or_build(settings, start.checkpoint)
+            # 4. What is trained: the projector alone, unless the preset or a flag says more.
+            bundle.config["lora"] = choose_trainable(bundle.model, settings, bundle.config["lora"])
+            place_model(bundle, settings, distributed)
+        # 5. to 8. Optimizer, batches, loop and checkpoints are those of both stages.
+        log = fit(bundle, data, settings, start, distributed)
+        log.finish(start.stage, "python train_sft.py --lora")
+
+
+def strategy(settings) -> type[Distributed]:
+    """How several processes share the work: each holds the whole model, or a share of it."""
+    if settings.parallel == "ddp":
+        return Distributed
+    from extras.fsdp import FSDP  # here: sharding is an extra
+
+    return FSDP
+
+
+def load_or_build(settings, checkpoint) -> ModelBundle:
+    """The model of the checkpoint; without one, two public towers and a new projector."""
+    torch.manual_seed(settings.seed)  # of the first weights of projector and adapters
+    try:
+        return load_bundle(checkpoint, settings) if checkpoint else build(settings)
+    except (OSError, ValueError, KeyError) as error:  # each says what to do
+        raise SystemExit(f"cannot build the model: {error}") from error
+
+
+def build(settings) -> ModelBundle:
+    """Two public towers and, between them, a new projector."""
+    directories = resolve(settings.language), resolve(settings.vision)
+    # Each weight in the dtype of its file; cast_weights decides once it is known what is trained.
+    language = load_language(directories[0], None)
+    vision = load_vision(directories[1], None, settings.vision_layer, settings.features)
+    template, processor = make_inputs(settings, language.config, vision.config, *directories)
+    projector = ProjectorConfig(settings.projector, vision.config.hidden_size,
+                                language.config.hidden_size, settings.pixel_shuffle)
+    config = VLMConfig(language.config, vision.config, projector, template.image_token_id)
+    model = build_model(config, language, vision, embedding_rms(language))
+    if settings.init_projector:
+        from extras.convert.published_projector import load_projector  # here: it is an extra
+
+        load_projector(model.projector, settings.init_projector)
+    facts = checkpoint_config(model, template, settings, public_bases(settings), lora=None)
+    return ModelBundle(model, template, processor, facts, changed=set())
+
+
+def place_model(bundle, settings, distributed) -> None:
+    """Trained weights in float32, frozen matrices in --dtype; then to this rank's device."""
+    model = bundle.model
+    cast_weights(model, settings.dtype, keep=bundle.changed | set(own_names(model)))
+    model.set_checkpointing(settings.checkpointing)
+    try:
+        from extras.fast import prepare_for_training  # here: the same results, faster
+    except ModuleNotFoundError:  # the plain layers
+        pass
+    else:
+        prepare_for_training(model)
+    distributed.place_model(model, settings)
+
+
+def fit(bundle, data, settings, start, distributed) -> Log:
+    """Both stages: train what requires gradients. data: of open_data. start: of read_settings."""
+    samples, data_facts, held_out = data
+    # 5. Optimizer. --resume restores its state, and how far the run had come.
+    optimizer = make_optimizer(bundle.model, settings)
+    state = restore(settings, start.checkpoint, optimizer, data_facts, distributed)
+
+    # 6. Batches: Sample -> ids, labels (B,T), pixels (N,3,H,W). Held-out samples go the same way.
+    make_batches = batch_maker(bundle, settings, distributed)
+    loader = make_batches(samples, block=state.block, hands=state.hands)
+    steps = Steps(loader, settings, state, distributed)
+    validator = Validator(held_out, make_batches) if held_out else None
+
+    # 7. Checkpoints, and what else is written down on the way.
+    facts = describe(settings, start.stage, distributed, data_facts,
+                     changes(settings, start.checkpoint))
+    log = Log(settings, steps)
+    log.say(introduction(bundle.model, optimizer, settings, steps, facts))
+
+    def save_checkpoint(step: int, metrics: dict) -> None:
+        if step % settings.save_every == 0 or steps.is_last(step):
+            check_skipped(state, settings.max_bad, at_end=step == steps.total)
+            check_weights(bundle.model, step, steps.batches, settings.dtype, distributed)
+            save(bundle, optimizer, state, settings, facts, distributed)
+
+    hooks = [*make_hooks(bundle, steps, log, validator, held_out), save_checkpoint]
+
+    # 8. Train. Whatever ends the run is explained in a sentence and recorded in run.json.
+    loaders = [loader, *(validator.loaders if validator else ())]
+    with report_at_end(settings.out, distributed.main):
+        with (record_launch(settings.out, facts, state, steps.total, distributed),
+              explain_errors(settings, loaders, partial(way_out, settings, start)),
+              handle_signals(), contextlib.closing(steps)):
+            train(bundle.model, steps, optimizer, settings, distributed, hooks)
+        log.summary = summarise(settings.out, state, log.seconds, distributed)
+    return log
+
+
+def train(model, steps, optimizer, settings, distributed, hooks) -> None:
+    """The training loop of both stages.
+
+    steps: (step, this rank's micro-batches) until the run ends, see training/steps.py. hooks: each
+    is called as hook(step, metrics) after the step; the log, the checkpoint, whatever is measured.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    scaler = LossScaler(steps.state, enabled=settings.dtype == "fp16")
+    schedule = SCHEDULES[settings.schedule]
+    model.train()
+    start = time.monotonic()
+    for step, batches in steps:
+        # Every supervised token of the step weighs the same, whichever micro-batch or rank it is
+        # in: sum the token losses and divide once by their number. A mean per micro-batch would
+        # let the tokens of a short answer weigh more than those of a long one.
+        num_tokens, = distributed.sum(sum(batch.supervised for batch in batches))
+        # Dropout follows from seed, step and rank alone, so a resumed run draws the same numbers,
+        # and there is no generator state to save.
+        torch.manual_seed((settings.seed * 1_000_003 + step) * 4099 + distributed.rank)
+        losses = [backward(model, batch, max(num_tokens, 1), settings, distributed, scaler)
+                  for batch in batches]
+        losses = [float(loss) for loss in losses]  # after all of them: a GPU is waited for once
+        # A signal reaches one rank; by this sum all of them stop after the same step.
+        loss, stop = distributed.sum(sum(losses), stop_requested())
+
+        distributed.all_reduce_gradients(params)  # a sum over ranks, no mean
+        scaler.unscale_(params)
+        grad_norm = distributed.clip_gradients(params, settings.clip)
+        # Both numbers are sums over all ranks, so all ranks skip a step, or stop, together.
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if not finite:
+            unfit = first_unfit(model.named_parameters(), settings.dtype, distributed)
+            if unfit or not scaler.can_lower():
+                raise not_finite(step, (loss, grad_norm), batches, losses, unfit, distributed.rank)
+        lr = set_learning_rate(optimizer, schedule(step + steps.ahead, steps.total + steps.ahead,
+                                                   settings.warmup_ratio))
+        scaler.step(optimizer, finite)
+        optimizer.zero_grad()
+
+        steps.state.step, steps.stopping = step, bool(stop)
+        seconds = time.monotonic() - start
+        metrics = {"loss": loss if math.isfinite(loss) else None,  # JSON has no infinity
+                   "grad_norm": grad_norm if finite else None, "learning_rate": lr,
+                   "supervised_tokens": int(num_tokens),
+                   "tokens_per_second": round(steps.non_padding_tokens / seconds, 1),
+                   "seconds": round(seconds, 4), **scaler.update()}
+        for hook in hooks:
+            hook(step, metrics)
+        start = time.monotonic()
+
+
+def backward(model, batch, num_tokens: float, settings, distributed,
+             scaler=UNSCALED) -> torch.Tensor:
+    """Add a micro-batch's share of the step's loss to the gradients; return this share."""
+    batch = batch.to(distributed.device, non_blocking=True)
+    with autocast(settings.dtype, distributed.device):
+        images = batch.pixels if batch.features is None else batch.features
+        token_losses, _ = model(batch.ids, batch.labels, images, batch.order)  # their sum
+    loss = token_losses / num_tokens
+    scaler.scale(loss).backward()
+    return loss.detach()
 
 
 if __name__ == "__main__":

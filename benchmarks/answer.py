@@ -134,11 +134,12 @@ def question(template, fewer: int = 0) -> list[int]:
 def ours(place: Path, numbers: str, device: str):
     """-> ask() -> seconds of each token, and what one token reads of the weights, in bytes."""
     import eval as script
-    from model.generate import generate, generate_batch
+    from evaluation.batched_generation import generate_batch
+    from model.generate import generate
 
     flags = ["--dtype", numbers] if numbers in NUMBERS else ["--quantize", numbers]
     flags = script.read_flags(["--device", device, *flags])
-    model, template, processor = script.load(flags, str(place / "run"))
+    model, template, processor = script.load_model(flags, str(place / "run"))
     ids, pixels = question(template), processor(Image.open(place / "picture.png"))[None]
     read = sum(p.nbytes for name, p in model.language.named_parameters() if p.ndim > 1
                and not (name.startswith("embed_tokens")

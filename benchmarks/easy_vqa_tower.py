@@ -26,7 +26,8 @@ from tqdm import tqdm
 from dataset.images import ImageProcessor
 from model.pretrained.load import load_vision
 from model.pretrained.save import save_vision
-from training.optim import schedule, set_learning_rate
+from training.optim import set_learning_rate
+from training.schedules import cosine
 
 ROOT = Path(__file__).resolve().parent.parent
 TOWER = ROOT / "dataset/emoji/vision"
@@ -73,7 +74,7 @@ def train(rows: list[tuple[str, str, str]], images: Path, out: Path, seed: int) 
         loss = F.cross_entropy(logits, truth)
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
-        set_learning_rate(optimizer, schedule(step + 1, steps, WARMUP))
+        set_learning_rate(optimizer, cosine(step + 1, steps, WARMUP))
         optimizer.step()
         optimizer.zero_grad()
         told += (logits.argmax(-1) == truth).tolist()

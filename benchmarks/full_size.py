@@ -4,7 +4,7 @@
     python -m benchmarks.full_size --presets qwen3-clip --batch_size 4 --dtype fp32
     python -m benchmarks.full_size --presets qwen2.5-1.5b-clip --stages sft --lora
 
-    preset -> models in their published shapes, random numbers -> training/run.py -> a Markdown row
+    preset -> models in their published shapes, random numbers -> the scripts -> a Markdown row
 
 How long a step takes and how much memory it needs depends on the shapes alone, so nothing is
 downloaded. Everything else is the project's own run: template, batching, autocast, loss, backward
@@ -26,14 +26,15 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+import train_pretrain
+import train_sft
 from dataset.chat import ChatTemplate
 from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
-from extras.memory import as_trained, planned, standing
-from extras.preset_list import ROOT, VISION, empty_model, facts, image_tokens
-from training import run
+from extras.memory import as_trained, planned
+from extras.preset_list import ROOT, VISION, empty_model, facts, image_tokens, static_memory
+from training.bundle import ModelBundle
 from training.preset_table import PRESETS
-from training.setup import Parts
 
 STAGES = {"pretrain": (16, 24), "sft": (32, 128)}  # words (and tokens) of question and answer
 TOO_LARGE = ("qwen7b-clip",)  # 15 GB of weights in bf16, 31 GB in fp32
@@ -41,8 +42,8 @@ HEAD = ("| preset | stage | trained | rows x tokens | numbers | seconds | peak m
         "| --- | --- | --- | --- | --- | --- | --- |")
 
 
-def random_parts(settings, checkpoint=None) -> Parts:
-    """What setup.assemble makes of public weights, of random numbers in the same shapes."""
+def random_parts(settings, checkpoint=None) -> ModelBundle:
+    """What train_pretrain.build makes of public weights, of random numbers in the same shapes."""
     torch.manual_seed(settings.seed)
     # The emoji tokenizer stands in for the model's own: which of its words a row holds costs
     # nothing, how many it holds does. So each is one token, and so is each image token.
@@ -50,7 +51,7 @@ def random_parts(settings, checkpoint=None) -> Parts:
     template = ChatTemplate(tokenizer, image_tokens(settings), family="qwen2")
     model = empty_model(settings)
     for tower in (model.language, model.vision):
-        tower.bfloat16()  # as most are published; run.py gives each weight its numbers from there
+        tower.bfloat16()  # as most are published; cast_weights starts from there
     model.to_empty(device="cpu")
     model.config = replace(model.config, image_token_id=template.image_token_id)
     for name, parameter in model.named_parameters():
@@ -59,7 +60,7 @@ def random_parts(settings, checkpoint=None) -> Parts:
     side = vision.get("pixels", vision["image_size"])
     processor = ImageProcessor("SiglipImageProcessor", (side, side), None, 3, 1 / 255, (0.5,) * 3,
                                (0.5,) * 3)
-    return Parts(model, template, processor, {"lora": None}, set())
+    return ModelBundle(model, template, processor, {"lora": None}, set())
 
 
 def write_rows(directory: Path, stage: str, rows: int) -> Path:
@@ -94,17 +95,18 @@ def one_step(preset: str, stage: str, flags: list[str], batch_size: int) -> str:
     with tempfile.TemporaryDirectory() as temporary:
         file = write_rows(Path(temporary), stage, batch_size)
         # The two ends of a run are exchanged: where the weights come from, where they go.
-        run.assemble, keep_assemble = parts_of, run.assemble
-        run.saver, keep_saver = lambda *given: lambda step, state: None, run.saver
+        script = {"pretrain": train_pretrain, "sft": train_sft}[stage]
+        script.load_or_build, keep_load = parts_of, script.load_or_build
+        train_pretrain.save, keep_save = lambda *given: None, train_pretrain.save
         try:
             with contextlib.redirect_stdout(sys.stderr):
-                run.run(stage, __doc__, "chat", "", [
+                script.main([
                     "--preset", preset, "--model", "none", "--data", str(file),
                     "--images", temporary, "--out", f"{temporary}/out", "--steps", "1",
                     "--batch_size", str(batch_size), "--accumulate", "1",
                     "--max_length", "4096", "--workers", "0", *flags])
         finally:
-            run.assemble, run.saver = keep_assemble, keep_saver
+            script.load_or_build, train_pretrain.save = keep_load, keep_save
         told = json.loads(Path(f"{temporary}/out/metrics.jsonl").read_text().splitlines()[0])
     model, template = seen["parts"].model, seen["parts"].template
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -117,7 +119,7 @@ def one_step(preset: str, stage: str, flags: list[str], batch_size: int) -> str:
 def needed_bytes(preset: str, stage: str, flags: list[str]) -> int:
     """What stands in memory whatever the rows are: weights, gradients, AdamW's averages."""
     (config, settings, *_), _ = planned(preset, stage, flags, torch.device("cpu"))
-    return sum(standing(as_trained(config, settings)))
+    return sum(static_memory(as_trained(config, settings)))
 
 
 def free_bytes() -> int:

@@ -36,7 +36,7 @@ from PIL import Image
 
 from dataset.images import ImageProcessor, load_image
 from extras.preset_list import VISION, empty_model, facts, image_tokens
-from training.optim import choose_trained
+from training.optim import choose_trainable
 from training.preset_table import PRESETS
 
 TEXT, ANSWER = 64, 32  # tokens of question, answer and template; those that are supervised
@@ -109,7 +109,7 @@ def operations(name: str, stage: str, text: int = TEXT, answer: int = ANSWER) ->
     preset = PRESETS[name]
     model = empty_model(preset)
     settings = {**vars(preset), **vars(getattr(preset, stage))}
-    choose_trained(model, argparse.Namespace(**settings), None)
+    choose_trainable(model, argparse.Namespace(**settings), None)
     public, c = facts(preset.vision, VISION), model.config.language
     side = public.get("pixels", public["image_size"]) // public["patch_size"]
     K, T = image_tokens(preset), image_tokens(preset) + text

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset.batching import Batch  # noqa: E402, found through the line above
 from extras.memory import as_trained, planned, predict, table  # noqa: E402
-from training.distributed import start_ranks  # noqa: E402
-from training.loop import backward  # noqa: E402
+from train_pretrain import backward  # noqa: E402
+from training.distributed import start_distributed  # noqa: E402
 from training.optim import make_optimizer  # noqa: E402
 
 
@@ -49,7 +49,7 @@ def longest_batch(config, settings, size, K: int) -> Batch:
 
 def measure(config, settings, size, K: int) -> int:
     """-> bytes."""
-    with start_ranks() as ranks:
+    with start_distributed() as ranks:
         before = peak()
         model = random_model(config, settings)
         optimizer = make_optimizer(model, settings)
@@ -58,7 +58,7 @@ def measure(config, settings, size, K: int) -> int:
             for _ in range(settings.accumulate):
                 batch = longest_batch(config, settings, size, K)
                 backward(model, batch, batch.supervised, settings, ranks)
-            ranks.sum_gradients(trained)
+            ranks.all_reduce_gradients(trained)
             torch.nn.utils.clip_grad_norm_(trained, settings.clip)
             optimizer.step()
             optimizer.zero_grad()

@@ -29,14 +29,16 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from dataset.batching import Batch
 from extras.export.transformers import llava
-from extras.fast.feature_files import FeatureFiles
+from extras.fast import prepare_for_training
+from extras.fast.feature_cache import FeatureCache, with_cached_features
 from extras.preset_list import LANGUAGE, ROOT, VISION
 from model.config import ProjectorConfig, VLMConfig
+from model.pretrained.meta_device import meta_device
 from model.pretrained.public_config import read_language_config, read_vision_config
 from model.vlm import VLM, build_model
-from training.loop import backward
-from training.optim import choose_trained, make_optimizer
-from training.precision import NUMBERS, store_weights
+from train_pretrain import backward
+from training.optim import choose_trainable, make_optimizer
+from training.precision import NUMBERS, cast_weights
 
 SMOLLM2, QWEN = (LANGUAGE[name] for name in ("HuggingFaceTB/SmolLM2-135M-Instruct",
                                              "Qwen/Qwen2.5-0.5B"))
@@ -72,7 +74,7 @@ def empty(work: Work) -> VLM:
     language = read_language_config(work.language)
     vision = read_vision_config(work.vision, FEATURE_LAYER)
     projector = ProjectorConfig("mlp", vision.hidden_size, language.hidden_size)
-    with torch.device("meta"):
+    with meta_device():
         return build_model(VLMConfig(language, vision, projector, work.placeholder))
 
 
@@ -125,20 +127,21 @@ def ours(work: Work, directory: Path, numbers: str, device, cached: bool):
         vision_learning_rate=None, train_projector=True, train_vision=False, lora=lora,
         train_language="all" if work.trained == "all" else "none", lora_dropout=0.0,
         **{f"lora_{name}": value for name, value in LORA.items()})
-    choose_trained(model, settings, None)
-    store_weights(model, numbers, set())
+    choose_trainable(model, settings, None)
+    cast_weights(model, numbers, set())
+    prepare_for_training(model)
     model.to(device).train()
     optimizer = make_optimizer(model, settings)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     ranks = argparse.Namespace(device=device)
-    files = FeatureFiles(directory / "features", numbers, 1e12) if cached else None
+    files = FeatureCache(directory / "features", numbers, 1e12) if cached else None
     batches = make_batches(work)
 
     def step(number: int) -> float:
         batch = batches[number]
         if cached:
-            batch = found(batch, files)
-        loss = backward(model, batch, batch.supervised, settings, ranks, files=files)
+            batch = with_cached_features(model, found(batch, files), files, numbers)
+        loss = backward(model, batch, batch.supervised, settings, ranks)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -147,7 +150,7 @@ def ours(work: Work, directory: Path, numbers: str, device, cached: bool):
     return step
 
 
-def found(batch: Batch, files: FeatureFiles) -> Batch:
+def found(batch: Batch, files: FeatureCache) -> Batch:
     """As a data worker makes it: features where they are on disk, else pixels and their keys."""
     keys = tuple(files.key(pixels.numpy().tobytes()) for pixels in batch.pixels)
     known = [files.read(key) for key in keys]

@@ -16,14 +16,23 @@ the next batch_size * world_size places, and place p is the work of rank p % wor
 batch size, or another number of ranks, cuts the same line of places at other points, and nobody is
 seen twice or left out.
 
-To sort a window, all its texts have to be read. Where windows are large and a run began on several
-ranks, a window is dealt out first, like cards, into as many hands; each hand is sorted, and a block
-takes its next rows from all hands in turn:
+To sort rows, all their texts have to be read. If every worker of every rank did that for a whole
+window, of which it serves a small part, more of them would hardly help. So a large window is cut
+into lanes, and a lane into as many hands as the run began with ranks. Lane l fills every lanes-th
+block of the window, and its hands take turns inside the block:
 
-    hand 0   a c e g ...    ->    places   a b c d | e f g h | ...     blocks of four
-    hand 1   b d f h ...          ranks    0 1 0 1 | 0 1 0 1 | ...
+    blocks        0         1         2         3       ...      two lanes, two hands
+    lanes         0         1         0         1       ...
+    hands      0 1 0 1   0 1 0 1   0 1 0 1   0 1 0 1    ...
+    ranks      0 1 0 1   0 1 0 1   0 1 0 1   0 1 0 1    ...      batches of two rows a rank
+    workers     0   0     1   1     0   0     1   1     ...      two workers a rank
 
-So a rank reads its own hand alone, and its rows are of like length with each other.
+A DataLoader gives the batches to its workers in turn. So a worker reads what it serves and nothing
+else, if the number of workers divides that of the lanes; and the order of the samples is the same
+for any number of workers. What stands in one hand is sorted by its true length. What comes into one
+lane is of like length from the beginning where the index of a file knows how long the records are;
+elsewhere a hand is a stretch of the order that order.py made, so that the rows which one worker
+reads stand near each other in a Parquet file.
 
 Every block fills its places; where rows turn out broken, or the samples are no whole number of
 blocks, some of its places are empty. So the number of batches depends on the number of samples
@@ -33,9 +42,10 @@ alone, and no rank ever waits for a batch that another does not have.
 import bisect
 import math
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -44,11 +54,14 @@ from torch.utils.data import DataLoader
 
 from dataset.images import load_image
 from dataset.readers.formats import BadSample, Sample
-from dataset.readers.order import blocks_in_window, epoch_order
+from dataset.readers.order import FEWEST, blocks_in_window, by_size, epoch_order
 from dataset.readers.worker_state import Whereabouts
 
 UNSUPERVISED = -100  # what torch's cross entropy ignores
-DEALT = 1 << 14  # rows of a window from which it is dealt out: 6 seconds of rendering
+DEALT = 1 << 11  # samples from which the ranks share the reading: half a second of rendering
+LANES = 16  # at most; each is read as a whole before the first of its batches comes
+SORTED = 96  # blocks of a lane, if memory allows; with fewer more than 2 % would be padding
+ALIKE = 48  # blocks of a lane whose rows are of like length from the beginning
 
 
 @dataclass
@@ -107,8 +120,8 @@ class Picture:
 class Row:
     """A sample whose text is rendered; its pictures are still files."""
 
-    ids: list[int]
-    mask: list[bool]
+    ids: Sequence[int]
+    mask: Sequence[bool]
     sample: Sample
     pictures: tuple[Picture, ...] = ()
 
@@ -118,10 +131,10 @@ class Batches:
 
     batch_size: rows for one rank; a micro-batch has batch_size * world_size on all of them.
     block: rows of like length that stand together; of the run that is resumed, else a micro-batch.
-    hands: into how many a window is dealt; of the run that is resumed, else see above.
-    window: at most so many blocks are sorted together. Waste falls as 1 / window; the price is
-    that a window's texts are rendered (0.4 ms a row) before its first batch comes, and that its
-    rows wait in memory. Where they bring their pictures along as bytes, it has fewer blocks.
+    hands: the ranks that share the reading; of the run that is resumed, else see above.
+    window: at most so many blocks are shared out together. Waste falls as 1 / window; the price is
+    that the rows wait in memory, and that a lane's texts are rendered (0.1 to 0.3 ms a row) before
+    the first of its batches comes. Where rows bring their pictures along as bytes, it has fewer.
     Broken texts are reported by the first rank that reads them, spread over the batches of their
     window, so that the share of bad samples among those seen so far is the true one; broken
     pictures by the rank that wanted them. So the ranks' lists add up to each bad sample once.
@@ -130,7 +143,7 @@ class Batches:
 
     def __init__(self, data, template, image_processor, batch_size: int, max_length: int,
                  seed: int, rank: int = 0, world_size: int = 1, workers: int = 0,
-                 window: int = 256, block: int | None = None, features=None,
+                 window: int = 1024, block: int | None = None, features=None,
                  hands: int | None = None):
         if len(data) == 0:
             raise ValueError("the data holds no samples; nothing can be learned from it")
@@ -143,10 +156,17 @@ class Batches:
         self.block = block or self.global_batch
         blocks = -(-len(data) // self.block)  # rounded up: the last ones have empty places
         self.places = blocks * self.block  # of an epoch
+        self.hands = hands or (world_size if len(data) >= DEALT else 1)
+        room = blocks_in_window(data, self.block / self.hands, window)
         # Windows of equal size: a small one left over would waste more than the others.
-        windows = -(-blocks // blocks_in_window(data, self.block, window))
+        windows = -(-blocks // room)
         self.windows = [self.block * (blocks * w // windows) for w in range(windows + 1)]
-        self.hands = hands or (world_size if self.windows[1] >= DEALT else 1)
+        if room < window:  # little memory: to share the reading is worth more than to sort well
+            fewest = max(FEWEST, room // LANES)
+        else:
+            fewest = SORTED if by_size(data, np.arange(1)) is None else ALIKE
+        # A power of two, as most numbers of workers are.
+        self.lanes = 1 << int(math.log2(max(1, min(LANES, blocks // windows // fewest))))
 
     @property
     def batches_per_epoch(self) -> int:
@@ -217,22 +237,24 @@ def outlive_signals(_) -> None:
 class Order:
     """All epochs as one line of places; a DataLoader's worker holds a copy and asks for a piece.
 
-    Each worker renders its rank's share of a window and keeps it while it serves batches from it.
-    So the order is the same for any number of workers.
+    A worker renders its rank's rows of a lane when it comes to the lane's first batch in a window,
+    and keeps them until it comes to the next window.
     """
 
     def __init__(self, batches: Batches):
         self.batches = batches
         self.epoch = self.window = None  # what the next three belong to
         self.data = self.order = None  # of the epoch
-        self.plan, self.refused = {}, []  # of the window
+        self.lanes = {}  # of the window: {lane: its samples}, those that were not yet read
+        self.plan, self.refused = {}, []  # of the window's other lanes
 
     def __getitem__(self, micro_batch: tuple[int, int, int]) -> tuple[Batch, list[BadSample]]:
         epoch, place, end = micro_batch
         b, planned, bad = self.batches, [], []
-        while place < end:  # once, but for a micro-batch that reaches over the end of a window
-            self._turn_to(epoch, bisect.bisect_right(b.windows, place) - 1)
-            last = min(end, b.windows[self.window + 1])
+        while place < end:  # once, but for a micro-batch that reaches over the end of a block
+            block = place // b.block
+            self._turn_to(epoch, bisect.bisect_right(b.windows, place) - 1, block % b.lanes)
+            last = min(end, (block + 1) * b.block)
             bad += [sample for p, sample in self.refused if place <= p < last]
             planned += [self.plan[p] for p in range(place, last) if p in self.plan]
             place = last
@@ -266,7 +288,7 @@ class Order:
             opened[name] = Picture(features=features)
         return opened[name]
 
-    def _turn_to(self, epoch: int, window: int) -> None:
+    def _turn_to(self, epoch: int, window: int, lane: int) -> None:
         b = self.batches
         if self.epoch != epoch:
             # Files mixed by weight show other parts of themselves, and other captions, each time.
@@ -274,31 +296,58 @@ class Order:
             self.order = epoch_order(self.data, np.random.default_rng([b.seed, epoch]))
         if (self.epoch, self.window) != (epoch, window):
             self.epoch, self.window = epoch, window
-            self.plan = {}  # let the old window go before the new one comes
-            self.plan, self.refused = self._plan()
+            self.plan, self.refused = {}, []  # let the old window go before the new one comes
+            self.lanes = self._deal()
+        if lane in self.lanes:
+            self._plan(lane, self.lanes.pop(lane))
 
-    def _plan(self) -> tuple[dict[int, Row], list[tuple[int, BadSample]]]:
-        """Read and render this rank's hands of a window -> {place: row}, and what could not be
-        used, each with the place at which this rank tells it."""
+    def _blocks(self, lane: int) -> range:
+        """Where the blocks of the window start that a lane fills."""
         b = self.batches
         first, end = b.windows[self.window:self.window + 2]
-        count = (end - first) // b.block
+        return range(first + (lane - first // b.block) % b.lanes * b.block, end, b.lanes * b.block)
+
+    def _deal(self) -> dict[int, list[np.ndarray]]:
+        """The window's samples -> {lane: those of each hand}."""
+        b = self.batches
+        first, end = b.windows[self.window:self.window + 2]
+        samples = self.order[first:end]  # the last window has fewer of them than places
+        sorted_ = by_size(self.data, samples)
+        lanes, place = {}, 0
+        # Short and long lanes in any order.
+        for lane in np.random.default_rng([b.seed, self.epoch, self.window]).permutation(b.lanes):
+            start, place = place, place + len(self._blocks(lane)) * b.block
+            start, stop = (len(samples) * p // (end - first) for p in (start, place))
+            if sorted_ is None:
+                cuts = [start + (stop - start) * hand // b.hands for hand in range(b.hands + 1)]
+                lanes[int(lane)] = [samples[i:j] for i, j in pairwise(cuts)]
+            else:  # every hand a fair draw: no rank's rows shall be longer than another's
+                lanes[int(lane)] = [sorted_[start + hand:stop:b.hands] for hand in range(b.hands)]
+        return lanes
+
+    def _plan(self, lane: int, hands: list[np.ndarray]) -> None:
+        """Read and render this rank's hands of a lane -> plan, {place: row}, and refused: what
+        could not be used, each with the place at which this rank tells it."""
+        b, blocks = self.batches, self._blocks(lane)
+        count = len(blocks)
         # Mix long and short: the block that stands at each place.
         mixed = list(range(count))
-        np.random.default_rng([b.seed, self.epoch, self.window]).shuffle(mixed)
+        np.random.default_rng([b.seed, self.epoch, self.window * b.lanes + lane]).shuffle(mixed)
         # Place p is rank p % world_size's, and of hand p % hands: of every apart-th one.
-        plan, refused, apart = {}, [], math.gcd(b.hands, b.world_size)
+        refused, apart = [], math.gcd(b.hands, b.world_size)
         for hand in range(b.rank % apart, b.hands, apart):
-            rows, broken = self._read(sorted(self.order[first + hand:end:b.hands].tolist()))
+            rows, broken = self._read(sorted(hands[hand].tolist()))
             if b.rank < apart:  # other ranks read the same ones
                 refused += broken
             # Spread what is left evenly over the promised number of blocks.
-            for number, block in enumerate(mixed):
-                start = first + number * b.block + hand
+            for start, block in zip(blocks, mixed):
                 taken = rows[len(rows) * block // count:len(rows) * (block + 1) // count]
-                plan |= {start + at * b.hands: row for at, row in enumerate(taken)}
-        told = [(first + (end - first) * n // len(refused), bad) for n, bad in enumerate(refused)]
-        return {p: row for p, row in plan.items() if p % b.world_size == b.rank}, told
+                places = range(start + hand, start + b.block, b.hands)
+                self.plan |= {place: row for place, row in zip(places, taken)
+                              if place % b.world_size == b.rank}
+        for number, sample in enumerate(refused):
+            block, place = divmod(count * b.block * number // len(refused), b.block)
+            self.refused.append((blocks[block] + place, sample))
 
     def _read(self, numbers: list[int]) -> tuple[list[Row], list[BadSample]]:
         """Read and render samples -> rows by length, and what could not be used."""
@@ -316,8 +365,10 @@ class Order:
                     messages = b.template.lesson(sample.messages, self.epoch + i)
                     shown = sum(message.images for message in messages)
                     sample = replace(sample, messages=tuple(messages), images=sample.images[:shown])
-                    ids, mask = b.template.render(messages)
-                    rows.append(Row(*b.template.fit(ids, mask, b.max_length), sample))
+                    ids, mask = b.template.fit(*b.template.render(messages), b.max_length)
+                    # As numbers, a fifth of a list's size, and without the text: rows have to wait.
+                    rows.append(Row(np.array(ids, np.int32), np.array(mask),
+                                    replace(sample, messages=())))
                 except ValueError as error:
                     refused.append(BadSample(sample.where, str(error)))
         return sorted(rows, key=lambda row: len(row.ids)), refused

@@ -111,6 +111,9 @@ class ChatTemplate:
         self.stop_ids = [self.end] + [tokenizer.token_id(token) for token in facts.stops
                                       if tokenizer.has(token)]
         self.answer_opening = facts.answer_opening
+        # What every turn has in common is encoded once, not again with every turn of every row.
+        self.headers = {role: [self.start, *tokenizer.encode(role + "\n")] for role in ROLES}
+        self.opening, self.line_end = map(tokenizer.encode, (self.answer_opening, "\n"))
         self.opens_every_answer = facts.opens_every_answer
         self.image_token = image_token or facts.image_token
         # A placeholder must be an id that no typed text becomes. A special token is one; "@"
@@ -133,7 +136,7 @@ class ChatTemplate:
         """The same ids, then the assistant's turn left open: the model goes on from here."""
         messages = self._with_system(messages)
         ids, _ = self._turns(messages, newest=len(messages))  # the answer that is to come
-        return ids + self._header("assistant") + self.tokenizer.encode(self.answer_opening)
+        return ids + self.headers["assistant"] + self.opening
 
     def lesson(self, messages, number: int) -> list[Message]:
         """What of a conversation makes the row to train on, when its turn comes the number-th
@@ -197,16 +200,13 @@ class ChatTemplate:
         for place, message in enumerate(messages):
             # Only what follows the very prompt that chat gives is to be learned.
             asked = message.role == "assistant" and (self.opens_every_answer or place == newest)
-            append(self._header(message.role))
+            append(self.headers[message.role])
             if asked:
-                append(self.tokenizer.encode(self.answer_opening))
+                append(self.opening)
             append(self._content(message), supervised=asked)
             append([self.end], supervised=asked)  # the model must learn to stop by itself
-            append(self.tokenizer.encode("\n"))
+            append(self.line_end)
         return ids, mask
-
-    def _header(self, role: str) -> list[int]:
-        return [self.start, *self.tokenizer.encode(role + "\n")]
 
     def _content(self, message: Message) -> list[int]:
         if not message.images:

@@ -1,6 +1,6 @@
 """One record of a benchmark -> Question, each kind of record by one function.
 
-    a dict, from JSON or Parquet, and its pictures -> choice_question, vqa_question, ... -> Question
+    a dict, from JSON or Parquet, and its images -> question_of(metric, ...) -> Question
 
 Data comes from strangers: every value may be of any type. What cannot be a question raises
 BadSample with its place.
@@ -10,13 +10,28 @@ import re
 from collections import Counter
 
 from dataset.chat import IMAGE, Message
-from dataset.sample import CHINESE, PROMPTS, TURNS, BadSample, shown
+from dataset.sample import (
+    CHINESE,
+    PROMPTS,
+    TURNS,
+    BadSample,
+    picture_key,
+    refuse_mark,
+    refuse_unread,
+    shown,
+    texts_in,
+)
 from evaluation.eval_samples import Question
 
 LETTERS = "ABCDEFGHIJ"
 # "Options: A: on the book., B: beneath the cat." -> where each option begins
 OPTION = re.compile(r"(?:(?<=[\s,;])|^)\(?([A-J])[:.)]\s")
 YES_NO = ("yes", "no")
+# What is read of a record beside its image, by metric; a choice's options: see question_of.
+READ = {"vqa": ("question", "answers"), "caption": ("caption",),
+        "choice": ("question", "answer", "hint"), "yesno": ("question", "answer", "text", "label"),
+        "exact": ("question", "answer")}
+SHOWN = ("question", "text", "hint", "choices", *LETTERS)  # those of them that the model reads
 
 
 def metric_of(record: dict) -> str | None:
@@ -40,26 +55,49 @@ def metric_of(record: dict) -> str | None:
     return "yesno" if str(record["answer"]).strip().lower() in YES_NO else "exact"
 
 
+def question_of(metric: str, record: dict, images: tuple, where: str, tags: dict,
+                suffix: str) -> Question:
+    """A record that is scored by metric -> its question. BadSample: it cannot be one, or a key that
+    is not read seems to hold its image or its options."""
+    keys = [*READ[metric], picture_key(record)]
+    if metric == "choice":
+        keys += ["choices"] if isinstance(record.get("choices"), list) else LETTERS
+    text = "\n".join(text for key in keys if key in SHOWN for text in texts_in(record.get(key)))
+    refuse_unread(record, keys, where, images, text)
+    if IMAGE in text and not images:
+        raise BadSample(where, f"the question has {IMAGE}, and there is no image; expected it "
+                               "under 'image'")
+    refuse_mark(text, where, images)
+    make = {"caption": caption_question, "choice": choice_question,
+            "vqa": vqa_question}.get(metric, plain_question)
+    return make(record, images, where, tags, suffix)
+
+
+def tags_of(record: dict) -> dict[str, str]:
+    kind = record.get("category") or record.get("answer_type")
+    return {"kind": kind} if isinstance(kind, str) and kind.isprintable() else {}
+
+
 def ask(question: str, images: tuple, suffix: str) -> tuple[Message]:
     text = f"{IMAGE}\n" * len(images) + question.strip() + ("\n" + suffix if suffix else "")
     return (Message("user", text),)
 
 
 def text_of(record: dict, key: str, where: str) -> str:
-    found = record.get(key)
-    if not isinstance(found, str) or not found.strip():
-        raise BadSample(where, f"{key!r} is {shown(found)}; expected a text")
+    text = record.get(key)
+    if not isinstance(text, str) or not text.strip():
+        raise BadSample(where, f"{key!r} is {shown(text)}; expected a text")
     try:
-        found.encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError as error:  # half a character, "\ud83d" in JSON
         raise BadSample(where, f"{key!r} is no text: {error}") from error
-    return found.replace(IMAGE, "").strip()  # a word in the question; the picture is put in front
+    return text.replace(IMAGE, "").strip()  # the image is put in front of the question
 
 
 def plain_question(record, images, where, tags, suffix) -> Question:
     """{"question": ..., "answer": ...}, or as POPE says it {"text": ..., "label": ...}."""
-    asked, truth = ("text", "label") if "label" in record else ("question", "answer")
-    return Question(ask(text_of(record, asked, where), images, suffix), images,
+    question, truth = ("text", "label") if "label" in record else ("question", "answer")
+    return Question(ask(text_of(record, question, where), images, suffix), images,
                     text_of(record, truth, where), where, tags)
 
 
@@ -83,7 +121,7 @@ def caption_question(record, images, where, tags, suffix) -> Question:
             isinstance(text, str) and text.strip() for text in captions):
         raise BadSample(where, f"'caption' is {shown(captions)}; expected a text or several")
     if not images:
-        raise BadSample(where, "a caption without a picture")
+        raise BadSample(where, "a caption without an image")
     captions = tuple(text.strip() for text in captions)
     prompt = PROMPTS["zh" if CHINESE.search(captions[0]) else "en"][0]
     return Question(ask(prompt, images, suffix), images, captions[0], where, tags, captions)

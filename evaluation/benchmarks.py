@@ -2,7 +2,7 @@
 
     files -> open_benchmark -> Benchmark(metric, data), data[i] -> Question     -> evaluation/run.py
 
-    benchmark       file                           what tells it                         metric
+    benchmark       file                           how it is recognized                  metric
     MMStar          mmstar.parquet                 question with "Options:", answer      choice
     MMBench         Parquet                        question, answer, A, B, ...           choice
     ScienceQA       Parquet                        question, choices, answer (a number)  choice
@@ -12,55 +12,36 @@
                     *_annotations.json             {"annotations": [{"answers": ...}]}
     VQAv2           Parquet of lmms-lab            question, answers                     vqa
     COCO            captions_*.json                images, annotations                   caption
-    AI Challenger   one record a picture           caption                               caption
-    easy-VQA        questions.json                 [[question, answer, picture], ...]    exact
+    AI Challenger   one record an image            caption                               caption
+    easy-VQA        questions.json                 [[question, answer, image], ...]      exact
 
-What tells a file is what is in it, not its name. Whatever else there is, is no benchmark, and
-formats.py reads it. A picture is looked up in --images by the name that the file gives; one that
-lies inside a Parquet file is read again when it is asked about, so that no benchmark's pictures
-are held in memory.
+The content of a file decides, not its name. Whatever else there is, is no benchmark, and formats.py
+reads it. An image is looked up in --images by the name that the file gives; one that lies inside a
+Parquet file is read again when its question is asked, so that no benchmark's images are held in
+memory.
 """
 
 import hashlib
 import json
-from array import array
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
+from torch.utils.data import ConcatDataset
 
-from dataset.readers.json_files import (
-    BYTE_ORDER_MARK,
-    CocoData,
-    JsonWalk,
-    Pieces,
-    is_id,
-    open_json,
-    walk_object,
-)
+from dataset.readers.formats import open_data
+from dataset.readers.json_files import CocoData, JsonWalk, Pieces, is_id, walk_object
 from dataset.readers.parquet import UNREADABLE, ParquetData
-from dataset.sample import BadSample, existing, find_pictures, shown
-from evaluation.benchmark_records import (
-    LETTERS,
-    YES_NO,
-    ask,
-    caption_question,
-    choice_question,
-    metric_of,
-    plain_question,
-    vqa_question,
-)
+from dataset.sample import PICTURE_KEYS, BadSample, existing, find_pictures, shown
+from evaluation.benchmark_records import LETTERS, YES_NO, ask, metric_of, question_of, tags_of
 from evaluation.eval_samples import Question
+from evaluation.metrics import METRICS
 
 COLUMNS = ("question", "text", "caption", "answer", "answers", "label", "choices", "hint",
-           "category", "answer_type", "image", *LETTERS)  # of a Parquet file; no other is read
-# What is said behind a question, so that the answer has the form that its metric reads: the words
-# of LLaVA 1.5 (Liu et al. 2023), which the data of many models repeat.
-SUFFIXES = {"vqa": "Answer the question using a single word or phrase.",
-            "yesno": "Answer the question using a single word or phrase.",
-            "choice": "Answer with the option's letter from the given choices directly."}
+           "category", "answer_type", *PICTURE_KEYS, *LETTERS)  # of a Parquet file
 
 
 @dataclass(frozen=True)
@@ -72,8 +53,8 @@ class Benchmark:
 def open_benchmark(files: list, images_dir=None, suffix: str | None = None) -> Benchmark | None:
     """Files of one benchmark -> its questions and metric; None: they are not a benchmark's.
 
-    images_dir: where picture names start from; None: where each file lies, for easy-VQA the
-    folder `images` beside it. suffix: said behind every question; None: what SUFFIXES has.
+    images_dir: where image names start from; None: where each file lies, for easy-VQA the folder
+    `images` beside it. suffix: said behind every question; None: the usual words for its metric.
     Raises ValueError for files that cannot be scored together.
     """
     files = [Path(file) for file in files]
@@ -87,47 +68,17 @@ def open_benchmark(files: list, images_dir=None, suffix: str | None = None) -> B
                              "v2_..._annotations.json); the answers of its test split are not "
                              "published")
         data = VQAData(files[kinds.index("questions")], files[kinds.index("annotations")],
-                       images_dir, SUFFIXES["vqa"] if suffix is None else suffix)
+                       images_dir, METRICS["vqa"].suffix if suffix is None else suffix)
         return Benchmark("vqa", data)
     if len(set(kinds)) > 1:
-        told = ", ".join(f"{file} by {kind or 'exact'}" for file, kind in zip(files, kinds))
-        raise ValueError(f"files that are scored in unlike ways: {told}; score them one by one")
-    metric = {"coco": "caption", "easy-vqa": "exact"}.get(kinds[0], kinds[0])
-    said = SUFFIXES.get(metric, "") if suffix is None else suffix
-    parts = [open_one(file, kinds[0], images_dir, said) for file in files]
-    return Benchmark(metric, parts[0] if len(parts) == 1 else Joined(parts))
-
-
-def open_one(file: Path, kind: str, images_dir, suffix: str):
-    if kind == "easy-vqa":
-        return EasyVQAData(file, Path(images_dir or file.parent / "images"), suffix)
-    images_dir = Path(images_dir or file.parent)
-    if kind == "coco":
-        return CaptionData(file, images_dir, suffix)
-    with open(file, "rb") as opened:
-        head = opened.read(4096)
-    if head.startswith(b"PAR1"):
-        rows = ParquetRows(ParquetData(file, images_dir, COLUMNS))
-    else:
-        rows = open_json(file, images_dir, first_sign(head)).pieces
-    return Records(rows, kind, images_dir, suffix)
-
-
-class Joined:
-    """Several files of one benchmark, one after the other."""
-
-    def __init__(self, parts: list):
-        self.parts = parts
-
-    def __len__(self) -> int:
-        return sum(map(len, self.parts))
-
-    def __getitem__(self, i: int) -> Question:
-        i = range(len(self))[i]  # IndexError past the end, which is what ends a for loop
-        for part in self.parts:
-            if i < len(part):
-                return part[i]
-            i -= len(part)
+        each = ", ".join(f"{file} by {kind or 'exact'}" for file, kind in zip(files, kinds))
+        raise ValueError(f"files that are scored in unlike ways: {each}; score them one by one")
+    kind = kinds[0]
+    metric = {"coco": "caption", "easy-vqa": "exact"}.get(kind, kind)
+    suffix = METRICS[metric].suffix if suffix is None else suffix
+    open_one = {"coco": CaptionData, "easy-vqa": EasyVQAData}.get(kind, partial(Records, metric))
+    parts = [open_one(file, images_dir, suffix) for file in files]
+    return Benchmark(metric, parts[0] if len(parts) == 1 else ConcatDataset(parts))
 
 
 # ---------------------------------------------------------------- which benchmark
@@ -138,41 +89,34 @@ def kind_of(file: Path) -> str | None:
     for what is no benchmark, or cannot be read: formats.py says why."""
     if not file.is_file():
         return None
-    with open(file, "rb") as opened:
-        head = opened.read(4096)
     try:
-        if head.startswith(b"PAR1"):
-            names = pq.read_schema(file).names
-            if metric_of(dict.fromkeys(names)) is None:
-                return None
-            rows = ParquetData(file, file.parent, COLUMNS)
-            return metric_of(first_record(rows.record(i) for i in range(len(rows))))
-        if first_sign(head) == b"[":
-            with JsonWalk(file) as walk:
-                walk.peek()
-                first = next(walk.entries(), ({},))[0]
-            if isinstance(first, list):
-                return "easy-vqa" if is_triple(first) else None
-            return metric_of(first) if isinstance(first, dict) else None
-        if first_sign(head) == b"{":
+        if is_parquet(file):
+            return kind_of_parquet(file)
+        with JsonWalk(file) as walk:
+            bracket = walk.peek()
+            first = next(walk.entries(), ({},))[0] if bracket == "[" else None
+        if bracket == "{":
             return kind_of_object(file)
-    except (BadSample, *UNREADABLE):
-        pass
+        if isinstance(first, list):
+            return "easy-vqa" if is_triple(first) else None
+        return metric_of(first) if isinstance(first, dict) else None
+    except UNREADABLE:
+        return None
+
+
+def is_parquet(file: Path) -> bool:
+    with open(file, "rb") as opened:
+        return opened.read(4) == b"PAR1"
+
+
+def kind_of_parquet(file: Path) -> str | None:
+    if metric_of(dict.fromkeys(pq.read_schema(file).names)) is None:
+        return None
+    rows = ParquetData(file, file.parent, COLUMNS)
+    for i in range(len(rows)):
+        with suppress(BadSample):  # reported later, with its line
+            return metric_of(rows.record(i))
     return None
-
-
-def first_sign(head: bytes) -> bytes:
-    return head.removeprefix(BYTE_ORDER_MARK).lstrip()[:1]
-
-
-def first_record(records) -> dict:
-    """The first that can be read; a broken one is told later, with its line."""
-    records = iter(records)
-    while True:
-        try:
-            return next(records, {})
-        except BadSample:
-            continue
 
 
 def kind_of_object(file: Path) -> str | None:
@@ -184,112 +128,95 @@ def kind_of_object(file: Path) -> str | None:
             if key == "annotations" and isinstance(value, dict):
                 return ("annotations" if "answers" in value else
                         "coco" if "caption" in value else None)
-    except ValueError:  # a broken first line of JSON Lines; the next may tell
+    except ValueError:  # a broken first line of JSON Lines; the next may decide
         pass
-    pieces, start = Pieces(file), 0
-    with open(file, "rb") as opened:
-        for number, line in enumerate(islice(opened, 100), 1):
-            if line.strip():
-                pieces.append(start, len(line), number)
-            start += len(line)
-    return metric_of(first_record(map(pieces.read, range(len(pieces)))))
+    with open(file, encoding="utf-8-sig", errors="replace") as lines:
+        for line in islice(lines, 100):
+            with suppress(ValueError, RecursionError):
+                record = json.loads(line)
+                if isinstance(record, dict):
+                    return metric_of(record)
+    return None
 
 
 # ---------------------------------------------------------------- one record a question
 
 
-class ParquetRows:
-    """Rows of a Parquet file as records, whose pictures are read again when they are asked for."""
-
-    def __init__(self, data: ParquetData):
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def where(self, i: int) -> str:
-        return f"{self.data.file}:{i + 1}"
-
-    def read(self, i: int) -> dict:
-        return self.data.record(i)
-
-    def pictures(self, record: dict, i: int) -> tuple:
-        return tuple(StoredPicture(fingerprint(found), self, i, number) for number, found
-                     in enumerate(find_pictures(record, self.data.images_dir, self.where(i))))
-
-
-@dataclass(frozen=True)
-class StoredPicture:
-    """A picture inside a file, read when it is called. Two with the same bytes are equal: many
-    benchmarks ask several questions about one picture, and repeat it in each row."""
-
-    fingerprint: str
-    rows: ParquetRows = field(compare=False)
-    row: int = field(compare=False)
-    number: int = field(compare=False)
-
-    def __call__(self):
-        record = self.rows.read(self.row)
-        return find_pictures(record, self.rows.data.images_dir, str(self))[self.number]
-
-    def __str__(self) -> str:
-        return self.rows.where(self.row)
-
-
-def fingerprint(picture) -> str:
-    return hashlib.sha256(picture if isinstance(picture, bytes) else str(picture).encode()
-                          ).hexdigest()
-
-
 class Records:
-    """Every record is one question; rows: len(), read(i) and where(i)."""
+    """Every record of a file, JSON or Parquet, is one question."""
 
-    def __init__(self, rows, metric: str, images_dir: Path, suffix: str):
-        self.rows, self.metric = rows, metric
-        self.images_dir, self.suffix = images_dir, suffix
+    def __init__(self, metric: str, file: Path, images_dir, suffix: str):
+        self.metric, self.file, self.suffix = metric, file, suffix
+        self.images_dir, self.parquet = Path(images_dir or file.parent), is_parquet(file)
+        if self.parquet:
+            self.rows = ParquetData(file, self.images_dir, COLUMNS)
+            self.read = self.rows.record
+        else:
+            self.rows = open_data(file, self.images_dir).pieces
+            self.read = self.rows.read
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def where(self, i: int) -> str:
+        return f"{self.file}:{i + 1}" if self.parquet else self.rows.where(i)
+
     def __getitem__(self, i: int) -> Question:
         i = range(len(self))[i]
-        record, where = self.rows.read(i), self.rows.where(i)
-        if isinstance(self.rows, ParquetRows):
-            images = self.rows.pictures(record, i)
-        else:
-            images = tuple(find_pictures(record, self.images_dir, where))
-        kind = record.get("category") or record.get("answer_type")
-        tags = {"kind": kind} if isinstance(kind, str) and kind.isprintable() else {}
-        make = {"caption": caption_question, "choice": choice_question,
-                "vqa": vqa_question}.get(self.metric, plain_question)
-        return make(record, images, where, tags, self.suffix)
+        record, where = self.read(i), self.where(i)
+        images = find_pictures(record, self.images_dir, where)
+        if self.parquet:
+            images = [StoredImage(fingerprint(image), self, i, n, getattr(image, "name", None))
+                      for n, image in enumerate(images)]
+        return question_of(self.metric, record, tuple(images), where, tags_of(record), self.suffix)
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """An image inside a Parquet file, read when it is called. Two with the same bytes are equal:
+    many benchmarks ask several questions about one image, and repeat it in each row."""
+
+    fingerprint: str
+    records: Records = field(compare=False)
+    row: int = field(compare=False)
+    number: int = field(compare=False)
+    name: str | None = field(default=None, compare=False)  # of its file; None: the bytes lie here
+
+    def __call__(self):
+        record = self.records.read(self.row)
+        return find_pictures(record, self.records.images_dir, str(self))[self.number]
+
+    def __str__(self) -> str:
+        return self.records.where(self.row)
+
+
+def fingerprint(image) -> str:
+    return hashlib.sha256(image if isinstance(image, bytes) else str(image).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------- layouts of their own
 
 
 class VQAData:
-    """VQA's two files, joined by question_id; {"data_subtype": "val2014"} names the pictures."""
+    """VQA's two files, joined by question_id; {"data_subtype": "val2014"} names the images."""
 
     def __init__(self, questions: Path, annotations: Path, images_dir, suffix: str):
         self.images_dir, self.suffix = Path(images_dir or questions.parent), suffix
         self.questions, self.subtype = Pieces(questions), None
-        for key, value, start, size, line in walk_object(questions):
+        for key, value, *piece in walk_object(questions):
             if key == "questions":
-                self.questions.append(start, size, line)
+                self.questions.append(*piece)
             elif key == "data_subtype":
                 self.subtype = value
         if not isinstance(self.subtype, str):
             raise ValueError(f"{questions} has no 'data_subtype' (such as \"val2014\"), which is "
-                             "a part of the names of the pictures")
-        self.annotations, ids = Pieces(annotations), array("q")
-        for key, value, start, size, line in walk_object(annotations):
+                             "a part of the names of the images")
+        self.annotations, self.by_id = Pieces(annotations), {}  # {question_id: index}
+        for key, value, *piece in walk_object(annotations):
             if key == "annotations":
                 number = value.get("question_id") if isinstance(value, dict) else None
-                self.annotations.append(start, size, line)
-                ids.append(number if is_id(number) else -1)
-        self.order = np.argsort(ids)
-        self.ids = np.array(ids)[self.order]
+                self.by_id[number if is_id(number) else None] = len(self.annotations)
+                self.annotations.append(*piece)
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -298,50 +225,50 @@ class VQAData:
         i = range(len(self))[i]
         record, where = self.questions.read(i), self.questions.where(i)
         number, image = record.get("question_id"), record.get("image_id")
-        place = np.searchsorted(self.ids, number) if is_id(number) else len(self.ids)
-        if place == len(self.ids) or self.ids[place] != number:
+        if not is_id(number) or number not in self.by_id:
             raise BadSample(where, f"question_id {shown(number)} has no annotation in "
                                    f"{self.annotations.file}")
         if not is_id(image):
             raise BadSample(where, f"image_id is {shown(image)}; expected a number")
-        annotation = self.annotations.read(self.order[place])
+        annotation = self.annotations.read(self.by_id[number])
         images = (existing(self.images_dir, f"COCO_{self.subtype}_{image:012d}.jpg", where),)
-        kind = annotation.get("answer_type")
-        return vqa_question({**annotation, **record}, images, where,
-                            {"kind": kind} if isinstance(kind, str) else {}, self.suffix)
+        return question_of("vqa", {**annotation, **record}, images, where, tags_of(annotation),
+                           self.suffix)
 
 
 class CaptionData:
-    """COCO captions, one question a picture: all its captions are references."""
+    """COCO captions, one question an image: all its captions are references."""
 
-    def __init__(self, file: Path, images_dir: Path, suffix: str):
-        self.coco, self.images_dir, self.suffix = CocoData(file, images_dir), images_dir, suffix
-        # Training has no use for this, so CocoData keeps no picture's number: a second walk.
-        found = (value for key, value, *_ in walk_object(file) if key == "annotations")
-        self.captions = {}  # {id of a picture: its annotations' places}
-        for place, value in enumerate(found):
+    def __init__(self, file: Path, images_dir, suffix: str):
+        self.suffix = suffix
+        self.coco = CocoData(file, Path(images_dir or file.parent))
+        # Training has no use for the images' ids, so CocoData does not keep them: a second walk.
+        annotations = (value for key, value, *_ in walk_object(file) if key == "annotations")
+        by_image = {}  # {image_id: indices of its annotations}
+        for index, value in enumerate(annotations):
             number = value.get("image_id") if isinstance(value, dict) else None
-            self.captions.setdefault(number if is_id(number) else None, []).append(place)
-        self.numbers = list(self.captions)
+            by_image.setdefault(number if is_id(number) else None, []).append(index)
+        self.captions = list(by_image.values())
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.captions)
 
     def __getitem__(self, i: int) -> Question:
-        places = self.captions[self.numbers[i]]
-        found = [self.coco.record(place) for place in places]  # each names its own line if broken
-        record = {"caption": [one["caption"] for one in found], "image": found[0]["image"]}
-        where = self.coco.annotations.where(places[0])
-        images = tuple(find_pictures(record, self.images_dir, where))
-        return caption_question(record, images, where, {}, self.suffix)
+        indices = self.captions[i]
+        records = [self.coco.record(index) for index in indices]  # a broken one names its own line
+        record = {"caption": [r["caption"] for r in records], "image": records[0]["image"]}
+        where = self.coco.annotations.where(indices[0])
+        images = tuple(find_pictures(record, self.coco.images_dir, where))
+        return question_of("caption", record, images, where, {}, self.suffix)
 
 
 class EasyVQAData:
     """questions.json of easy-VQA (PyPI `easy-vqa`): [["is there a circle?", "yes", 0], ...], and
     images/0.png. In the folder above, answers.txt lists the words that are answers."""
 
-    def __init__(self, file: Path, images_dir: Path, suffix: str):
-        self.file, self.images_dir, self.suffix = file, images_dir, suffix
+    def __init__(self, file: Path, images_dir, suffix: str):
+        self.file, self.suffix = file, suffix
+        self.images_dir = Path(images_dir or file.parent / "images")
         self.entries = json.loads(file.read_text(encoding="utf-8"))
         listed = file.parent.parent / "answers.txt"
         self.answers = listed.read_text(encoding="utf-8").split() if listed.is_file() else None
@@ -354,7 +281,7 @@ class EasyVQAData:
         entry, where = self.entries[i], f"{self.file} entry {i + 1}"
         if not is_triple(entry):
             raise BadSample(where, f"the entry is {shown(entry)}; expected [question, answer, "
-                                   "number of the picture]")
+                                   "number of the image]")
         question, answer, number = entry
         if self.answers is not None and answer not in self.answers:
             raise BadSample(where, f"the answer {shown(answer)} is none of those in answers.txt")

@@ -1,6 +1,6 @@
 """Captions against what people wrote: CIDEr and BLEU-4, in English words and Chinese characters.
 
-    captions, references -> words -> cider (one score a picture), BLEU's counts -> rows (Q,S)
+    captions, references -> words -> cider (one score an image), BLEU's counts -> rows (Q,S)
 
 BLEU comes from sacrebleu. CIDEr is written here: its only package, pycocoevalcap, weighs 104 MB
 and had its last release in 2020; the tests compare with it. The published COCO figures cut words
@@ -13,8 +13,6 @@ import math
 import re
 from collections import Counter
 
-import numpy as np
-
 ORDERS = 4  # n-grams of 1 to 4 words
 SIGMA = 6.0  # of the penalty for another length, in words
 # A Chinese character; a word, with hyphens, apostrophes and numbers (3.5) inside; else a mark.
@@ -26,24 +24,24 @@ CLITIC = re.compile(r"(n't|'(?:s|re|ve|ll|d|m)|(?<=^can)not)$")
 
 def words(text: str) -> list[str]:
     """Lower case, marks dropped, a Chinese character a word of its own."""
-    found = []
+    parts = []
     for word in WORD.findall(text.lower().replace("\u2019", "'")):
         stem = CLITIC.sub("", word)
-        found += [part for part in (stem, word[len(stem):]) if part]
-    return found
+        parts += [part for part in (stem, word[len(stem):]) if part]
+    return parts
 
 
-def measure_captions(captions: list[str], references: list[tuple[str, ...]]) -> np.ndarray:
+def measure_captions(captions: list[str], questions: list) -> list[list[float]]:
     """-> (Q,11): CIDEr; BLEU's right n-grams and all n-grams, each of 1 to 4 words; the lengths of
     the caption and of the reference that is closest in length."""
     captions = [words(caption) for caption in captions]
-    references = [[words(text) for text in several] for several in references]
+    references = [[words(text) for text in question.truths] for question in questions]
     bleu = sacrebleu()
     rows = []
     for score, caption, several in zip(cider(captions, references), captions, references):
         counted = bleu.sentence_score(" ".join(caption), [" ".join(text) for text in several])
         rows.append([score, *counted.counts, *counted.totals, counted.sys_len, counted.ref_len])
-    return np.array(rows, float)
+    return rows
 
 
 def sacrebleu():
@@ -70,39 +68,38 @@ def bleu4(mean) -> float:
 
 
 def cider(captions: list[list[str]], references: list[list[list[str]]]) -> list[float]:
-    """CIDEr-D of each picture (Vedantam, Zitnick, Parikh 2015), 0 to 10; published figures are
+    """CIDEr-D of each image (Vedantam, Zitnick, Parikh 2015), 0 to 10; published figures are
     the mean times 100.
 
-    N-grams are vectors weighted by how rare they are: log(pictures / pictures whose references
+    N-grams are vectors weighted by how rare they are: log(images / images whose references
     have it). The cosine to each reference, a count no higher than the reference's own, times a
-    penalty for another length; the mean over orders and references, times 10. With one picture
+    penalty for another length; the mean over orders and references, times 10. With one image
     alone nothing is rare, and all is 0.
     """
-    rarity, pictures = Counter(), math.log(len(captions)) if captions else 0.0
+    rarity, images = Counter(), math.log(len(captions)) if captions else 0.0
     for several in references:
         rarity.update({gram for text in several for gram in grams(text)})
 
     def vectors(text: list[str]) -> list[dict]:
-        found = [{} for _ in range(ORDERS)]
+        by_order = [{} for _ in range(ORDERS)]
         for gram, count in grams(text).items():
-            found[len(gram) - 1][gram] = count * (pictures - math.log(max(1, rarity[gram])))
-        return found
+            by_order[len(gram) - 1][gram] = count * (images - math.log(max(1, rarity[gram])))
+        return by_order
 
     return [10 * sum(similarity(vectors(caption), vectors(text), caption, text)
                      for text in several) / len(several)
             for caption, several in zip(captions, references)]
 
 
-def similarity(found: list[dict], truth: list[dict], caption: list, reference: list) -> float:
+def similarity(ours: list[dict], theirs: list[dict], caption: list, reference: list) -> float:
     """Of a caption and one reference, 0 to 1: the mean over the orders of n-grams."""
     # The published code counts pairs of words where the paper speaks of length.
     longer = max(len(caption) - 1, 0) - max(len(reference) - 1, 0)
     cosines = 0.0
-    for ours, theirs in zip(found, truth):
-        norms = math.sqrt(sum(v * v for v in ours.values()) * sum(v * v for v in theirs.values()))
+    for a, b in zip(ours, theirs):
+        norms = math.sqrt(sum(v * v for v in a.values()) * sum(v * v for v in b.values()))
         if norms:
-            shared = sum(min(weight, theirs[gram]) * theirs[gram]
-                         for gram, weight in ours.items() if gram in theirs)
+            shared = sum(min(weight, b[gram]) * b[gram] for gram, weight in a.items() if gram in b)
             cosines += shared / norms
     return cosines / ORDERS * math.exp(-longer ** 2 / (2 * SIGMA ** 2))
 

@@ -1,10 +1,10 @@
-"""One thing to ask a model, and what would be right: a sample -> questions, for scoring.
+"""One question for a model, and its true answer: a sample -> questions, for scoring.
 
     Sample (any training format) -> questions_of -> [Question]     here
     a benchmark's published file -> open_benchmark -> [Question]   benchmarks.py
 
-Every assistant turn of a sample is one question, asked with the true words of the turns before
-it: a wrong first answer does not spoil the second.
+Every assistant turn of a sample is one question, asked with the true text of the turns before it:
+a wrong first answer does not spoil the second.
 """
 
 from dataclasses import dataclass, field
@@ -15,11 +15,11 @@ from dataset.sample import BadSample
 @dataclass(frozen=True)
 class Question:
     messages: tuple  # up to the user's turn that is to be answered
-    images: tuple  # the pictures that these messages show, see Sample
+    images: tuple  # the images that these messages show, see Sample
     truth: str
     where: str  # "file:line"
     tags: dict = field(default_factory=dict)  # e.g. {"kind": "count", "language": "en"}
-    references: tuple[str, ...] = ()  # all that count as right, where people said several things
+    references: tuple[str, ...] = ()  # all true answers, where several people were asked
     options: dict = field(default_factory=dict)  # {"A": "a cat", ...} of a multiple choice
 
     @property
@@ -29,13 +29,13 @@ class Question:
 
 def questions_of(sample) -> list[Question]:
     """One for each assistant turn that has something before it."""
-    found = []
+    questions = []
     for i, message in enumerate(sample.messages):
         if message.role == "assistant" and i > 0:
             history = sample.messages[:i]
-            shown = sample.images[:sum(m.images for m in history)]
-            found.append(Question(history, shown, message.content, sample.where, sample.tags))
-    return found
+            images = sample.images[:sum(m.images for m in history)]
+            questions.append(Question(history, images, message.content, sample.where, sample.tags))
+    return questions
 
 
 def read_questions(data, limit: int | None = None) -> tuple[list[Question], list[BadSample]]:

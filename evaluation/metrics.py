@@ -1,54 +1,45 @@
-"""How good is an answer: the rules of the benchmarks, as pure functions.
+"""How good an answer is: the rules of the benchmarks, as pure functions.
 
     answers, questions -> measure -> rows (Q,S): what each question adds to the figures
     mean of the rows   -> figures -> {"accuracy": 0.8, "f1": 0.75, ...}
     rows               -> intervals, fall -> how far chance alone could move a figure
 
-    exact     the same text, but for white space at its two ends
-    vqa       VQA accuracy: ten people were asked, three who agree with you make you right
-    choice    the letter of a multiple choice (MMStar, MMBench, ScienceQA)
-    yesno     POPE: accuracy, precision, recall, F1, and how often it says yes
-    caption   CIDEr and BLEU-4 (COCO captions), in captions.py
-
 The first column of the rows is the question's own score, and its mean is the figure that heads a
 report. All other figures are functions of the mean row too: so a resample of the questions gives
-every one of them, F1 and BLEU included.
+every one of them, F1 and BLEU included. METRICS, at the end, lists what there is.
 """
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
-METRICS = ("exact", "vqa", "choice", "yesno", "caption")
-HEADLINE = {"exact": "exact", "vqa": "vqa_accuracy", "choice": "accuracy", "yesno": "accuracy",
-            "caption": "cider"}
+from evaluation.captions import bleu4, measure_captions
+
 RESAMPLES, LEVEL = 1000, 0.95  # of the bootstrap; LEVEL: share of the resamples in an interval
+
+
+@dataclass(frozen=True)
+class Metric:
+    title: str  # "exact answers to" so many questions
+    measure: Callable  # answers, questions -> rows (Q,S)
+    figures: Callable  # mean row (S,) -> {name: value}, the headline first
+    # Said behind a question, so that the answer has the form that is read here: the words of LLaVA
+    # 1.5 (Liu et al. 2023), which the data of many models repeat.
+    suffix: str = ""
+    unit: str = "%"
+    stop_after_truth: bool = False  # an answer longer than the longest truth is wrong in any case
 
 
 def measure(metric: str, answers: list[str], questions: list) -> np.ndarray:
     """-> (Q,S) float64, see above. Raises ValueError when a question has no truth of this kind."""
-    if metric == "caption":
-        from evaluation.captions import measure_captions  # here: it needs a package of its own
-
-        return measure_captions(answers, [q.truths for q in questions])
-    row = {"exact": exact_row, "vqa": vqa_row, "choice": choice_row, "yesno": yesno_row}[metric]
-    return np.array([row(answer, question) for answer, question in zip(answers, questions)], float)
+    return np.array(METRICS[metric].measure(answers, questions), float)
 
 
 def figures(metric: str, mean) -> dict[str, float]:
     """mean (S,), of the rows of some questions -> the metric's figures, the headline first."""
-    mean = [float(value) for value in mean]
-    if metric == "choice":
-        return {"accuracy": mean[0], "letter_found": mean[1]}
-    if metric == "yesno":
-        right, tp, fp, fn, unclear = mean
-        return {"accuracy": right, "precision": ratio(tp, tp + fp), "recall": ratio(tp, tp + fn),
-                "f1": ratio(2 * tp, 2 * tp + fp + fn), "yes_ratio": tp + fp, "unclear": unclear}
-    if metric == "caption":
-        from evaluation.captions import bleu4
-
-        return {"cider": mean[0], "bleu4": bleu4(mean[1:])}
-    return {HEADLINE[metric]: mean[0]}
+    return METRICS[metric].figures([float(value) for value in mean])
 
 
 def ratio(part: float, whole: float) -> float:
@@ -61,8 +52,8 @@ def ratio(part: float, whole: float) -> float:
 def intervals(metric: str, rows: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> dict:
     """{figure: (low, high)}: 95 % of the resamples of the questions lie between (Efron's
     percentile bootstrap). What other questions of the same kind would have given, roughly."""
-    drawn = [figures(metric, mean) for mean in resampled_means(rows, resamples, seed)]
-    return {name: bounds([one[name] for one in drawn]) for name in drawn[0]}
+    samples = [figures(metric, mean) for mean in resampled_means(rows, resamples, seed)]
+    return {name: bounds([sample[name] for sample in samples]) for name in samples[0]}
 
 
 def fall(rows: np.ndarray, control: np.ndarray, resamples: int = RESAMPLES, seed: int = 0):
@@ -74,7 +65,7 @@ def fall(rows: np.ndarray, control: np.ndarray, resamples: int = RESAMPLES, seed
 
 
 def resampled_means(rows: np.ndarray, resamples: int, seed: int):
-    """Draw as many questions as there are, with putting back; yield the mean row of each draw."""
+    """Draw as many questions as there are, with replacement; yield the mean row of each draw."""
     rng, count = np.random.default_rng(seed), len(rows)
     for _ in range(resamples):
         times = np.bincount(rng.integers(count, size=count), minlength=count)
@@ -187,9 +178,9 @@ def chosen_letter(answer: str, options: dict[str, str]) -> str | None:
     """
     letters, text = "".join(options) or "ABCDEFGHIJ", answer.strip()
     ends = r"""[.:,;)\]*"'、。：，）]|\s*$"""
-    found = re.match(rf"""[(\[*"'\s（]*([{letters}])(?:{ends})""", text, re.I)
-    if found:
-        return found[1].upper()
+    first = re.match(rf"""[(\[*"'\s（]*([{letters}])(?:{ends})""", text, re.I)
+    if first:
+        return first[1].upper()
     named = re.findall(
         rf"""(?:(?i:answer|option|choice)(?i:\s+is)?|答案|选项?|选择)[是为]?[\s:：(（*"']*"""
         rf"""([{letters}](?![\w'])|[{letters.lower()}](?={ends}))""", text)
@@ -199,14 +190,14 @@ def chosen_letter(answer: str, options: dict[str, str]) -> str | None:
     alone = set(re.findall(rf"(?<![\w'])[{letters}](?![\w'])", capitals))
     if len(alone) == 1:
         return alone.pop()
-    plain = bare(text)
-    texts = {letter: bare(option) for letter, option in options.items() if bare(option)}
-    meant = ([letter for letter, option in texts.items() if option == plain]
-             or [letter for letter, option in texts.items() if option in plain])
-    return meant[0] if len(meant) == 1 else None
+    text = normalize_answer(text)
+    options = {letter: normalize_answer(option) for letter, option in options.items()}
+    matches = ([letter for letter, option in options.items() if option and option == text]
+               or [letter for letter, option in options.items() if option and option in text])
+    return matches[0] if len(matches) == 1 else None
 
 
-def bare(text: str) -> str:
+def normalize_answer(text: str) -> str:
     return text.casefold().strip().rstrip(".。 ")
 
 
@@ -222,10 +213,10 @@ def yesno_row(answer: str, question) -> tuple:
     if truth is None:
         raise ValueError(f"{question.where}: the true answer {question.truth[:60]!r} is neither "
                          "yes nor no; try --metric exact")
-    found = yes_or_no(answer)
-    yes = found != "no"  # whoever does not say no has said yes, by POPE's rule
+    said = yes_or_no(answer)
+    yes = said != "no"  # whoever does not say no has said yes, by POPE's rule
     return (float(yes == (truth == "yes")), float(yes and truth == "yes"),
-            float(yes and truth == "no"), float(not yes and truth == "yes"), float(found is None))
+            float(yes and truth == "no"), float(not yes and truth == "yes"), float(said is None))
 
 
 def yes_or_no(answer: str) -> str | None:
@@ -236,3 +227,36 @@ def yes_or_no(answer: str) -> str | None:
     if words & NO or NO_CHINESE.search(first):
         return "no"
     return "yes" if words & YES or YES_CHINESE.search(first) else None
+
+
+def yesno_figures(mean: list[float]) -> dict[str, float]:
+    right, tp, fp, fn, unclear = mean
+    return {"accuracy": right, "precision": ratio(tp, tp + fp), "recall": ratio(tp, tp + fn),
+            "f1": ratio(2 * tp, 2 * tp + fp + fn), "yes_ratio": tp + fp, "unclear": unclear}
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def one_by_one(row: Callable) -> Callable:
+    return lambda answers, questions: [row(*pair) for pair in zip(answers, questions)]
+
+
+SHORT = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+METRICS = {
+    # the same text, but for white space at its two ends
+    "exact": Metric("exact answers to", one_by_one(exact_row), lambda mean: {"exact": mean[0]},
+                    stop_after_truth=True),
+    # ten people were asked, and an answer that three of them gave is right
+    "vqa": Metric("VQA accuracy on", one_by_one(vqa_row), lambda mean: {"vqa_accuracy": mean[0]},
+                  SHORT, stop_after_truth=True),
+    # the letter of a multiple choice (MMStar, MMBench, ScienceQA)
+    "choice": Metric("right letters to", one_by_one(choice_row),
+                     lambda mean: {"accuracy": mean[0], "letter_found": mean[1]}, LETTER),
+    # POPE: also precision, recall, F1, and how often the answer is yes
+    "yesno": Metric("right with yes or no on", one_by_one(yesno_row), yesno_figures, SHORT),
+    # COCO captions, in captions.py. CIDEr is no share: published figures are times 100, without %
+    "caption": Metric("CIDEr of the captions to", measure_captions,
+                      lambda mean: {"cider": mean[0], "bleu4": bleu4(mean[1:])}, unit=""),
+}

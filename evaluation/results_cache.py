@@ -1,12 +1,12 @@
-"""Answers on disk as they come, so that a scoring that was killed goes on where it stood.
+"""Answers on disk as they come, so that a scoring that was killed goes on where it stopped.
 
-    answers of a batch -> Journal.add -> a line each        killed here, the same command again:
-    a file, and what is asked of whom -> Journal -> known -> these are not asked again
+    answers of a batch -> ResultsCache.add -> one line each     killed here, the same command again:
+    file and key -> ResultsCache -> answers, errors             these questions are not asked again
 
-The first line says who is asked what: the model's files, the questions, the settings. If any of it
-is not as it was, the old answers count no more: the file is renamed to *.old and it is said why.
+The first line is the key: the model's files, the questions, the settings. If any of it differs, the
+old answers do not count: the file is renamed to *.old, and a message says why.
 
-Two processes must not write into one journal: locked(directory) holds a lock for the time of a run,
+Two processes must not write into one cache: locked(directory) holds a lock for the time of a run,
 and each batch is written only below the first line that this run began with.
 """
 
@@ -51,42 +51,46 @@ def lock(file) -> None:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-class Journal:
-    """about: {name: value}, JSON. known: {number of a question: its answer}; skipped: {number:
-    why it could not be asked}."""
+class ResultsCache:
+    """answers: {index of a question: answer}; errors: {index: why it could not be asked}.
 
-    def __init__(self, file, about: dict):
-        self.file, self.known, self.skipped = Path(file), {}, {}
+    key: {name: value}, JSON.
+    """
+
+    def __init__(self, file, key: dict):
+        self.file, self.answers, self.errors = Path(file), {}, {}
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        about = json.loads(json.dumps(about))  # as it will be read: a tuple is a list
-        lines, changed = self.file.read_bytes().split(b"\n") if self.file.is_file() else [], []
+        key = json.loads(json.dumps(key))  # as it will be read: a tuple is a list
+        lines = self.file.read_bytes().split(b"\n") if self.file.is_file() else []
+        differences = []
         if len(lines) > 1:
-            earlier = parsed(lines[0]).get("about")
-            changed = (changes(earlier, about) if isinstance(earlier, dict)
-                       else ["its first line cannot be read"])
-        if len(lines) < 2 or changed:
-            if changed:
+            old_key = parse_object(lines[0]).get("key")
+            differences = (changes(old_key, key) if isinstance(old_key, dict)
+                           else ["its first line cannot be read"])
+        if len(lines) < 2 or differences:
+            if differences:
                 old = self.file.with_name(self.file.name + ".old")
                 self.file.replace(old)
-                print(f"{self.file} holds answers to something else: {'; '.join(changed)}. It is "
-                      f"{old.name} now, and every question is asked anew.", file=sys.stderr)
-            lines = [json.dumps({"about": about}, ensure_ascii=False).encode(), b""]
+                print(f"{self.file} holds answers to something else: {'; '.join(differences)}. It "
+                      f"is {old.name} now, and every question is asked anew.", file=sys.stderr)
+            lines = [json.dumps({"key": key}, ensure_ascii=False).encode(), b""]
             self.file.write_bytes(b"\n".join(lines))
         self.header = lines[0]
         self._read(lines[1:])
 
     def _read(self, lines: list[bytes]) -> None:
-        """lines: all that ends with a line break, and what the last break is followed by."""
+        """lines: all that ends with a line break, and what follows the last break."""
         *whole, torn = lines
         broken = 0
-        for line in map(parsed, whole):
-            if isinstance(line.get("number"), int) and isinstance(line.get("answer"), str):
-                self.known[line["number"]] = line["answer"]
-            elif isinstance(line.get("number"), int) and isinstance(line.get("skipped"), str):
-                self.skipped[line["number"]] = line["skipped"]
+        for line in map(parse_object, whole):
+            index, answer, error = (line.get(name) for name in ("index", "answer", "error"))
+            if isinstance(index, int) and isinstance(answer, str):
+                self.answers[index] = answer
+            elif isinstance(index, int) and isinstance(error, str):
+                self.errors[index] = error
             else:
                 broken += 1
-        if torn:  # killed while it wrote: what comes next must not join the half line
+        if torn:  # killed while it wrote: the next line must not join the half line
             size = self.file.stat().st_size - len(torn)
             with open(self.file, "r+b") as file:
                 file.truncate(size)
@@ -94,10 +98,10 @@ class Journal:
             print(f"{self.file}: {broken + bool(torn)} broken lines; their questions are asked "
                   "again", file=sys.stderr)
 
-    def add(self, answers: dict[int, str], skipped: dict[int, str]) -> None:
+    def add(self, answers: dict[int, str], errors: dict[int, str]) -> None:
         """ValueError when the file is no longer the one that this run began or went on with."""
-        lines = [{"number": i, "answer": answer} for i, answer in answers.items()]
-        lines += [{"number": i, "skipped": reason} for i, reason in skipped.items()]
+        lines = [{"index": i, "answer": answer} for i, answer in answers.items()]
+        lines += [{"index": i, "error": reason} for i, reason in errors.items()]
         with open(self.file, "a+b") as file:  # one write, closed at once: a kill tears one line
             file.seek(0)
             if file.readline() != self.header + b"\n":
@@ -106,26 +110,26 @@ class Journal:
                     "says who is asked what here, so no answer was added. Give the same command "
                     "again when nobody else writes there, or give another --report DIR.")
             file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
-        self.known.update(answers)
-        self.skipped.update(skipped)
+        self.answers.update(answers)
+        self.errors.update(errors)
 
     def has(self, i: int) -> bool:
-        return i in self.known or i in self.skipped
+        return i in self.answers or i in self.errors
 
 
-def parsed(line: bytes) -> dict:
+def parse_object(line: bytes) -> dict:
     try:
-        found = json.loads(line)
+        value = json.loads(line)
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
-def changes(earlier: dict, now: dict) -> list[str]:
+def changes(old: dict, new: dict) -> list[str]:
     """What differs, by name: ["batch_size was 64, now it is 32", ...]"""
     def short(value) -> str:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         return text if len(text) <= 60 else text[:28] + "..." + text[-28:]
 
-    return [f"{name} was {short(earlier.get(name))}, now it is {short(now.get(name))}"
-            for name in {**earlier, **now} if earlier.get(name) != now.get(name)]
+    return [f"{name} was {short(old.get(name))}, now it is {short(new.get(name))}"
+            for name in {**old, **new} if old.get(name) != new.get(name)]

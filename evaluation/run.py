@@ -1,13 +1,13 @@
-"""`eval.py --data`: files -> questions -> answers -> scores, beside what is scored without looking.
+"""`eval.py --data`: files -> questions -> predictions -> scores, beside those without seeing.
 
-    files -> open_questions -> questions -> answers of the model            -> table
-                            -> without a picture, with a wrong picture      -> answers.jsonl
-                            -> with --report: of stage one, of an untrained -> scores.json
-                               projector                                    -> PNG files
+    files -> open_questions -> questions -> answers of the model            -> a table
+                            -> without an image, with another one           -> answers.jsonl
+                            -> with --report: of stage one, of a random     -> scores.json
+                               projector                                    -> two PNG files
 
-Answers are on disk as soon as a batch is done (OUT/journal, see journal.py): the same command goes
-on where it was killed, and asks nothing twice. OUT is --report DIR, or out/scores/NAME, a NAME for
-each model and data (result_name). Only one process at a time scores into one OUT.
+Answers are on disk as soon as a batch is done (OUT/cache, see results_cache.py): the same command
+goes on where it was killed, and asks nothing twice. OUT is --report DIR, or out/scores/NAME, a NAME
+for each model and data (result_name). Only one process at a time scores into one OUT.
 """
 
 import hashlib
@@ -23,97 +23,94 @@ from dataset.readers.formats import data_hash
 from dataset.readers.mixture import open_mixture, split_source
 from evaluation.benchmarks import open_benchmark
 from evaluation.eval_samples import read_questions
-from evaluation.metrics import measure
+from evaluation.metrics import METRICS, measure
 from evaluation.report import contact_sheet, loss_curve, write_scores
-from evaluation.results_cache import Journal, changes, locked
-from evaluation.score import answer_all, share, table, with_wrong_picture, without_picture
-from evaluation.summary import TITLES, UNITS, WORDS, judged, told, write_answers
+from evaluation.results_cache import ResultsCache, changes, locked
+from evaluation.score import Predictor, with_shuffled_images, without_images
+from evaluation.summary import (
+    CONDITIONS,
+    accuracy,
+    format_summary,
+    summarize,
+    table,
+    write_predictions,
+)
 from model.pretrained.checkpoint import STEP, find_model, read_run
 from model.pretrained.files import file_hashes, sha256
 from model.pretrained.hub import resolve
 from model.projector import Projector
-from training.setup import free_name, matching
+from training.data import matching
+from training.inference import load_model
+from training.writable import free_name
 
 LISTED = 5  # unusable samples named on the screen; scores.json counts them all
 CHECKPOINT_FILES = ("model.safetensors", "config.json", "tokenizer.json",
                     "preprocessor_config.json")
-# What lies in OUT beside the journal; scores.json says whose they are, so it is moved last.
+# What lies in OUT beside the cache; scores.json says whose they are, so it is moved last.
 RESULTS = ("answers.jsonl", "contact_sheet.png", "loss.png", "scores.json")
 NAME_BYTES = 60  # of a model and of a file in result_name: some file systems take 143 in all
 
 
-def evaluate(flags, load, checkpoint, model, template, processor) -> None:
-    """checkpoint: the directory that the model was loaded from, or "none" for --language alone.
-    load: eval.py's own function, to load the model of stage one in the same way.
-    """
+def evaluate(flags, checkpoint, model, template, processor) -> None:
+    """checkpoint: the directory that the model was loaded from, or "none" for --language alone."""
+    # 1. Read the questions, and refuse a metric that does not fit before hours of answering.
     metric, data = open_questions(flags)
     questions, bad = read_questions(data, flags.limit)
-    name = " ".join(flags.data)
+    data_name = " ".join(flags.data)
     if not questions:
-        raise ValueError(f"--data {name}: no question to score in {len(data)} samples"
+        raise ValueError(f"--data {data_name}: no question to score in {len(data)} samples"
                          + (f"; the first problem is {bad[0]}" if bad else ""))
-    tell_bad(bad)
-    check_truths(metric, questions)
-    asked = about_questions(flags, metric, questions, template, model)
-    this = model_files(flags, checkpoint)
-    scored = {"name": result_name(flags, checkpoint), "model": model_name(flags, checkpoint),
-              "data": name, "asked": {**this, **asked}}
-    out = Path(flags.report or Path("out") / "scores" / scored["name"])
-    answers, rows, skipped = {}, {}, {"data": len(bad)}
-
-    def ask(condition: str, model, questions, who: dict) -> None:
-        journal = Journal(out / "journal" / f"{condition}.jsonl",
-                          {"condition": condition, **who, **asked})
-        answered, unusable = run(WORDS[condition], model, template, processor, questions, flags,
-                                 cuts(metric), journal)
-        skipped[condition] = len(unusable)
-        if answered:
-            rows[condition] = measure(metric, [a.answer for a in answered],
-                                      [a.question for a in answered])
-            answers[condition] = [replace(a, score=float(row[0]))
-                                  for a, row in zip(answered, rows[condition])]
-
-    with locked(out / "journal"):
-        make_room(out, scored)
-        runs = runs_of(checkpoint) if flags.report else []
-        if len(runs) == 2:
-            earlier, _, _ = load(flags, str(runs[0]))
-            who = model_files(flags, runs[0])
-            ask("pretrain", earlier, questions, who)
-            earlier.projector = untrained_projector(earlier)
-            ask("before", earlier, questions, {**who, "projector": "noise"})
-        ask("sft", model, questions, this)
-        if "sft" not in answers:
-            raise ValueError(f"--data {name}: none of the {len(questions)} questions could be "
-                             "asked")
-        if any(q.images for q in questions):
-            ask("no_picture", model, without_picture(questions), this)
-            ask("wrong_picture", model, with_wrong_picture(questions), this)
-
-        print(f"\n{TITLES[metric]} {len(answers['sft']):,} questions of {name}\n")
-        print(table(answers["sft"], UNITS.get(metric, "%")))
-        details = {"scored": scored, "metric": metric,
-                   "questions": {c: len(a) for c, a in answers.items()},
-                   "skipped": skipped, **judged(metric, answers, rows)}
-        print("\n" + told(metric, details))
-        write_answers(answers, out / "answers.jsonl")
-        report(flags, out, answers, runs, details)
-
-
-def check_truths(metric: str, questions: list) -> None:
-    """ValueError when the data has no truths of this kind: before hours of answering."""
+    print_skipped(bad)
     some = questions[:1] if metric == "caption" else questions
     measure(metric, [q.truth for q in some], some)
+
+    # 2. All that an answer depends on: the key of the cache.
+    settings = answer_settings(flags, metric, questions, template, model)
+    scored = {"name": result_name(flags, checkpoint), "model": model_name(flags, checkpoint),
+              "data": data_name, "key": {**model_files(flags, checkpoint), **settings}}
+    out = Path(flags.report or Path("out") / "scores" / scored["name"])
+    predictions, rows, skipped = {}, {}, {"data": len(bad)}
+    with locked(out / "cache"):
+        make_room(out, scored)
+
+        # 3. Ask the questions under each condition, and score the answers.
+        runs = runs_of(checkpoint) if flags.report else []
+        ours = Predictor(model, template, processor, flags.batch_size, flags.max_new_tokens,
+                         METRICS[metric].stop_after_truth)
+        for name, predictor, subset, files in conditions(flags, runs, checkpoint, ours, questions):
+            cache = ResultsCache(out / "cache" / f"{name}.jsonl",
+                                 {"condition": name, **files, **settings})
+            answered, bad = predict(CONDITIONS[name], predictor, subset, cache)
+            skipped[name] = len(bad)
+            if answered:
+                rows[name] = measure(metric, [p.answer for p in answered],
+                                     [p.question for p in answered])
+                predictions[name] = [replace(p, score=float(row[0]))
+                                     for p, row in zip(answered, rows[name])]
+        if "sft" not in predictions:
+            raise ValueError(f"--data {data_name}: none of the {len(questions)} questions could be "
+                             "asked")
+
+        # 4. Count, print and write.
+        print(f"\n{METRICS[metric].title} {len(predictions['sft']):,} questions of {data_name}\n")
+        print(table(predictions["sft"], METRICS[metric].unit))
+        details = {"scored": scored, "metric": metric,
+                   "questions": {c: len(p) for c, p in predictions.items()},
+                   "skipped": skipped, **summarize(metric, predictions, rows)}
+        print("\n" + format_summary(metric, details))
+        write_results(flags, out, predictions, runs, details)
 
 
 def open_questions(flags) -> tuple[str, object]:
     """-> the metric, and what read_questions reads."""
+    if flags.metric not in ("auto", *METRICS):
+        raise ValueError(f"--metric {flags.metric}: expected auto, {', '.join(METRICS)}")
     if flags.data == ["emoji"]:
         from dataset.emoji.world import EmojiData  # here: other data has no use for it
 
         metric, data = "exact", EmojiData("test")
     else:
-        files = [name for file in flags.data for name in matching(file)]
+        files = data_files(flags)
         for file in files:
             if split_source(file)[1] != 1:
                 raise ValueError(f"--data {file}: a weight says how often training sees a sample, "
@@ -124,23 +121,44 @@ def open_questions(flags) -> tuple[str, object]:
     return metric if flags.metric == "auto" else flags.metric, data
 
 
+def conditions(flags, runs: list[Path], checkpoint, predictor: Predictor, questions: list):
+    """Yield (condition, predictor, questions, the model's files)."""
+    if len(runs) == 2:
+        model, _, _ = load_model(flags, str(runs[0]))
+        earlier, files = replace(predictor, model=model), model_files(flags, runs[0])
+        yield "pretrain", earlier, questions, files
+        model.projector = random_projector(model)
+        yield "before", earlier, questions, {**files, "projector": "random"}
+        del model, earlier  # its memory is free for the answers of the next one
+    files = model_files(flags, checkpoint)
+    yield "sft", predictor, questions, files
+    if any(q.images for q in questions):
+        yield "no_picture", predictor, without_images(questions), files
+        yield "wrong_picture", predictor, with_shuffled_images(questions), files
+
+
 # ---------------------------------------------------------------- where the scores lie
 
 
 def result_name(flags, checkpoint) -> str:
-    """MODEL-DATA-HASH, a directory's name: the same for the same model and data, whatever else is
-    asked. The hash is of where both lie, for there may be a second data.jsonl elsewhere."""
-    files = [file for given in flags.data for file in matching(given)]
+    """MODEL-DATA-HASH, a directory's name: the same for the same model and data, whatever the
+    other settings. The hash is of where both lie, for there may be a second data.jsonl elsewhere.
+    """
+    files = data_files(flags)
     model = resolve(model_name(flags, checkpoint)) if checkpoint == "none" else Path(checkpoint)
     emoji = flags.data == ["emoji"]
-    places = [model.resolve(), *("emoji" if emoji else Path(file).resolve() for file in files)]
+    paths = [model.resolve(), *("emoji" if emoji else Path(file).resolve() for file in files)]
     shown = "-".join(model.resolve().parts[-2:] if STEP.fullmatch(model.resolve().name)
                      else [Path(model_name(flags, checkpoint)).resolve().name])
     names = [shown, Path(files[0]).name + ("-and-more" if len(files) > 1 else "")]
     names = ["".join(c if c.isalnum() or c in "-_." else "_" for c in name) for name in names]
     names = [name.encode()[:NAME_BYTES].decode(errors="ignore") for name in names]
-    digest = hashlib.sha256(json.dumps(list(map(str, places))).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(list(map(str, paths))).encode()).hexdigest()
     return "-".join([*names, digest[:8]])
+
+
+def data_files(flags) -> list[str]:
+    return [file for source in flags.data for file in matching(source)]
 
 
 def model_name(flags, checkpoint) -> str:
@@ -148,44 +166,43 @@ def model_name(flags, checkpoint) -> str:
 
 
 def make_room(out: Path, scored: dict) -> None:
-    """Scores of another model or of other data that lie in OUT are moved to OUT/earlier_N: nobody's
-    scores are overwritten, nor mixed with these. Those of the same two, by their places, will be
-    replaced; if one of them was made anew, or a setting is another one, it is said."""
+    """Scores of another model or of other data that lie in OUT are moved to OUT/earlier_N: no
+    scores are overwritten, nor mixed with these. Those of the same two will be replaced; if the
+    model was trained anew, or a setting differs, a message says so."""
     file = out / "scores.json"
     if not file.is_file():
         return
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))["details"]["scored"]
-        name, changed = found["name"], changes(found["asked"], scored["asked"])
-        whose = f"{found['model']} on {found['data']}"
-    except (ValueError, KeyError, TypeError, AttributeError):  # of an older eval.py, or torn
-        name, changed, whose = None, [], "a model that it does not name"
+        old = json.loads(file.read_text(encoding="utf-8"))["details"]["scored"]
+        name, differences = old["name"], changes(old["key"], scored["key"])
+        title = f"{old['model']} on {old['data']}"
+    except (ValueError, KeyError, TypeError, AttributeError):  # torn, or not of eval.py
+        name, differences, title = None, [], "a model that it does not name"
     if name != scored["name"]:
         aside = free_name(out, "earlier")
         aside.mkdir()
         for each in RESULTS:
             if (out / each).exists():
                 (out / each).rename(aside / each)
-        print(f"{file} held scores of {whose}. They were moved to {aside}.", file=sys.stderr)
-    elif changed:
-        print(f"{file} holds scores of {whose} as they were before: {'; '.join(changed)}. They "
+        print(f"{file} held scores of {title}. They were moved to {aside}.", file=sys.stderr)
+    elif differences:
+        print(f"{file} holds scores of {title} as they were before: {'; '.join(differences)}. They "
               "are replaced when this scoring has ended.", file=sys.stderr)
 
 
-# ---------------------------------------------------------------- who is asked what
+# ---------------------------------------------------------------- what an answer depends on
 
 
-def about_questions(flags, metric: str, questions: list, template, model) -> dict:
-    """All that an answer depends on beside the model's files, by name: see Journal."""
-    text = hashlib.sha256()
+def answer_settings(flags, metric: str, questions: list, template, model) -> dict:
+    """All that an answer depends on beside the model's files, by name: see ResultsCache."""
+    digest = hashlib.sha256()
     for q in questions:
-        said = [[m.role, m.content] for m in q.messages]
-        text.update(json.dumps([said, q.truths, q.where, len(q.images)]).encode())
-    files = [] if flags.data == ["emoji"] else [
-        data_hash(name) for file in flags.data for name in matching(file)]
+        turns = [[m.role, m.content] for m in q.messages]
+        digest.update(json.dumps([turns, q.truths, q.where, len(q.images)]).encode())
+    files = [] if flags.data == ["emoji"] else list(map(data_hash, data_files(flags)))
     weight = next(model.parameters())
-    return {"data": files, "questions": text.hexdigest(), "images": flags.images,
-            "system": template.default_system, "cut": cuts(metric),
+    return {"data": files, "questions": digest.hexdigest(), "images": flags.images,
+            "system": template.default_system, "stop_after_truth": METRICS[metric].stop_after_truth,
             "batch_size": flags.batch_size, "max_new_tokens": flags.max_new_tokens,
             "dtype": str(weight.dtype), "quantize": flags.quantize,
             "device": weight.device.type}
@@ -197,11 +214,6 @@ def model_files(flags, checkpoint) -> dict:
         return {"model": file_hashes(resolve(model_name(flags, checkpoint)))}
     return {"model": {name: sha256(Path(checkpoint) / name) for name in CHECKPOINT_FILES
                       if (Path(checkpoint) / name).is_file()}}
-
-
-def cuts(metric: str) -> bool:
-    """Whether an answer that is longer than the longest truth is wrong whatever follows."""
-    return metric in ("exact", "vqa")
 
 
 def runs_of(checkpoint) -> list[Path]:
@@ -219,51 +231,51 @@ def runs_of(checkpoint) -> list[Path]:
         return [checkpoint]
 
 
-def untrained_projector(model) -> Projector:
-    """Noise in the place of what stage one learned."""
+def random_projector(model) -> Projector:
+    """In the place of what stage one learned."""
     torch.manual_seed(0)
     weight = next(model.projector.parameters())
     return Projector(model.config.projector).to(weight.device, weight.dtype).eval()
 
 
-# ---------------------------------------------------------------- asking
+# ---------------------------------------------------------------- asking and writing
 
 
-def run(name: str, model, template, processor, questions, flags, cut: bool, journal) -> tuple:
-    """Answer all the questions, with a line of progress on stderr -> answered, unusable."""
-    if journal.known:
-        print(f"{name}: {len(journal.known):,} answers are in {journal.file} already",
+def predict(title: str, predictor: Predictor, questions: list, cache: ResultsCache) -> tuple:
+    """Answer all the questions, with a line of progress on stderr -> predictions, unusable."""
+    if cache.answers:
+        print(f"{title}: {len(cache.answers):,} answers are in {cache.file} already",
               file=sys.stderr)
     started = time.monotonic()
 
-    def progress(done: int, of: int) -> None:
+    def progress(done: int, total: int) -> None:
         seconds = time.monotonic() - started
-        if done == of:
-            print(f"\r{name}: {done:,}/{of:,} in {seconds:.0f} s" + " " * 16, file=sys.stderr)
+        if done == total:
+            print(f"\r{title}: {done:,}/{total:,} in {seconds:.0f} s" + " " * 16, file=sys.stderr)
         elif sys.stderr.isatty():
-            print(f"\r{name}: {done:,}/{of:,}, {seconds / done * (of - done):.0f} s left   ",
+            print(f"\r{title}: {done:,}/{total:,}, {seconds / done * (total - done):.0f} s left   ",
                   end="", file=sys.stderr, flush=True)
 
-    answered, bad = answer_all(model, template, processor, questions, flags.batch_size,
-                               flags.max_new_tokens, progress, cut, journal)
-    tell_bad(bad)
-    return answered, bad
+    predictions, bad = predictor.predict(questions, cache, progress)
+    print_skipped(bad)
+    return predictions, bad
 
 
-def tell_bad(bad: list) -> None:
+def print_skipped(bad: list) -> None:
     for sample in bad[:LISTED]:
         print(f"skipped {sample}", file=sys.stderr)
     if bad:
         print(f"{len(bad)} could not be used and are not counted", file=sys.stderr)
 
 
-def report(flags, out: Path, answers: dict, runs: list[Path], details: dict) -> None:
-    """scores.json always; with --report the pictures too."""
-    shares = {name: share(answers[name]) for name in WORDS if name in answers}
-    write_scores(shares, answers["sft"], out / "scores.json", details)
+def write_results(flags, out: Path, predictions: dict, runs: list[Path], details: dict) -> None:
+    """scores.json and answers.jsonl always; with --report the PNG files too."""
+    write_predictions(predictions, out / "answers.jsonl")
+    scores = {name: accuracy(predictions[name]) for name in CONDITIONS if name in predictions}
+    write_scores(scores, predictions["sft"], out / "scores.json", details)
     written = ["scores.json", "answers.jsonl"]
-    if flags.report and any(a.question.images for a in answers["sft"]):
-        if not contact_sheet(answers["sft"], out / "contact_sheet.png"):
+    if flags.report and any(p.question.images for p in predictions["sft"]):
+        if not contact_sheet(predictions["sft"], out / "contact_sheet.png"):
             print("no font here can write all the Chinese of these answers: their cards are not "
                   "on the contact sheet (the package fonts-noto-cjk would help)")
         written.append("contact_sheet.png")

@@ -1,11 +1,11 @@
-"""Asking every question, and counting: questions -> answers -> shares and a table.
+"""Asking every question, in batches, and the two controls that tell seeing from guessing.
 
-    data -> read_questions -> [Question] -> answer_all -> [Answered] -> share, by_tag, table
+    [Question] -> Predictor.predict -> [Prediction]        summary.py counts them
 
-Two control conditions tell seeing from guessing: the same questions without their picture, and
-with the picture of another one.
+The controls are the same questions without their image, and with the image of another one.
 """
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,17 +14,18 @@ import torch
 from dataset.chat import IMAGE, Message
 from dataset.images import load_image
 from dataset.sample import BadSample
-from evaluation.eval_samples import Question, questions_of, read_questions
+from evaluation.batched_generation import generate_batch
+from evaluation.eval_samples import Question
 from evaluation.metrics import is_exact
-from model.generate import decoder_of, generate_batch
+from model.generate import language_model_of
+from training.validation import ShuffledImages
 
-__all__ = ["Answered", "Question", "answer_all", "by_tag", "questions_of", "read_questions",
-           "share", "table", "with_wrong_picture", "without_picture"]
 WINDOW = 16  # batches whose questions are sorted by length together, for less padding
+UNREADABLE = (OSError, ValueError, BadSample)  # an image that is damaged, or too long and thin
 
 
 @dataclass(frozen=True)
-class Answered:
+class Prediction:
     question: Question
     answer: str
     score: float | None = None  # by the metric of the data; None: not scored yet, exact then
@@ -36,15 +37,15 @@ class Answered:
             else self.score
 
     @property
-    def right(self) -> bool:
+    def correct(self) -> bool:
         return self.points >= 0.5
 
 
 # ---------------------------------------------------------------- control conditions
 
 
-def without_picture(questions: list[Question]) -> list[Question]:
-    """The same words, no picture: what can be known from the question alone."""
+def without_images(questions: list[Question]) -> list[Question]:
+    """The same text, no image: what can be known from the question alone."""
     def blind(message: Message) -> Message:
         if not message.images:
             return message
@@ -54,95 +55,134 @@ def without_picture(questions: list[Question]) -> list[Question]:
             for q in questions if q.images]
 
 
-def with_wrong_picture(questions: list[Question]) -> list[Question]:
-    """Each question with the pictures of another one: the next, in a circle, with the same tags,
-    another truth and other pictures. A question for which there is none is left out.
+def with_shuffled_images(questions: list[Question]) -> list[Question]:
+    """Each question with the images of another one: the next, in a circle, with the same tags,
+    another truth and other images. A question for which there is none is left out. The circle has
+    the questions of each truth at equal distances, so that the next one is never far.
     """
-    groups = {}  # of questions that may lend each other pictures, by their places
-    for place, q in enumerate(questions):
+    groups = {}  # indices of questions that may lend each other images
+    for i, q in enumerate(questions):
         if q.images:
-            key = len(q.images), tuple(sorted(q.tags.items()))
-            groups.setdefault(key, []).append(place)
-    lent = {}
-    for places in groups.values():
-        count = len(places)
-        # For each member, how far it is to the next with another truth: from the back to the
-        # front, twice around, so that long runs of one truth are walked once and not each time.
-        far = [count] * count
-        for k in reversed(range(2 * count)):
-            here, after = questions[places[k % count]], questions[places[(k + 1) % count]]
-            far[k % count] = 1 if here.truth != after.truth else far[(k + 1) % count] + 1
-        for k, place in enumerate(places):
-            question, step = questions[place], far[k]
-            while step < count:
-                other = questions[places[(k + step) % count]]
-                if (other.truth != question.truth and other.where != question.where
-                        and other.images != question.images):
-                    lent[place] = replace(question, images=other.images)
-                    break
-                step += 1
-    return [lent[place] for place in sorted(lent)]
+            groups.setdefault((len(q.images), *sorted(q.tags.items())), []).append(i)
+    shuffled = {}
+    for members in groups.values():
+        totals, ranks, circle = Counter(questions[i].truth for i in members), Counter(), []
+        for i in members:
+            ranks[questions[i].truth] += 1
+            circle.append((ranks[questions[i].truth] / totals[questions[i].truth], i))
+        members = [i for _, i in sorted(circle)]
+        group = [questions[i] for i in members]
+        if len(totals) == 1:  # none can lend: do not compare each with all others
+            continue
+        data = ShuffledImages(group, lambda q, other: q.truth != other.truth
+                              and q.where != other.where)
+        for n, i in enumerate(members):
+            try:
+                shuffled[i] = data[n]
+            except BadSample:  # all others show the same image
+                pass
+    return [shuffled[i] for i in sorted(shuffled)]
 
 
 # ---------------------------------------------------------------- answering
 
 
-def answer_all(model, template, processor, questions: list[Question], batch_size: int = 64,
-               max_new_tokens: int = 256, progress=lambda done, of: None, cut: bool = True,
-               journal=None) -> tuple[list[Answered], list[BadSample]]:
-    """Answer greedily, questions about one picture together, which is then looked at once, and
-    prompts of like length; the order of the questions is kept.
+@dataclass(frozen=True)
+class Predictor:
+    """Answers questions greedily. template, processor: as load_model gives them.
 
-    cut: stop a little behind the longest truth of a batch, because who says more is wrong anyway.
-    journal: a Journal, whose answers are not asked for again; which questions stand together in
-    a batch does not depend on it, so that an answer is the same whenever it is asked for.
-    Also returned: the questions that cannot be asked, for a broken picture or for their length.
+    stop_after_truth: stop a little behind the longest truth of a batch, because a longer answer is
+    wrong whatever follows.
     """
-    limit = decoder_of(model).config.max_position_embeddings
-    prompts, bad = {}, []
-    for i, question in enumerate(questions):
-        ids = template.prompt(question.messages)
-        if len(ids) < limit:
-            prompts[i] = ids
-        else:
-            bad.append(BadSample(question.where, f"the prompt has {len(ids)} tokens, the model "
-                                                 f"takes fewer than {limit}"))
-    answers, skipped, done = {}, {}, 0
-    for window in windows(list(prompts), WINDOW * batch_size):
-        pictures = None
-        order = in_groups(window, prompts, questions)
-        for batch in windows(order, batch_size):
-            if journal and all(map(journal.has, batch)):
-                found = {i: journal.known[i] for i in batch if i in journal.known}
-                faults = {i: journal.skipped[i] for i in batch if i in journal.skipped}
+
+    model: torch.nn.Module
+    template: object
+    processor: object
+    batch_size: int = 64
+    max_new_tokens: int = 256
+    stop_after_truth: bool = True
+
+    def predict(self, questions: list[Question], cache=None,
+                progress=lambda done, total: None) -> tuple[list[Prediction], list[BadSample]]:
+        """-> predictions in the order of the questions, and the questions that cannot be asked.
+
+        Questions about one image stand together in a batch, and prompts of like length. cache: a
+        ResultsCache, whose questions are not asked again; the batches do not depend on it, so an
+        answer is the same whenever it is asked for.
+        """
+        prompts, bad = self.encode(questions)
+        answers, errors, done = {}, {}, 0
+        for window in chunks(list(prompts), WINDOW * self.batch_size):
+            images = None
+            for batch in chunks(by_image(window, prompts, questions), self.batch_size):
+                if cache and all(map(cache.has, batch)):
+                    answers |= {i: cache.answers[i] for i in batch if i in cache.answers}
+                    errors |= {i: cache.errors[i] for i in batch if i in cache.errors}
+                else:
+                    # In the order of the file, which may hold them: once, from front to back.
+                    images = images or fetch_all(questions[i].images for i in window)
+                    new, faults = self.answer_batch(
+                        {i: prompts[i] for i in batch},
+                        {i: images[image_key(questions[i].images)] for i in batch},
+                        self.longest_answer([questions[i] for i in batch]))
+                    if cache:
+                        cache.add(new, faults)
+                    answers |= new
+                    errors |= faults
+                done += len(batch)
+                progress(done, len(prompts))
+        bad += [BadSample(questions[i].where, errors[i]) for i in sorted(errors)]
+        return [Prediction(questions[i], answers[i]) for i in sorted(answers)], bad
+
+    def encode(self, questions: list[Question]) -> tuple[dict[int, list[int]], list[BadSample]]:
+        """-> {index: prompt ids}, and the questions that are too long for the model."""
+        limit = language_model_of(self.model).config.max_position_embeddings
+        prompts, bad = {}, []
+        for i, question in enumerate(questions):
+            ids = self.template.prompt(question.messages)
+            if len(ids) < limit:
+                prompts[i] = ids
             else:
-                # In the order of the file, which may hold them: once through, front to back.
-                if pictures is None:
-                    shown = {named(questions[i].images): questions[i].images for i in window}
-                    pictures = {name: fetch(images) for name, images in shown.items()}
-                found, faults = answer_batch(
-                    model, template, processor, {i: prompts[i] for i in batch},
-                    {i: pictures[named(questions[i].images)] for i in batch},
-                    longest_truth(template, [questions[i] for i in batch], max_new_tokens)
-                    if cut else max_new_tokens)
-                if journal:
-                    journal.add(found, faults)
-            answers.update(found)
-            skipped.update(faults)
-            done += len(batch)
-            progress(done, len(prompts))
-    bad += [BadSample(questions[i].where, skipped[i]) for i in sorted(skipped)]
-    return [Answered(questions[i], answers[i]) for i in sorted(answers)], bad
+                bad.append(BadSample(question.where, f"the prompt has {len(ids)} tokens, the model "
+                                                     f"takes fewer than {limit}"))
+        return prompts, bad
+
+    def longest_answer(self, questions: list[Question]) -> int:
+        """Tokens: those of the longest truth, and a few more to show how an answer goes wrong."""
+        if not self.stop_after_truth:
+            return self.max_new_tokens
+        longest = max(len(self.template.tokenizer.encode(truth))
+                      for q in questions for truth in q.truths)
+        return min(longest + 8, self.max_new_tokens)
+
+    def answer_batch(self, prompts: dict[int, list[int]], images: dict[int, tuple],
+                     max_new_tokens: int) -> tuple[dict[int, str], dict[int, str]]:
+        """-> {index: answer}, and {index: why it could not be asked}. Questions with the same
+        images share one tensor of pixels: they are read once, and encoded once."""
+        loaded, pixels, errors = {}, {}, {}
+        for i in prompts:
+            key = image_key(images[i])
+            try:
+                if key not in loaded:
+                    loaded[key] = read_pixels(images[i], self.processor)
+                pixels[i] = loaded[key]
+            except UNREADABLE as error:
+                errors[i] = str(error)
+        if not pixels:
+            return {}, errors
+        rows = generate_batch(self.model, [prompts[i] for i in pixels], list(pixels.values()),
+                              max_new_tokens, self.template.stop_ids)
+        return {i: self.template.tokenizer.decode(ids) for i, ids in zip(pixels, rows)}, errors
 
 
-def named(images: tuple) -> tuple:
-    """The same for the same pictures: a path and bytes are what they say, others are themselves."""
+def image_key(images: tuple) -> tuple:
+    """Equal for the same images: paths and bytes by what they are, others by identity."""
     return tuple(each if isinstance(each, (str, Path, bytes)) else id(each) for each in images)
 
 
-def in_groups(window: list[int], prompts: dict, questions: list[Question]) -> list[int]:
-    """Questions about the same pictures behind each other, and groups by their longest prompt."""
-    group = {i: named(questions[i].images) or i for i in window}
+def by_image(window: list[int], prompts: dict, questions: list[Question]) -> list[int]:
+    """Questions about the same images one after the other, and groups by their longest prompt."""
+    group = {i: image_key(questions[i].images) or i for i in window}
     longest, first = {}, {}
     for i in window:
         longest[group[i]] = max(longest.get(group[i], 0), len(prompts[i]))
@@ -150,91 +190,27 @@ def in_groups(window: list[int], prompts: dict, questions: list[Question]) -> li
     return sorted(window, key=lambda i: (longest[group[i]], first[group[i]], i))
 
 
-def windows(items: list, size: int) -> list[list]:
+def chunks(items: list, size: int) -> list[list]:
     return [items[start:start + size] for start in range(0, len(items), size)]
 
 
-def fetch(images: tuple) -> tuple:
-    """Pictures that wait to be read or drawn are; an error is kept, for when one is needed."""
-    def one(image):
+def fetch_all(several) -> dict[tuple, tuple]:
+    """Tuples of images -> {image_key: the images}. Those that are read or drawn on demand are, each
+    once; an error is kept until its image is needed."""
+    def fetch(image):
         try:
             return image() if callable(image) else image
-        except (OSError, ValueError, BadSample) as error:
+        except UNREADABLE as error:
             return error
 
-    return tuple(map(one, images))
+    distinct = {image_key(images): images for images in several}
+    return {key: tuple(map(fetch, images)) for key, images in distinct.items()}
 
 
-def longest_truth(template, questions: list[Question], max_new_tokens: int) -> int:
-    """Tokens, with a little room to show how somebody goes wrong."""
-    longest = max(len(template.tokenizer.encode(truth)) for q in questions for truth in q.truths)
-    return min(longest + 8, max_new_tokens)
-
-
-def answer_batch(model, template, processor, prompts: dict, pictures: dict,
-                 max_new_tokens: int) -> tuple[dict[int, str], dict[int, str]]:
-    """prompts {number: ids}, pictures {number: them} -> {number: answer}, and {number: why it
-    could not be asked}. Several numbers may have the very same pictures: then these are read once.
-    """
-    read, pixels, skipped = {}, {}, {}
-    for i in prompts:
-        shown = id(pictures[i])
-        try:
-            if shown not in read:
-                read[shown] = read_pixels(pictures[i], processor)
-            pixels[i] = read[shown]
-        except (OSError, ValueError, BadSample) as error:  # damaged, or too long and thin
-            skipped[i] = str(error)
-    if not pixels:
-        return {}, skipped
-    found = generate_batch(model, [prompts[i] for i in pixels], list(pixels.values()),
-                           max_new_tokens, template.stop_ids)
-    return {i: template.tokenizer.decode(ids) for i, ids in zip(pixels, found)}, skipped
-
-
-def read_pixels(images, processor):
-    """Pictures -> (N,3,H,W), or None when there are none. An error among them is raised."""
+def read_pixels(images: tuple, processor):
+    """-> (N,3,H,W), or None when there are none. An error among them is raised."""
     for image in images:
         if isinstance(image, Exception):
             raise image
     return torch.stack([processor(load_image(image, processor.draft)) for image in images]
                        ) if images else None
-
-
-# ---------------------------------------------------------------- counting
-
-
-def share(answered: list[Answered]) -> float:
-    """The mean score: the share of right answers, where each is right or wrong."""
-    return sum(a.points for a in answered) / len(answered) if answered else 0.0
-
-
-def by_tag(answered: list[Answered], tag: str) -> dict[str, float]:
-    """{value of the tag: share}, in the order of first appearance."""
-    groups = {}
-    for a in answered:
-        if tag in a.question.tags:
-            groups.setdefault(a.question.tags[tag], []).append(a)
-    return {value: share(group) for value, group in groups.items()}
-
-
-def table(answered: list[Answered], unit: str = "%") -> str:
-    """Shares by kind of question (rows) and by language (columns), times 100; tags that nobody has
-    are left out, so without any tag it is one line."""
-    languages = list(by_tag(answered, "language"))
-    kinds = list(by_tag(answered, "kind"))
-
-    def cells(rows: list[Answered]) -> str:
-        columns = [[a for a in rows if a.question.tags.get("language") == language]
-                   for language in languages]
-        shares = [f"{f'{100 * share(c):.1f}{unit}' if c else '-':>9}" for c in [*columns, rows]]
-        return "".join(shares) + f"{len(rows):11,}"
-
-    width = max(map(len, [*kinds, "question"])) + 1
-    lines = [f"{'question':{width}}" + "".join(f"{name:>9}" for name in [*languages, "all"])
-             + f"{'questions':>11}"]
-    for kind in kinds:
-        group = [a for a in answered if a.question.tags.get("kind") == kind]
-        lines.append(f"{kind:{width}}" + cells(group))
-    lines.append(f"{'all':{width}}" + cells(answered))
-    return "\n".join(lines)

@@ -1,93 +1,130 @@
-"""What the scores say: figures with their intervals, and whether the model looks at all.
+"""What the scores say: tables, figures with their intervals, and whether the model looks at all.
 
-    {condition: [Answered]}, {condition: rows} -> judged -> scores.json, told -> the terminal
-    {condition: [Answered]}                    -> write_answers -> answers.jsonl
+    [Prediction]                                        -> accuracy, by_tag, table
+    {condition: [Prediction]}, {condition: rows}        -> summarize -> scores.json
+    the figures of scores.json                          -> format_summary -> the terminal
+    {condition: [Prediction]}                           -> write_predictions -> answers.jsonl
 
-A condition is who was asked in which way: this model, or one of the stages before it; with the
-picture, without it, or with another one. What is left without the right picture can be had from
-the question alone: a score that does not fall is not seeing.
+A condition is a model (this one, or one of the stages before it) and a way of asking: with the
+image, without it, or with another one. What is left without the right image can be had from the
+question alone: a score that does not fall is not seeing.
 """
 
 import json
 from pathlib import Path
 
 from dataset.chat import IMAGE
-from evaluation.benchmarks import StoredPicture
-from evaluation.metrics import fall, figures, intervals
+from evaluation.benchmarks import StoredImage
+from evaluation.metrics import METRICS, fall, figures, intervals
+from evaluation.score import Prediction
 
-WORDS = {"before": "before training: a projector of noise", "pretrain": "after stage one",
-         "sft": "this model", "no_picture": "this model, picture withheld",
-         "wrong_picture": "this model, picture of another sample"}
-TITLES = {"exact": "exact answers to", "vqa": "VQA accuracy on", "choice": "right letters to",
-          "yesno": "right with yes or no on", "caption": "CIDEr of the captions to"}
-UNITS = {"caption": ""}  # CIDEr is no share: its published figures are times 100, without %
+CONDITIONS = {"before": "before training: a random projector", "pretrain": "after stage one",
+              "sft": "this model", "no_picture": "this model, image withheld",
+              "wrong_picture": "this model, image of another sample"}
 CONTROLS = {"no_picture": "is withheld", "wrong_picture": "is another one"}
 
 
-def judged(metric: str, answers: dict[str, list], rows: dict) -> dict:
-    """-> for scores.json: every figure with its interval, and how far the score falls without
-    the right picture: by the questions that were asked both ways, one by one."""
-    told, falls = {}, {}
-    for condition, found in rows.items():
-        between = intervals(metric, found)
-        told[condition] = {name: {"value": value, "low": between[name][0], "high": between[name][1]}
-                           for name, value in figures(metric, found.mean(0)).items()}
+def accuracy(predictions: list[Prediction]) -> float:
+    """The mean score: the share of right answers, where each is right or wrong."""
+    return sum(p.points for p in predictions) / len(predictions) if predictions else 0.0
+
+
+def by_tag(predictions: list[Prediction], tag: str) -> dict[str, float]:
+    """{value of the tag: accuracy}, in the order of first appearance."""
+    groups = {}
+    for p in predictions:
+        if tag in p.question.tags:
+            groups.setdefault(p.question.tags[tag], []).append(p)
+    return {value: accuracy(group) for value, group in groups.items()}
+
+
+def table(predictions: list[Prediction], unit: str = "%") -> str:
+    """Accuracy times 100 by kind of question (rows) and by language (columns); tags that no
+    question has are left out, so without any tag it is one line."""
+    languages, kinds = (list(by_tag(predictions, tag)) for tag in ("language", "kind"))
+
+    def cells(row: list[Prediction]) -> str:
+        columns = [[p for p in row if p.question.tags.get("language") == language]
+                   for language in languages]
+        values = [f"{100 * accuracy(c):.1f}{unit}" if c else "-" for c in [*columns, row]]
+        return "".join(f"{value:>9}" for value in values) + f"{len(row):11,}"
+
+    width = max(map(len, [*kinds, "question"])) + 1
+    lines = [f"{'question':{width}}" + "".join(f"{name:>9}" for name in [*languages, "all"])
+             + f"{'questions':>11}"]
+    for kind in kinds:
+        row = [p for p in predictions if p.question.tags.get("kind") == kind]
+        lines.append(f"{kind:{width}}" + cells(row))
+    return "\n".join([*lines, f"{'all':{width}}" + cells(predictions)])
+
+
+def summarize(metric: str, predictions: dict[str, list], rows: dict) -> dict:
+    """rows: {condition: measure's (Q,S)} -> for scores.json: every figure with its interval, and
+    how far the score falls without the right image, over the questions that were asked both ways.
+    """
+    summary, falls = {}, {}
+    for condition, values in rows.items():
+        between = intervals(metric, values)
+        summary[condition] = {
+            name: {"value": value, "low": between[name][0], "high": between[name][1]}
+            for name, value in figures(metric, values.mean(0)).items()}
+    index = {question_key(p): i for i, p in enumerate(predictions["sft"])}
     for condition in [name for name in CONTROLS if name in rows]:
-        place = {key(a): i for i, a in enumerate(answers["sft"])}
-        pairs = [(place[key(a)], j) for j, a in enumerate(answers[condition]) if key(a) in place]
+        pairs = [(index[question_key(p)], j) for j, p in enumerate(predictions[condition])
+                 if question_key(p) in index]
         if pairs:
-            ours, theirs = map(list, zip(*pairs))
-            value, low, high = fall(rows["sft"][ours], rows[condition][theirs])
+            ours, control = map(list, zip(*pairs))
+            value, low, high = fall(rows["sft"][ours], rows[condition][control])
             falls[condition] = {"value": value, "low": low, "high": high}
-    return {"figures": told, "falls": falls}
+    return {"figures": summary, "falls": falls}
 
 
-def key(answered) -> tuple:
-    """Of a question, whatever its picture: its sample and its turn."""
-    return answered.question.where, len(answered.question.messages)
+def question_key(prediction: Prediction) -> tuple:
+    """The same for a question with its image, without it and with another one."""
+    return prediction.question.where, len(prediction.question.messages)
 
 
-def told(metric: str, details: dict) -> str:
-    """The figures as a person reads them, and whether the model looks at all."""
-    unit, lines = UNITS.get(metric, "%"), []
+def format_summary(metric: str, details: dict) -> str:
+    """The figures for a reader, and whether the model looks at all."""
+    unit, lines = METRICS[metric].unit, []
 
-    def percent(one: dict) -> str:
-        return (f"{100 * one['value']:6.1f}{unit} ({100 * one['low']:.1f} to "
-                f"{100 * one['high']:.1f})")
+    def percent(figure: dict) -> str:
+        return (f"{100 * figure['value']:6.1f}{unit} ({100 * figure['low']:.1f} to "
+                f"{100 * figure['high']:.1f})")
 
-    for condition in WORDS:
+    for condition, title in CONDITIONS.items():
         if condition in details["figures"]:
-            first, *more = details["figures"][condition].items()
-            lines.append(f"{percent(first[1]):26}{WORDS[condition]}")
+            (_, headline), *more = details["figures"][condition].items()
+            lines.append(f"{percent(headline):26}{title}")
             if condition == "sft":
                 lines += [f"{percent(value):26}  {name.replace('_', ' ')}" for name, value in more]
     for condition, words in CONTROLS.items():
-        one = details["falls"].get(condition)
-        if one and one["low"] <= 0:
-            lines.append(f"The score does not fall when the picture {words}"
-                         f" (by {100 * one['value']:.1f}, {100 * one['low']:.1f} to "
-                         f"{100 * one['high']:.1f}): it tells nothing of seeing.")
+        lost = details["falls"].get(condition)
+        if lost and lost["low"] <= 0:
+            lines.append(f"The score does not fall when the image {words}"
+                         f" (by {100 * lost['value']:.1f}, {100 * lost['low']:.1f} to "
+                         f"{100 * lost['high']:.1f}): it tells nothing of seeing.")
     return "\n".join([*lines, "in brackets: where 95 % of the scores lie when the questions are "
                       "drawn anew (bootstrap)"])
 
 
-def write_answers(answers: dict[str, list], path: Path) -> None:
-    """One JSON line a question, for whoever wants to see what went wrong: beside the answer
-    stands what the model said without the picture, and with another one."""
-    others = {condition: {key(a): a.answer for a in answers.get(condition, ())}
-              for condition in CONTROLS}
+def write_predictions(predictions: dict[str, list], path: Path) -> None:
+    """One JSON line a question, to see what went wrong: beside the answer stands what the model
+    said without the image, and with another one."""
+    controls = {condition: {question_key(p): p.answer for p in predictions.get(condition, ())}
+                for condition in CONTROLS}
     with open(path, "w", encoding="utf-8") as file:
-        for a in answers["sft"]:
-            q = a.question
-            line = {"where": q.where, **q.tags, "picture": [picture_name(q, i) for i in q.images],
+        for p in predictions["sft"]:
+            q = p.question
+            line = {"where": q.where, **q.tags, "picture": [image_name(q, i) for i in q.images],
                     "question": q.messages[-1].content.replace(IMAGE, "").strip(),
                     "truth": list(q.truths) if len(q.truths) > 1 else q.truth,
-                    "answer": a.answer, "score": a.points, "right": a.right}
-            line |= {condition: said[key(a)] for condition, said in others.items()
-                     if key(a) in said}
+                    "answer": p.answer, "score": p.points, "right": p.correct}
+            line |= {condition: answers[question_key(p)] for condition, answers in controls.items()
+                     if question_key(p) in answers}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def picture_name(question, image) -> str:
-    """A file's name, or the place of the row that holds the picture or says how it is drawn."""
-    return str(image) if isinstance(image, (str, Path, StoredPicture)) else question.where
+def image_name(question, image) -> str:
+    """A file's name, or the row of the data that holds the image or says how it is drawn."""
+    return str(image) if isinstance(image, (str, Path, StoredImage)) else question.where

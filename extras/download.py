@@ -3,83 +3,28 @@
     python -m extras.download qwen2.5-siglip                  all of it
     python -m extras.download qwen2.5-siglip --part data      or language, or vision
 
-    preset -> the hub's list of files, with sizes -> told -> fetched -> size and sha256 checked
+    preset -> the hub's list of files, their sizes printed -> snapshot_download -> size and sha256
 
-What is there already is not fetched again, and an interrupted file goes on where it stopped.
-HF_ENDPOINT names a mirror, HF_HOME another place for the cache. Without a network the program
-says what to fetch elsewhere, how big it is and which flag then names it.
-
-This is a command and no part of what training imports: so, unlike the rest of this directory, it
-may ask the model's side which files the loader reads.
+Files that are there already are not fetched again. HF_ENDPOINT names a mirror, HF_HOME another
+directory for the cache. Without a network the program says what to fetch elsewhere, how big it is
+and which flag then names it.
 """
 
 import argparse
 import os
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub.file_download import http_get, repo_folder_name
-from huggingface_hub.utils import build_hf_headers
 
-from extras.preset_list import download_size
+from extras.preset_list import download_size, format_bytes
 from model.pretrained.files import sha256
 from model.pretrained.hub import PICKLE_FILES, WANTED_FILES
 from training.presets import PRESETS, Preset
+from training.writable import check_directory
 
 PARTS = ("language", "vision", "data")
 
-
-
-@dataclass(frozen=True)
-class File:
-    """One file on the hub."""
-
-    repo: str
-    kind: str  # "model" or "dataset"
-    name: str  # in its repository, perhaps with directories
-    size: int | None  # bytes; None: the hub does not say
-    sha256: str | None  # of large files; the hub gives none for small ones
-    to: str | None  # directory to put it into; None: the hub's cache
-
-    def there(self) -> Path | None:
-        """Where it lies already, complete; None: it is to be fetched."""
-        if self.to is None:
-            found = huggingface_hub.try_to_load_from_cache(self.repo, self.name,
-                                                           repo_type=self.kind)
-            path = Path(found) if isinstance(found, str) else None
-        else:
-            path = Path(self.to) / self.name
-        if path is None or not path.is_file() or path.stat().st_size != self.size:
-            return None
-        return path
-
-    def fetch(self) -> Path:
-        if self.sha256:
-            place = self.large_place()
-            fetch_large(self, place)
-            if self.to is not None:
-                return place
-        # Small files, and the cache's own entry for a large one, whose bytes it finds in place.
-        return Path(huggingface_hub.hf_hub_download(
-            self.repo, self.name, repo_type=self.kind, local_dir=self.to, endpoint=endpoint()))
-
-    def large_place(self) -> Path:
-        if self.to is not None:
-            return Path(self.to) / self.name
-        folder = repo_folder_name(repo_id=self.repo, repo_type=self.kind)
-        return Path(huggingface_hub.constants.HF_HUB_CACHE) / folder / "blobs" / self.sha256
-
-    def problem(self, path: Path) -> str | None:
-        """What is wrong with the fetched file, if anything."""
-        place = path.resolve()  # the cache names a file by a link: what the link leads to counts
-        told, found = self.size, place.stat().st_size
-        if told is not None and found != told:
-            return f"{place}: {found:,} bytes, the hub says {told:,}"
-        if self.sha256 and sha256(place) != self.sha256:
-            return f"{place}: sha256 {sha256(place)}, the hub says {self.sha256}"
-        return None
 
 
 def main(arguments=None) -> None:
@@ -90,19 +35,21 @@ def main(arguments=None) -> None:
     flags = parser.parse_args(arguments)
     preset, parts = PRESETS[flags.preset], [flags.part] if flags.part else list(PARTS)
     try:
-        files = [file for part in parts for file in look_up(preset, part)]
-        report(files)
-        problems = download(files)
+        sources = [(*source, list_files(*source)) for source in sources_of(preset, parts)]
+        for source in sources:  # all sizes before the first file
+            print_sizes(*source)
+        problems = [problem for source in sources for problem in fetch(*source)]
     except KeyboardInterrupt:
-        raise SystemExit("\nstopped: the same command goes on from here") from None
+        raise SystemExit("\nstopped: the same command goes on with the next file") from None
     except Exception as error:  # no network, no such name, refused, full disk: one way out
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         raise SystemExit(f"{endpoint()}: {reason}\n\n{by_yourself(preset, parts)}") from error
     if problems:
         raise SystemExit("damaged:\n  " + "\n  ".join(problems)
                          + "\nDelete what is named here and run the same command again.")
-    if files:
-        print(f"{len(files)} files are complete, their sizes and sha256 are the hub's")
+    if sources:
+        print(f"{sum(len(files) for *_, files in sources)} files are complete, their sizes and "
+              "sha256 are the hub's")
     for line in left_to_do(preset, parts):
         print(line)
 
@@ -111,92 +58,85 @@ def endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
-def look_up(preset: Preset, part: str) -> list[File]:
-    """What the hub holds of a part, as far as it is read here."""
-    if part == "data":
-        return [file for download in preset.downloads if not download.source.startswith("http")
-                for file in listed(download.source, "dataset", list(download.files), download.to)]
-    name = getattr(preset, part)
-    if download_size(name) == 0:  # it lies in this repository
-        return []
-    return listed(name, "model", WANTED_FILES, None)
+def sources_of(preset: Preset, parts: list[str]) -> list[tuple]:
+    """[(repository, "model" or "dataset", patterns of files, directory or None: the cache)]"""
+    models = [getattr(preset, part) for part in parts if part != "data"]
+    return [*((name, "model", WANTED_FILES, None) for name in models if download_size(name)),
+            *((part.source, "dataset", list(part.files), part.to) for part in data_of(preset, parts)
+              if not part.source.startswith("http"))]
 
 
-def listed(repo: str, kind: str, patterns: list[str], to: str | None) -> list[File]:
-    """The files of a repository on the hub that fit one of the patterns, with their facts."""
-    api = huggingface_hub.HfApi(endpoint=endpoint())
-    ask = api.dataset_info if kind == "dataset" else api.model_info
-    held = {file.rfilename: file for file in ask(repo, files_metadata=True).siblings}
+def data_of(preset: Preset, parts: list[str]) -> tuple:
+    return preset.downloads if "data" in parts else ()
 
-    def fitting(patterns):
-        return [name for name in held if any(fnmatch(name, pattern) for pattern in patterns)]
 
-    if kind == "model" and not fitting(["model*.safetensors"]):
+def list_files(repo: str, kind: str, patterns: list[str], to: str | None) -> list:
+    """The files of a repository that fit a pattern: RepoSibling(rfilename, size, lfs)."""
+    held = huggingface_hub.HfApi(endpoint=endpoint()).repo_info(
+        repo, repo_type=kind, files_metadata=True).siblings
+    if kind == "model" and not any(fnmatch(f.rfilename, "model*.safetensors") for f in held):
         patterns = patterns + PICKLE_FILES
-    if kind == "dataset":
-        missing = [pattern for pattern in patterns if not fitting([pattern])]
-        if missing:
-            raise FileNotFoundError(f"{repo} holds no {', '.join(missing)} any more, but "
-                                    f"{', '.join(sorted(held))}")
-    return [File(repo, kind, name, held[name].size,
-                 held[name].lfs.sha256 if held[name].lfs else None, to)
-            for name in sorted(fitting(patterns))]
+    missing = [pattern for pattern in patterns
+               if not any(fnmatch(file.rfilename, pattern) for file in held)]
+    if kind == "dataset" and missing:
+        raise FileNotFoundError(f"{repo} holds no {', '.join(missing)} any more, but "
+                                f"{', '.join(sorted(file.rfilename for file in held))}")
+    return [file for file in held if any(fnmatch(file.rfilename, p) for p in patterns)]
 
 
-def report(files: list[File]) -> None:
-    """Every file with its size, before the first of them is fetched."""
-    repo = None
+def path_of(repo: str, kind: str, to: str | None, name: str) -> Path | None:
+    """Where a file lies, or would lie; None: it is not in the cache."""
+    path = (Path(to) / name if to is not None
+            else huggingface_hub.try_to_load_from_cache(repo, name, repo_type=kind))
+    return Path(path).resolve() if isinstance(path, str | Path) else None  # the cache has links
+
+
+def print_sizes(repo: str, kind: str, patterns, to: str | None, files: list) -> None:
+    """And stop where what is missing could not be kept."""
+    print(f"{endpoint()}/{'datasets/' if kind == 'dataset' else ''}{repo}"
+          f" -> {to or 'the cache of the hub'}")
+    missing, whole = [], format_bytes(sum(file.size or 0 for file in files))
     for file in files:
-        if file.repo != repo:
-            repo = file.repo
-            print(f"{endpoint()}/{'datasets/' if file.kind == 'dataset' else ''}{repo}"
-                  f" -> {file.to or 'the cache of the hub'}")
-        print(f"  {size(file.size):>10}  {file.name}{'  (there)' if file.there() else ''}")
-    if files:
-        wanted = [file for file in files if not file.there()]
-        print(f"to fetch: {size(sum(file.size or 0 for file in wanted))} of "
-              f"{size(sum(file.size or 0 for file in files))}")
+        path = path_of(repo, kind, to, file.rfilename)
+        there = path is not None and path.is_file() and path.stat().st_size == file.size
+        missing += [] if there else [file.size or 0]
+        size = "?" if file.size is None else format_bytes(file.size)
+        print(f"  {size:>10}  {file.rfilename}{'  (there)' if there else ''}")
+    print(f"  to fetch: {format_bytes(sum(missing))} of {whole}")
+    try:
+        if missing:
+            check_directory(*(("the data's directory", to) if to is not None else
+                              ("the cache of the hub (HF_HOME)",
+                               huggingface_hub.constants.HF_HUB_CACHE)))
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
 
 
-def download(files: list[File]) -> list[str]:
-    """Fetch what is not there; check everything. Returns what is wrong, a line for each file."""
-    problems = [file.problem(file.there() or file.fetch()) for file in files]
-    return [problem for problem in problems if problem]
+def fetch(repo: str, kind: str, patterns, to: str | None, files: list) -> list[str]:
+    """Fetch what is not there; check all of it. Returns what is wrong, a line for each file."""
+    huggingface_hub.snapshot_download(repo, repo_type=kind, local_dir=to, endpoint=endpoint(),
+                                      allow_patterns=[file.rfilename for file in files])
+    problems = []
+    for file in files:
+        path = path_of(repo, kind, to, file.rfilename)
+        if file.size not in (None, path.stat().st_size):
+            problems.append(f"{path}: {path.stat().st_size:,} bytes, the hub says {file.size:,}")
+        elif file.lfs and sha256(path) != file.lfs.sha256:
+            problems.append(f"{path}: sha256 {sha256(path)}, the hub says {file.lfs.sha256}")
+    return problems
 
 
-def fetch_large(file: File, place: Path) -> None:
-    """Go on where an earlier attempt stopped; huggingface_hub shows the progress.
-
-    Left to itself, its newer versions begin an interrupted file anew, and Qwen-7B's files have two
-    gigabytes each. The hash in the name keeps the beginnings of two releases apart.
-    """
-    part = place.with_name(f"{place.name}.{file.sha256[:8]}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    with open(part, "ab") as opened:
-        http_get(huggingface_hub.hf_hub_url(file.repo, file.name, repo_type=file.kind,
-                                            endpoint=endpoint()),
-                 opened, resume_size=part.stat().st_size, expected_size=file.size,
-                 headers=build_hf_headers())
-    os.replace(part, place)
-
-
-def size(number: float | None) -> str:
-    """988000000 -> "988.0 MB"; 1 MB is 1,000,000 bytes, as the hub counts."""
-    if number is None:
-        return "? MB"
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= factor:
-            return f"{number / factor:.1f} {unit}"
-    return f"{number:.0f} bytes"
+def gigabytes(part) -> str:
+    return f" ({part.gigabytes:g} GB)" if part.gigabytes else ""
 
 
 def left_to_do(preset: Preset, parts: list[str]) -> list[str]:
     """What no program can fetch, and archives that are to be unpacked."""
     lines = []
-    for part in preset.downloads if "data" in parts else ():
+    for part in data_of(preset, parts):
         if part.source.startswith("http"):
-            told = f" ({part.gigabytes:g} GB)" if part.gigabytes else ""
-            lines.append(f"by hand: {part.source}{told} -> {part.to}/: {', '.join(part.files)}")
+            lines.append(f"by hand: {part.source}{gigabytes(part)} -> {part.to}/: "
+                         + ", ".join(part.files))
         if part.unpack:
             archive = next(name for name in part.files if name.endswith(".zip"))
             lines.append(f"unpack:  python -m zipfile -e {part.to}/{archive} {part.unpack}")
@@ -211,19 +151,14 @@ def by_yourself(preset: Preset, parts: list[str]) -> str:
         name = getattr(preset, part, None)
         if part != "data" and download_size(name):
             directory = f"weights/{name.rsplit('/', 1)[-1]}"
-            companion = ("tokenizer*, *.tiktoken" if part == "language"
-                         else "preprocessor_config.json")
-            lines += [f"  {endpoint()}/{name}/tree/main ({size(download_size(name))}):",
-                      f"    config.json, {companion}, model*.safetensors (or pytorch_model*.bin)",
-                      f"    -> {directory}/",
+            lines += [f"  {endpoint()}/{name}/tree/main ({format_bytes(download_size(name))}): "
+                      + ", ".join(WANTED_FILES), f"    (or pytorch_model*.bin) -> {directory}/",
                       f"    then add: --{part} {directory}"]
-    for part in preset.downloads if "data" in parts else ():
-        if part.source.startswith("http"):
-            continue  # said below
-        told = f" ({part.gigabytes:g} GB)" if part.gigabytes else ""
-        lines += [f"  {endpoint()}/datasets/{part.source}/tree/main{told}: "
-                  f"{', '.join(part.files)}",
-                  f"    -> {part.to}/, or to any other place: then add --data FILE --images DIR"]
+    for part in data_of(preset, parts):
+        if not part.source.startswith("http"):
+            lines += [f"  {endpoint()}/datasets/{part.source}/tree/main{gigabytes(part)}: "
+                      + ", ".join(part.files), f"    -> {part.to}/, or to any other directory: "
+                      "then add --data FILE --images DIR"]
     return "\n".join(lines + [f"  {line}" for line in left_to_do(preset, parts)])
 
 

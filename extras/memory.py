@@ -1,23 +1,25 @@
-"""How much memory a run will take at most, known before anything is loaded.
+"""How much memory a run will take at most, predicted before anything is loaded.
 
     python -m extras.memory qwen2.5-siglip --batch_size 8 --lora --checkpointing
 
-    settings, config facts -> the model with shapes and no numbers -> Memory -> a small table
+    settings, config facts -> the model, shapes without values -> Memory -> a small table
 
-Four things stand in memory, and a fifth comes and goes:
+Four things stay in memory, and a fifth comes and goes:
 
     weights       4 bytes each; frozen matrices 2 bytes, where a run computes in bf16 or fp16
-    gradients     4 bytes for each trained number
-    optimizer     8 bytes: AdamW keeps two averages of each trained number's gradient
-    activations   what each block keeps of its work until the backward pass comes back to it: in
-                  proportion to rows x tokens x layers. With --checkpointing a block keeps its input
-    logits        words x positions, at most CHUNK of them (model/loss.py), twice over
+    gradients     4 bytes for each trained parameter
+    optimizer     8 bytes: AdamW keeps two averages of each trained parameter's gradient
+    activations   what each block keeps until the backward pass comes back to it: in proportion to
+                  rows x tokens x layers. With --checkpointing a block keeps its input alone
+    logits        vocabulary x positions, at most CHUNK of them (chunked_cross_entropy.py),
+                  twice over
 
 The first three are a sum over the parameters. The last two are counted on the model's own code: one
-step is made with tensors that have a shape and no numbers, and each operation's results are added
-when they come to life and taken off when nobody holds them any more. So the count cannot fall
+step is made with tensors that have a shape and no values (FakeTensorMode), and each operation's
+results are added when they are made and subtracted when they are freed. So the count cannot fall
 behind the code; it takes seconds and no memory. What is left out: Python and PyTorch themselves
-(a third of a GB on a processor) and what kernels use while they run.
+(a third of a GB on a processor), what kernels use while they run, and the buffer of one gradient
+sum where several processes train.
 """
 
 import argparse
@@ -29,14 +31,23 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.loss import head_loss
+from extras.fast import prepare_for_training
+from extras.fast.chunked_cross_entropy import chunked_cross_entropy
+from extras.preset_list import (
+    VISION,
+    empty_model,
+    facts,
+    format_bytes,
+    image_tokens,
+    static_memory,
+)
 from model.pretrained.checkpoint import own_names
+from model.pretrained.meta_device import meta_device
 from model.vlm import VLM, build_model
-from training.optim import choose_trained
-from training.precision import autocast, choose_dtype, store_weights
-from training.preset_table import PRESETS
+from training.optim import choose_trainable
+from training.precision import autocast, cast_weights, choose_dtype
+from training.presets import PRESETS, read_flags, resolve
 
-ADAM = 8  # bytes: two float32 averages
 # Of what comes and goes in a step. Linux's malloc keeps freed tensors of up to 32 MB for itself,
 # and the next ones seldom fit: 15 to 35 % more than the tensors, measured with benchmarks/memory.py
 # (6 % when malloc was told to keep none, MALLOC_MMAP_THRESHOLD_=65536). A GPU's figure is that of
@@ -55,52 +66,43 @@ class Memory:
     optimizer: int
     activations: int  # kept for the backward pass when the decoder has come to its end
     logits: int  # on top of them while the head computes
-    gaps: int  # between them, where memory is held for nothing
+    gaps: int  # freed memory between them, which the allocator keeps
     peak: int
 
     @property
-    def standing(self) -> int:
+    def static(self) -> int:
         """What is there whatever the batch."""
         return self.weights + self.gradients + self.optimizer
 
 
-def standing(model) -> tuple[int, int, int]:
-    """-> bytes of the weights as they are stored, of their gradients, of AdamW's averages."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return weights, 4 * trained, ADAM * trained
-
-
-def predict(config, settings, size: tuple[int, int], K: int, device: torch.device,
-            processes: int = 1, keep=frozenset()) -> Memory:
-    """config: a VLMConfig. size: (H,W) of the pictures, K: tokens of one. keep: as store_weights
-    takes it. A batch is taken to be as large as it can be: every row has a picture and is
-    max_length long."""
-    model = as_trained(config, settings, keep)
-    weights, gradients, optimizer = standing(model)
-    kept, logits, peak = step_of(model.train(), settings, size, K, device.type)
-    # Several ranks sum their gradients in one flat buffer (distributed.py).
-    step = max(peak, gradients * (2 if processes > 1 else 1))
+def predict(config, settings, size: tuple[int, int], K: int, device: torch.device) -> Memory:
+    """config: a VLMConfig. size: (H,W) of the images, K: tokens of one. Of the largest batch there
+    can be on one process: every row has an image and is max_length long."""
+    model = as_trained(config, settings)
+    weights, gradients, optimizer = static_memory(model)
+    activations, logits, peak = step_of(model.train(), settings, size, K, device.type)
+    step = max(peak, gradients)
     gaps = round(step * GAPS.get(device.type, 0))
-    return Memory(weights, gradients, optimizer, kept, logits, gaps,
+    return Memory(weights, gradients, optimizer, activations, logits, gaps,
                   weights + optimizer + step + gaps)
 
 
-def as_trained(config, settings, keep=frozenset()) -> VLM:
-    """The model as a run has it, adapters, frozen parts and each weight's numbers, on the "meta"
-    device: shapes and no numbers."""
-    with torch.device("meta"):
+def as_trained(config, settings) -> VLM:
+    """The model as a run has it, with adapters, frozen parts and each weight's dtype, on the "meta"
+    device: shapes without values."""
+    with meta_device():
         model = build_model(config)
-    choose_trained(model, argparse.Namespace(**{**vars(settings), "lora_from": None}), None)
-    store_weights(model, settings.dtype, set(own_names(model)) | set(keep))
+    choose_trainable(model, argparse.Namespace(**{**vars(settings), "lora_from": None}), None)
+    cast_weights(model, settings.dtype, set(own_names(model)))
     model.set_checkpointing(settings.checkpointing)
+    prepare_for_training(model)
     return model
 
 
-class Alive(TorchDispatchMode):
-    """Bytes of all tensors that were made in this context and still are there: now, and at most.
+class MemoryTracker(TorchDispatchMode):
+    """Bytes of all tensors that were made in this context and are not freed: now, and at most.
 
-    model's weights are left out: they were there before, and a view of one makes nothing.
+    model's weights are left out: they were there before, and a view of one takes no memory.
     """
 
     def __init__(self, model):
@@ -112,19 +114,19 @@ class Alive(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         for each in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(each, torch.Tensor):
-                self.meet(each.untyped_storage())
+                self.add(each.untyped_storage())
         return out
 
-    def meet(self, storage) -> None:
+    def add(self, storage) -> None:
         """Several tensors can be views of one storage, which counts once."""
         if storage._cdata not in self.known:
             self.known.add(storage._cdata)
             self.now += storage.nbytes()
             self.most = max(self.most, self.now)
-            weakref.finalize(storage, self.part, storage._cdata, storage.nbytes())
+            weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
 
-    def part(self, place: int, size: int) -> None:
-        self.known.remove(place)
+    def free(self, key: int, size: int) -> None:
+        self.known.remove(key)
         self.now -= size
 
 
@@ -143,10 +145,10 @@ def step_of(model, settings, size, K: int, kind: str) -> tuple[int, int, int]:
         model.vision.layers = model.vision.layers[:1]  # they keep nothing: one is as good as all
     with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
         model.to_empty(device=device)
-        with Alive(model) as alive:
+        with MemoryTracker(model) as tracker:
             for _ in range(min(settings.accumulate, 2)):  # the second finds gradients there
-                before = alive.now
-                alive.most = max(alive.most, before)
+                before = tracker.now
+                tracker.most = max(tracker.most, before)
                 pixels = torch.empty(B, 3, *size, device=device)
                 ids = torch.empty(B, T - K, dtype=torch.int64, device=device)
                 with autocast(settings.dtype, device):
@@ -156,43 +158,30 @@ def step_of(model, settings, size, K: int, kind: str) -> tuple[int, int, int]:
                     hidden = model.language.decode(embeds)
                     del images, text, embeds
                     # (S,D), copied as in the model: no more than these can be supervised
-                    asked = hidden[:, K:].clone().flatten(0, 1)
-                    kept, earlier, alive.most = alive.now - before, alive.most, alive.now
-                    loss = head_loss(model.language, asked, ids.flatten() % language.vocab_size,
-                                     device=kind)
-                    del hidden, asked
-                first, alive.most = alive.most - alive.now, max(earlier, alive.most)
+                    supervised = hidden[:, K:].clone().flatten(0, 1)
+                    activations, earlier = tracker.now - before, tracker.most
+                    tracker.most = tracker.now
+                    loss = chunked_cross_entropy(model.language, supervised,
+                                                 ids.flatten() % language.vocab_size,
+                                                 device_type=kind)
+                    del hidden, supervised
+                first, tracker.most = tracker.most - tracker.now, max(earlier, tracker.most)
                 loss.backward()
                 del loss
-    return kept, max(first, 0), alive.most
+    return activations, max(first, 0), tracker.most
 
 
 def table(columns: dict[str, Memory]) -> str:
     """{heading: Memory} -> lines."""
     rows = [("", list(columns))]
     for name in (*PARTS, "peak"):
-        rows.append((name, [told(getattr(m, name)) for m in columns.values()]))
+        rows.append((name, [format_bytes(getattr(m, name)) for m in columns.values()]))
     return "\n".join(f"{name:<14}" + "".join(f"{cell:>14}" for cell in cells)
                      for name, cells in rows)
 
 
-def told(size: int) -> str:
-    """2.5e8 -> "250 MB", 2.5e9 -> "2.50 GB"."""
-    return f"{size / 1e6:,.0f} MB" if size < 1e9 else f"{size / 1e9:,.2f} GB"
-
-
-def in_a_line(memory: Memory, settings) -> str:
-    """What a run says before it starts."""
-    parts = ", ".join(f"{name} {told(getattr(memory, name))}" for name in PARTS)
-    return (f"memory    at most {told(memory.peak)} for {settings.batch_size} rows of "
-            f"{settings.max_length} tokens, beside PyTorch itself: {parts}")
-
-
 def planned(preset: str, stage: str, flags: list[str], device: torch.device):
-    """What predict wants, from a preset and flags -> config, settings, size, K; and why dtype."""
-    from extras.preset_list import VISION, empty_model, facts, image_tokens  # it imports us
-    from training.presets import read_flags, resolve
-
+    """-> predict's arguments from a preset and flags: config, settings, size, K; and why dtype."""
     settings = resolve(read_flags(__doc__, stage, ["--preset", preset, *flags]), stage, {})
     settings.dtype, why = choose_dtype(settings.dtype, device)
     try:

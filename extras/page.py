@@ -1,11 +1,11 @@
 """The page to talk to a model: components of gradio, and what happens when one is used.
 
-    a browser's session -> Talk (its own Conversation) -> reply, piece by piece -> the page
-    runs under --out -> Models -> the one that is picked, loaded once
+    a browser's session -> Session (its own Conversation) -> reply, piece by piece -> the page
+    runs under --out    -> Models -> the one that is picked, loaded once
 
 What was said lives in the session's state on the server, which gradio finds by a random key that
 each open page draws for itself; the model's weights are the only thing that sessions share. The
-browser sends words and pictures, and no history that it could make up.
+browser sends text and images, and no history that it could make up.
 """
 
 import html
@@ -16,37 +16,68 @@ from pathlib import Path
 
 import gradio as gr
 
-from evaluation.conversation import Conversation
-from evaluation.loading import load
-from extras.attention import draw_looks
-from extras.page_texts import LANGUAGES, TEXTS, preferred
+from extras.attention import draw_attention
 from extras.upload_guard import OWN, new_file
 from model.pretrained.checkpoint import checkpoints, newest_checkpoint
+from training.inference import Conversation, load_model
 
-KEPT = 2  # loaded models; sessions that pick others in turn would load them again and again
-PAUSE = 0.1  # seconds between two looks of a growing answer: for each, gradio reads all pictures
-MOST_PICTURES = 8  # with one thing said
-LONGEST = 4000  # characters of one thing said
+MAX_LOADED = 2  # models; sessions that pick others in turn would load them again and again
+PAUSE = 0.1  # seconds between two updates of a growing answer: for each, gradio reads all images
+MAX_IMAGES, MAX_CHARACTERS = 8, 4000  # of one message
 EXAMPLES = ((1003, "What do you see?"), (1003, "右下角是什么？"), (8, "How many things are there?"))
 # Gradio's own buttons below what a person said: one of them shares it on the internet.
 CSS = ".message-buttons-right { display: none !important; }"
 FONTS = ["system-ui", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "sans-serif"]
+# {component: {property: text}}, and the texts that stand by themselves
+TEXTS = {
+    "English": {
+        "title": {"value": "## Show it an image and talk about it"},
+        "chat": {"label": "Conversation", "placeholder": "Nothing was said yet."},
+        "box": {"placeholder": "Drop images here, then ask"},
+        "stop": {"value": "Stop"}, "reset": {"value": "New conversation"},
+        "look": {"value": "Where did it look?"}, "examples": {"label": "Examples"},
+        "model": {"label": "Model"}, "refresh": {"value": "Look for new models"},
+        "temperature": {"label": "Temperature (0: always the likeliest token)"},
+        "top_p": {"label": "Top p (draw from the likeliest tokens that reach this share)"},
+        "longest": {"label": "Longest answer, in tokens"},
+        "caption": {"value": "### Where it looked for each word, and what each image token stands "
+                             "for"},
+        "question": "What do you see?", "no_answer": "There is no answer yet to look at."},
+    "中文": {
+        "title": {"value": "## 给它看图，和它对话"},
+        "chat": {"label": "对话", "placeholder": "还没有对话。"},
+        "box": {"placeholder": "把图片拖到这里，然后提问"},
+        "stop": {"value": "停止"}, "reset": {"value": "新对话"},
+        "look": {"value": "它在看哪里？"}, "examples": {"label": "示例"},
+        "model": {"label": "模型"}, "refresh": {"value": "查找新模型"},
+        "temperature": {"label": "温度（0：总是取最可能的词元）"},
+        "top_p": {"label": "Top p（从累计达到此概率的最可能的词元中抽取）"},
+        "longest": {"label": "回答的最大长度（词元数）"},
+        "caption": {"value": "### 每个词看的是图中何处，以及每个图像词元最接近的词"},
+        "question": "你看到了什么？", "no_answer": "还没有回答可以查看。"}}
+ENGLISH, CHINESE = TEXTS
+LABELLED = [name for name, text in TEXTS[ENGLISH].items() if isinstance(text, dict)]
+
+
+def preferred(header: str | None) -> str:
+    """A browser's Accept-Language -> the page's language."""
+    return CHINESE if (header or "").strip().lower().startswith("zh") else ENGLISH
 
 
 @dataclass
-class Talk:
-    """What one open page has said and seen."""
+class Session:
+    """What one open page has said and shown."""
 
-    name: str  # of its model
+    model: str
     conversation: Conversation
-    shown: list = field(default_factory=list)  # as gr.Chatbot wants it
+    turns: list = field(default_factory=list)  # as gr.Chatbot takes them
 
 
 class Models:
     """The runs below a directory, newest first, and the few that are loaded."""
 
     def __init__(self, flags):
-        """flags: model, out, and what loading.load reads."""
+        """flags: model, out, and what load_model reads."""
         self.flags, self.loaded, self.lock = flags, {}, threading.Lock()
 
     def names(self) -> list[str]:
@@ -63,60 +94,59 @@ class Models:
             raise ValueError(f"there is no model {name} (any more): pick one of the list")
         with self.lock:
             if name not in self.loaded:
-                while len(self.loaded) >= KEPT:
+                while len(self.loaded) >= MAX_LOADED:
                     del self.loaded[next(iter(self.loaded))]
-                self.loaded[name] = load(self.flags, name)
+                self.loaded[name] = load_model(self.flags, name)
             return self.loaded[name]
 
 
-def respond(models: Models, said: dict, talk: Talk | None, name: str, temperature: float,
-            top_p: float, max_new_tokens: float, language: str):
-    """Yield (what the chat shows, what stands in the box, talk), again and again as words come.
+def respond(models: Models, said: dict, session: Session | None, name: str, sampling: dict,
+            locale: str):
+    """Yield (what the chat shows, what stands in the box, session), again and again as text comes.
 
-    said: {"text", "files"} of the box. What cannot be done is told in a sentence, and the words
-    stay in the box.
+    said: {"text", "files"} of the box; it stays there, and a warning is shown, when it cannot be
+    answered. sampling: temperature, top_p and max_new_tokens.
     """
     files = said.get("files") or []
-    text = (said.get("text") or "").strip() or (TEXTS[language]["question"] if files else "")
+    text = (said.get("text") or "").strip() or (TEXTS[locale]["question"] if files else "")
     if not text:
-        yield talk.shown if talk else [], None, talk
+        yield session.turns if session else [], None, session
         return
     try:
-        if len(files) > MOST_PICTURES or len(text) > LONGEST:
-            raise ValueError(f"{len(files)} pictures and {len(text):,} characters at once: at most "
-                             f"{MOST_PICTURES} and {LONGEST:,} are taken")
-        if talk is None or talk.name != name:
-            talk = Talk(name, Conversation(*models.get(name), {}))
-        talk.conversation.sampling.update(temperature=float(temperature), top_p=float(top_p),
-                                          max_new_tokens=int(max_new_tokens))
-        show(talk.conversation, files)
-        asked = [*({"role": "user", "content": {"path": file}} for file in files),
-                 {"role": "user", "content": text}]
-        answer, told = "", float("-inf")
-        # The words stay in the box until the first of the answer: only then is nothing wrong.
-        for piece in talk.conversation.reply(text):
+        if len(files) > MAX_IMAGES or len(text) > MAX_CHARACTERS:
+            raise ValueError(f"{len(files)} images and {len(text):,} characters at once: at most "
+                             f"{MAX_IMAGES} and {MAX_CHARACTERS:,} are taken")
+        if session is None or session.model != name:
+            session = Session(name, Conversation(*models.get(name), {}))
+        session.conversation.sampling.update(sampling)
+        show(session.conversation, files)
+        before = [*session.turns, *({"role": "user", "content": {"path": file}} for file in files),
+                  {"role": "user", "content": text}]
+        answer, updated = "", float("-inf")
+        # The text stays in the box until the answer begins: only then is nothing wrong with it.
+        for piece in session.conversation.reply(text):
             answer += piece
-            if time.monotonic() - told > PAUSE:
-                shown = [*talk.shown, *asked, {"role": "assistant", "content": answer}]
-                yield shown, None, talk
-                told = time.monotonic()
-        talk.shown = shown = [*talk.shown, *asked, {"role": "assistant", "content": answer}]
-        yield talk.shown, None, talk
-    except GeneratorExit:  # stopped: what was said until then is remembered, so it stays shown
-        talk.shown = shown
+            if time.monotonic() - updated > PAUSE:
+                turns = [*before, {"role": "assistant", "content": answer}]
+                yield turns, None, session
+                updated = time.monotonic()
+        session.turns = turns = [*before, {"role": "assistant", "content": answer}]
+        yield turns, None, session
+    except GeneratorExit:  # stopped: the answer so far is remembered, so it stays shown
+        session.turns = turns
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        tell(str(error))
-        yield talk.shown if talk else [], said, talk
+        warn(str(error))
+        yield session.turns if session else [], said, session
 
 
-def tell(sentence: str) -> None:
+def warn(text: str) -> None:
     """In a corner of the page. It would show HTML, and a file may have any name."""
-    gr.Warning(html.escape(sentence), duration=15, title="")
+    gr.Warning(html.escape(text), duration=15, title="")
 
 
 def show(conversation: Conversation, files: list) -> None:
-    """All of them or none. A path on this machine is nobody's business: its name alone is told."""
+    """All of them or none. An error names a file, not its path on this machine."""
     conversation.waiting = []
     for file in files:
         try:
@@ -126,21 +156,20 @@ def show(conversation: Conversation, files: list) -> None:
             raise ValueError(str(error).replace(str(file), Path(file).name)) from error
 
 
-def looked(talk: Talk | None, language: str):
-    """-> the picture of where the last answer's words were looked for, and whether there is one;
-    if there is none, a sentence tells why."""
-    if talk is None or not talk.conversation.answered:
-        tell(TEXTS[language]["no_answer"])
-        return None, gr.update(visible=False)
+def attention_image(session: Session | None, locale: str):
+    """Where the model looked for the last answer -> a figure; None, and a warning says why."""
+    if session is None or not session.conversation.answer_ids:
+        warn(TEXTS[locale]["no_answer"])
+        return None
     try:
-        return draw_looks(talk.conversation), gr.update(visible=True)
+        return draw_attention(session.conversation)
     except ValueError as error:
-        tell(str(error).removeprefix("--attention: "))
-        return None, gr.update(visible=False)
+        warn(str(error).removeprefix("--attention: "))
+        return None
 
 
 def scenes(directory: Path) -> list[dict]:
-    """Example questions about unseen pictures of the emoji world, written to the directory."""
+    """Example questions about unseen scenes of the emoji world, written to the directory."""
     from dataset.emoji.world import TEST_START, picture, scene
 
     directory.mkdir(exist_ok=True)
@@ -152,82 +181,86 @@ def scenes(directory: Path) -> list[dict]:
     return examples
 
 
+def components(models: Models, directory: Path) -> dict:
+    """{name: component}, laid out on the page. directory: where the example images may lie."""
+    c, names = {"session": gr.State(None)}, models.names()
+
+    def text(name: str) -> dict:
+        return {"elem_id": name, **TEXTS[ENGLISH][name]}
+
+    with gr.Row():
+        c["title"] = gr.Markdown(**text("title"))
+        c["language"] = gr.Radio([ENGLISH, CHINESE], value=ENGLISH, show_label=False, scale=0,
+                                 container=False, elem_id="language", min_width=250)
+    with gr.Row():
+        with gr.Column(scale=3):
+            c["chat"] = gr.Chatbot(**text("chat"), height=460, allow_tags=False, buttons=["copy"],
+                                   feedback_options=None, layout="bubble")
+            c["box"] = gr.MultimodalTextbox(**text("box"), show_label=False, file_types=["image"],
+                                            file_count="multiple", sources=["upload"],
+                                            autofocus=True)
+            with gr.Row():
+                for name in ("stop", "reset", "look"):
+                    c[name] = gr.Button(**text(name))
+            c["examples"] = gr.Examples(scenes(directory), c["box"], **text("examples"),
+                                        api_visibility="private").dataset
+        with gr.Column(scale=1, min_width=260):
+            c["model"] = gr.Dropdown(names, value=names[0] if names else None, **text("model"))
+            c["refresh"] = gr.Button(**text("refresh"), size="sm")
+            c["temperature"] = gr.Slider(0, 2, 0, step=0.05, **text("temperature"))
+            c["top_p"] = gr.Slider(0.05, 1, 1, step=0.05, **text("top_p"))
+            c["longest"] = gr.Slider(1, 1024, 256, step=1, **text("longest"))
+    with gr.Column(visible=False) as c["below"]:
+        c["caption"] = gr.Markdown(**text("caption"))
+        c["looks"] = gr.Image(show_label=False, format="png", elem_id="looks", interactive=False,
+                              buttons=["download", "fullscreen"])
+    return c
+
+
 def build(models: Models, directory: Path) -> gr.Blocks:
-    """directory: where the example pictures may lie."""
-    words = TEXTS[LANGUAGES[0]]
+    """directory: where the example images may lie."""
+    def answer(said, session, name, temperature, top_p, longest, language):
+        sampling = {"temperature": float(temperature), "top_p": float(top_p),
+                    "max_new_tokens": int(longest)}
+        yield from respond(models, said, session, name, sampling, language)
+
+    def look(session, locale, request: gr.Request):
+        image = attention_image(session, locale)
+        if image is None:
+            return None, gr.update(visible=False)
+        # By default it would lie where everyone's does; it shows what one session uploaded.
+        file = new_file(request.request.scope[OWN], "looks.png")
+        image.savefig(file, dpi=100)
+        return str(file), gr.update(visible=True)
+
+    def labels(locale):
+        return [gr.update(**TEXTS[locale][name]) for name in LABELLED]
+
+    def arrive(request: gr.Request):
+        locale = preferred(request.headers.get("accept-language"))
+        return [locale, *labels(locale)]
+
     with gr.Blocks(title="Afternoon VLM", analytics_enabled=False,
-                   delete_cache=(600, 3600)) as page:  # seconds: uploaded pictures do not pile up
-        talk = gr.State(None)
-        with gr.Row():
-            title = gr.Markdown(words["title"])
-            language = gr.Radio(LANGUAGES, value=LANGUAGES[0], show_label=False, container=False,
-                                elem_id="language", min_width=250, scale=0)
-        with gr.Row():
-            with gr.Column(scale=3):
-                chat = gr.Chatbot(label=words["chat"], height=460, elem_id="chat",
-                                  placeholder=words["nothing"], allow_tags=False, buttons=["copy"],
-                                  feedback_options=None, layout="bubble")
-                box = gr.MultimodalTextbox(placeholder=words["placeholder"], show_label=False,
-                                           file_types=["image"], file_count="multiple",
-                                           sources=["upload"], elem_id="box", autofocus=True)
-                with gr.Row():
-                    stop = gr.Button(words["stop"], elem_id="stop")
-                    reset = gr.Button(words["reset"], elem_id="reset")
-                    look = gr.Button(words["look"], elem_id="look")
-                examples = gr.Examples(scenes(directory), box, label=words["examples"],
-                                       elem_id="examples", api_visibility="private")
-            with gr.Column(scale=1, min_width=260):
-                names = models.names()
-                model = gr.Dropdown(names, value=names[0] if names else None, label=words["model"],
-                                    elem_id="model")
-                refresh = gr.Button(words["refresh"], size="sm")
-                temperature = gr.Slider(0, 2, 0, step=0.05, label=words["temperature"])
-                top_p = gr.Slider(0.05, 1, 1, step=0.05, label=words["top_p"])
-                longest = gr.Slider(1, 1024, 256, step=1, label=words["max_new_tokens"])
-        with gr.Column(visible=False) as below:
-            caption = gr.Markdown(f"### {words['looks']}")
-            looks = gr.Image(show_label=False, format="png", elem_id="looks", interactive=False,
-                             buttons=["download", "fullscreen"])
+                   delete_cache=(600, 3600)) as page:  # every 600 seconds uploads older than 3600
+        c = components(models, directory)
 
-        def answer(said, talk, name, temperature, top_p, longest, language):
-            yield from respond(models, said, talk, name, temperature, top_p, longest, language)
+        def of(*names: str) -> list:
+            return [c[name] for name in names]
 
-        def labels(language):
-            w = TEXTS[language]
-            return [w["title"], gr.update(label=w["chat"], placeholder=w["nothing"]),
-                    gr.update(placeholder=w["placeholder"]), w["stop"], w["reset"], w["look"],
-                    gr.update(label=w["model"]), w["refresh"], gr.update(label=w["temperature"]),
-                    gr.update(label=w["top_p"]), gr.update(label=w["max_new_tokens"]),
-                    f"### {w['looks']}", gr.update(label=w["examples"])]
-
-        def look_there(talk, language, request: gr.Request):
-            picture, visible = looked(talk, language)
-            if picture is None:
-                return None, visible
-            # Left to gradio it would lie where everyone's does; it shows what one session uploaded.
-            file = new_file(request.request.scope[OWN], "looks.png")
-            picture.save(file)
-            return str(file), visible
-
-        def arrive(request: gr.Request):
-            chosen = preferred(request.headers.get("accept-language"))
-            return [chosen, *labels(chosen)]
-
-        labelled = [title, chat, box, stop, reset, look, model, refresh, temperature, top_p,
-                    longest, caption, examples.dataset]
         # One answer at a time: the machine has one model to compute with. Others wait in line.
-        asked = box.submit(answer, [box, talk, model, temperature, top_p, longest, language],
-                           [chat, box, talk], concurrency_limit=1, show_progress="minimal",
-                           api_name="ask")
-        stop.click(None, cancels=[asked], api_visibility="private")
+        answering = c["box"].submit(
+            answer, of("box", "session", "model", "temperature", "top_p", "longest", "language"),
+            of("chat", "box", "session"), concurrency_limit=1, show_progress="minimal",
+            api_name="ask")
+        c["stop"].click(None, cancels=[answering], api_visibility="private")
         # The chat has a small button of its own that clears it: it must not clear the view alone.
-        gr.on([reset.click, chat.clear],
+        gr.on([c["reset"].click, c["chat"].clear],
               lambda: ([], None, None, None, gr.update(visible=False)), None,
-              [chat, box, talk, looks, below], cancels=[asked], api_name="reset")
-        look.click(look_there, [talk, language], [looks, below], concurrency_limit=1,
-                   api_name="look")
-        refresh.click(lambda: gr.update(choices=models.names()), None, model,
-                      api_visibility="private")
-        language.change(labels, language, labelled, api_visibility="private")
-        page.load(arrive, None, [language, *labelled], api_visibility="private")
+              of("chat", "box", "session", "looks", "below"), cancels=[answering], api_name="reset")
+        c["look"].click(look, of("session", "language"), of("looks", "below"), concurrency_limit=1,
+                        api_name="look")
+        c["refresh"].click(lambda: gr.update(choices=models.names()), None, c["model"],
+                           api_visibility="private")
+        c["language"].change(labels, c["language"], of(*LABELLED), api_visibility="private")
+        page.load(arrive, None, of("language", *LABELLED), api_visibility="private")
     return page

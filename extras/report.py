@@ -1,252 +1,255 @@
-"""One page about a run: OUT's files of figures -> OUT/report.html, a single file to look at.
+"""One page about a training, or about several directories beside each other.
 
-    OUT -> past.py -> curves (charts.py), answers through time, data, scores, settings -> html.py
+    RunRecord (runs.py) -> curves, answers, scores, settings, what ran -> one HTML file
 
-Written when a run ends, however it ends. `python -m extras.report OUT` writes it anew: while a
-run goes on, after one was killed, or with the scores that eval.py has written since:
+A training writes the page when it ends, however it ends. This command writes it again: while a run
+goes on, after one was killed, with the scores that eval.py has written since, or for several
+directories, of trainings or of eval.py's scores:
 
     python -m extras.report out/demo/sft --scores out/demo/scores.json
+    python -m extras.report out/a out/b --page compare.html
+
+The page fetches nothing, and all that comes from data goes through `text`: a caption may hold HTML.
 """
 
 import argparse
+import base64
+import html
+import io
+import math
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
-from extras.charts import Curve, chart, last_mean, smooth
-from extras.html import figures, page, picture, table, text
-from extras.past import PastRun, compared, read_past, reference_of, unlike, unlike_preset
-from training.log import clock
+import numpy as np
 
-OWN, WRONG, GREY = "#1f77b4", "#d62728", "#8a8a8a"
-NAMES = {"pretrain": "stage one, pretrain", "sft": "stage two, sft"}
+from extras.runs import (
+    RunRecord,
+    curve_settings,
+    flat,
+    last_answers,
+    mean_loss,
+    names_of,
+    read_run,
+    reference_of,
+    settings_of,
+    unlike,
+)
+from training.messages import clock
+
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
+WINDOW, POINTS, CARDS = 21, 2000, 40  # of a mean; most of a line; most questions in a page
+STYLE = """body { font: 15px/1.5 system-ui, sans-serif; margin: 24px; max-width: 1400px; }
+table { border-collapse: collapse; } img { width: 100%; } .right { color: #14782a; }
+th, td { text-align: left; padding: 3px 12px; border: 1px solid #ddd; overflow-wrap: anywhere; }
+.cards { display: flex; flex-wrap: wrap; gap: 12px; align-items: flex-start; font-size: 13px; }
+.card { border: 1px solid #ddd; padding: 10px; width: 250px; } .wrong { color: #b01e1e; }"""
 
 
 @contextmanager
 def reported(out, enabled: bool):
-    """Write the page when the block ends, also by an error. Only rank 0 is `enabled`.
-
-    A page that cannot be written is told and ends nothing: the checkpoints are what counts.
-    """
+    """Write the page when the block ends, also by an error. Only rank 0 is `enabled`. A page that
+    cannot be written is said and ends nothing: the checkpoints are what counts."""
     try:
         yield
     finally:
         if enabled:
             try:
-                write_report(out)
+                write_report([out])
             except Exception as error:
                 print(f"no report.html: {type(error).__name__}: {error}; python -m "
                       f"extras.report {out} tries again")
 
 
-def write_report(out) -> Path:
-    past = read_past(out)
-    stage = past.run.get("stage")
+def write_report(outs: list, file=None) -> Path:
+    """file: OUT/report.html of one directory, compare.html of several, if not given."""
+    runs = [read_run(out) for out in outs]
+    names, alone = names_of(runs), len(runs) == 1
+    settings = [{name: value for name, value in settings_of(run).items() if alone or any(
+                 other.settings.get(name) != run.settings[name] for other in runs)} for run in runs]
+    ran = [{**run.run, "settings": {}, **run.summary} for run in runs]
+    scores = [{**run.scores, "details": run.scores.get("details", {}).get("figures", {})}
+              for run in runs]  # of the details only the intervals
     sections = [
-        f"<h1>{text(str(past.out))}</h1>", f"<p>{text(NAMES.get(stage, stage))} &middot; preset "
-        f"{text(past.settings.get('preset'))} &middot; {text(past.outcome)}</p>",
-        head_figures(past), curves(past), answers(past), scores(past), data(past),
-        settings(past), launches(past)]
-    file = past.out / "report.html"
-    file.write_text(page(f"{past.out.name}: {NAMES.get(stage, stage)}", sections),
-                    encoding="utf-8")
+        *map(heading, runs, names, COLOURS * len(runs)),
+        beside_reference(runs[0]) if alone else "", curves(runs), answers(runs, names),
+        table("Scores", names, scores),
+        table("Settings" if alone else "Settings in which they differ", names, settings),
+        *map(changes, runs, names),
+        table("What ran, on which data, and what came of it", names, ran)]
+    file = Path(file or (runs[0].out / "report.html" if alone else "compare.html"))
+    file.write_text(
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        # Should anything here ever name another address, the browser will not go there.
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        f"style-src 'unsafe-inline'\"><title>{text(', '.join(names))}</title>"
+        f"<style>{STYLE}</style></head><body>\n" + "\n".join(filter(None, sections))
+        + "\n</body></html>\n", encoding="utf-8")
     return file
 
 
-def head_figures(past: PastRun) -> str:
-    last = next((e for e in reversed(past.evaluations) if e.get("eval_loss") is not None), {})
-    losses = [m["loss"] for m in past.metrics]
-    return figures([
-        ("optimizer steps", past.last_step),
-        ("loss, mean of the last 20 steps", last_mean(losses)),
-        ("held-out loss", last.get("eval_loss")),
-        ("held-out loss, wrong pictures", last.get("eval_loss_wrong_picture")),
-        ("tokens a second", past.summary.get("tokens_per_second")),
-        ("training time", clock(sum(m["seconds"] for m in past.metrics)))])
+def changes(run: RunRecord, name: str) -> str:
+    """What was changed where the run went on after a loss that was not finite."""
+    sentences = [f"From step {change['from_step']} on {change['setting']} is {change['now']}; "
+                 f"before, it was {change['before']}." for change in run.run.get("changes", [])]
+    return f"<p>{text(name)}: {text(' '.join(sentences))}</p>" if sentences else ""
 
 
-def curves(past: PastRun) -> str:
-    steps = [m["step"] for m in past.metrics]
-    losses = [m["loss"] for m in past.metrics]
-    planned = past.settings.get("steps") or 0
-    reference = reference_of(past)
-    loss = [Curve("", steps, losses, OWN, faint=True),
-            Curve("this run", steps, smooth(losses), OWN)]
-    if reference:
-        _, points = reference
-        behind = Curve("reference run", [p["step"] for p in points], [p["loss"] for p in points],
-                       GREY, dashed=True)
-        loss = [behind, *loss]
-    measured = [e["step"] for e in past.evaluations]
-    held_out = [Curve(name, measured, [e.get(key) for e in past.evaluations], colour, dots=True)
-                for name, key, colour in (("own pictures", "eval_loss", OWN),
-                                          ("wrong pictures", "eval_loss_wrong_picture", WRONG))]
-    rates = [m["learning_rate"] for m in past.metrics]
-    speed = [m["tokens_per_second"] for m in past.metrics]
-    last = max(planned, past.last_step)
-    charts = [chart("loss for each supervised token", loss, log=True, last_x=last),
-              chart("held-out loss", held_out, log=True, last_x=last),
-              chart("learning rate", [Curve("", steps, rates, OWN)], last_x=last),
-              chart("tokens a second", [Curve("", steps, speed, OWN, faint=True),
-                                        Curve("", steps, smooth(speed), OWN)], last_x=last)]
-    return ("<h2>Curves</h2>" + normal(past, reference)
-            + f'<div class="charts">{"".join(charts)}</div>' + how_to_measure(past))
+def heading(run: RunRecord, name: str, colour: str) -> str:
+    """What it was and where it stands; its square is the legend of the curves."""
+    facts = []
+    if run.metrics:
+        facts = [run.recipe, run.outcome, f"{run.last_step:,} steps in "
+                 f"{clock(sum(m['seconds'] for m in run.metrics))}", "loss over the last 20 steps "
+                 + text(mean_loss(run.metrics[-20:]))]
+    for last in [e for e in run.evaluations if e["eval_loss"] is not None][-1:]:
+        facts += [f"held-out loss {text(last['eval_loss'])}",
+                  f"with wrong images {text(last['eval_loss_wrong_picture'])}"]
+    return (f'<h1><b style="color: {colour}">&#9632;</b> {text(name)}</h1>'
+            f"<p>{text(', '.join(facts))}</p>")
 
 
-def how_to_measure(past: PastRun) -> str:
-    if past.evaluations:
-        return ('<p class="quiet">The gap between the two held-out losses is what the model sees: '
-                "with another picture it should know less.</p>")
-    return ('<p class="quiet">Nothing was held out: <code>--eval_every 50</code> measures samples '
-            "that are never trained on, and shows answers to them.</p>")
-
-
-def normal(past: PastRun, reference) -> str:
-    """Is my loss normal? Put beside the reference run's at the same steps."""
-    if not reference or not past.metrics:
+def beside_reference(run: RunRecord) -> str:
+    """Is my loss normal? The loss of the reference run at the same step."""
+    about, points = reference_of(run)
+    points = [point for point in points if point["step"] <= run.last_step]
+    if not points:
         return ""
-    about, points = reference
-    own = {m["step"]: m["loss"] for m in past.metrics}
-    shared = [p for p in points if p["step"] <= past.last_step]
-    if not shared:
-        return ""
-    half = max(1, round(points[0]["step"]))  # steps on each side of a point of the reference
-    place = shared[-1]["step"]
-    near = [loss for step, loss in own.items() if abs(step - place) <= half]
-    if not near:
-        return ""
-    mine, theirs = sum(near) / len(near), shared[-1]["loss"]
-    told = (f"Around step {place:.0f} the loss is {mine:.3f}; the reference run of "
-            f"{text(about['recipe'])} ({about['steps']:,} steps, dashed) had {theirs:.3f} there.")
-    others = unlike(compared(past), about["settings"])
-    if others:
-        told += (" This run differs from it, so its curve may too: " + "; ".join(
-            f"{name} {text(mine)} instead of {text(theirs)}"
-            for name, (mine, theirs) in others.items()) + ".")
-    return f'<p class="note">{told}</p>'
+    step, loss = points[-1]["step"], points[-1]["loss"]
+    own = mean_loss([m for m in run.metrics if abs(m["step"] - step) <= 5])
+    differing = "; ".join(f"{name} {text(here)} instead of {text(there)}" for name, (here, there)
+                          in unlike(curve_settings(run), about["settings"]).items())
+    return (f"<p>Around step {step:.0f} the loss is {text(own)}; the reference run of "
+            f"{text(about['recipe'])} ({about['steps']:,} steps, dashed) had {loss:.3f} there."
+            + f" This run differs from it, so its curve may too: {differing}." * bool(differing)
+            + "</p>")
 
 
-def answers(past: PastRun) -> str:
-    """A card for each held-out question: the picture, the truth, and what was answered when."""
-    asked = [line for line in past.answers if line.get("answers")]
-    problems = [f"step {line['step']}: {line['problem']}" for line in past.answers
-                if line.get("problem")]
-    told = "".join(f'<p class="note">no answers at {text(problem)}</p>' for problem in problems)
-    if not asked:
-        return f"<h2>Answers</h2>{told}" if told else ""
-    cards = []
-    for number, last in enumerate(asked[-1]["answers"]):
-        rows = []
-        for line in asked:
-            found = line["answers"][number]["answer"]
-            if rows and rows[-1][2] == found:  # said again: the row grows longer
-                rows[-1][1] = line["step"]
-            else:
-                rows.append([line["step"], line["step"], found])
+def curves(runs: list[RunRecord]) -> str:
+    """A chart for the held-out losses and for each figure of metrics.jsonl, as a PNG."""
+    from matplotlib.figure import Figure  # here: a training needs it only at its end
+    from matplotlib.ticker import LogLocator
+
+    names = dict.fromkeys(name for run in runs for m in run.metrics[:1] for name in m)
+    names = ["held-out loss", *(name for name in names if name not in ("step", "seconds"))]
+    rows, alone = math.ceil(len(names) / 3), len(runs) == 1
+    figure = Figure(figsize=(14, 3.4 * rows))
+    figure.subplots_adjust(0.05, 0.1 / rows, 0.99, 1 - 0.1 / rows, 0.15, 0.25)
+    for position, name in enumerate(names, start=1):
+        axes = figure.add_subplot(rows, 3, position, title=name.replace("_", " "))
+        if name == "loss" and alone:
+            draw(axes, reference_of(runs[0])[1], name, "--", c="grey", label="reference run")
+        for run, colour in zip(runs, COLOURS * len(runs)):
+            if name == "held-out loss":
+                draw(axes, run.evaluations, "eval_loss", "-o", c=colour, label="own images")
+                draw(axes, run.evaluations, "eval_loss_wrong_picture", ":x", c=colour,
+                     label="wrong images")
+                continue
+            if alone:  # the single steps, behind their mean
+                draw(axes, run.metrics, name, "-", c=colour, alpha=0.25)
+            draw(axes, run.metrics, name, "-", 1 if name == "learning_rate" else WINDOW, c=colour,
+                 label="this run")
+        if not axes.lines:
+            axes.text(0.5, 0.5, "not measured (--eval_every 50)" if "held" in name else
+                      "not measured", ha="center", transform=axes.transAxes)
+            continue
+        if alone:
+            axes.set_xlim(0, max(runs[0].settings.get("steps") or 1, runs[0].last_step))
+            axes.legend()
+        if "loss" in name and axes.dataLim.minposy < math.inf:  # some value is above 0
+            axes.set_yscale("log", nonpositive="mask")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+            axes.yaxis.set_minor_formatter("{x:g}")
+        axes.grid(alpha=0.3, which="both")
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    title = "<h2>Curves over optimizer steps</h2>"
+    return title + image(png.getvalue(), "png") if len(names) > 1 else ""
+
+
+def draw(axes, lines: list[dict], name: str, style: str, window: int = 1, **more) -> None:
+    """The mean of `window` neighbouring lines; where all of them lack the figure is a gap."""
+    lines = lines[::len(lines) // POINTS + 1]
+    values = np.array([line.get(name) for line in lines], dtype=float)
+    known, window = np.isfinite(values), np.ones(min(window, len(values)))
+    if known.any():
+        sums, counts = (np.convolve(array, window, "same")
+                        for array in (np.where(known, values, 0), known))
+        means = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+        axes.plot([line["step"] for line in lines], means, style, **more)
+
+
+def answers(runs: list[RunRecord], names: list[str]) -> str:
+    """A card for each held-out question: what one run answered at which step, or what several
+    answered at last, first where they differ."""
+    cards = [f"<p>no answers at step {text(line['step'])}: {text(line['problem'])}</p>"
+             for run in runs for line in run.answers if "problem" in line]
+    given = [last_answers(run) for run in runs]
+    shared = [key for key in given[0] if all(key in each for each in given)]
+    if len(runs) > 1:
+        shared.sort(key=lambda key: len({each[key]["answer"] for each in given}) == 1)
+    for key in shared[:CARDS]:
+        about = given[0][key]
+        rows = [(name, each[key]["answer"]) for name, each in zip(names, given)]
+        if len(runs) == 1 and "answers" in runs[0].answers[0]:
+            rows = [(f"step {line['step']}", a["answer"]) for line in runs[0].answers
+                    for a in line["answers"] if (a["where"], a["question"]) == key]
+            rows = [row for i, row in enumerate(rows) if i == 0 or row[1] != rows[i - 1][1]]
         lines = "".join(
-            f"<tr><td>{first if first == final else f'{first} to {final}'}</td><td class="
-            f"\"{'right' if found.strip() == last['truth'].strip() else 'wrong'}\">"
-            f"{text(found) or '(nothing)'}</td></tr>" for first, final, found in rows)
-        cards.append(f'<div class="card">{picture(past.out / last["picture"])}'
-                     f'<p class="quiet">{text(last["question"])}</p><p>truth: '
-                     f'{text(last["truth"])}</p><table><tr><th>step</th><th>answer</th></tr>{lines}'
-                     "</table></div>")
-    return ("<h2>Answers to held-out questions, as it learned</h2>" + told
-            + f'<div class="cards">{"".join(cards)}</div>')
+            f"<tr><td>{text(name)}</td><td class="
+            f"\"{'right' if answer.strip() == about['truth'].strip() else 'wrong'}\">"
+            f"{text(answer) or '(nothing)'}</td></tr>" for name, answer in rows)
+        cards.append(f'<div class="card">{held_out_image(runs[0], about)}<p>{text(key[1])}</p>'
+                     f"<p>truth: {text(about['truth'])}</p><table>{lines}</table></div>")
+    more = f", {CARDS} of {len(shared):,}" if len(shared) > CARDS else ""
+    title = f"<h2>Answers to held-out questions{more}</h2>"
+    return f'{title}<div class="cards">{"".join(cards)}</div>' if cards else ""
 
 
-def scores(past: PastRun) -> str:
-    if not past.scores:
-        return ""
-    alone = [[name, value, between(past.scores, name)] for name, value in past.scores.items()
-             if not isinstance(value, dict)]
-    tables = [table(alone, ["score", "", "95 % interval"])] if alone else []
-    for name, values in past.scores.items():
-        if isinstance(values, dict) and name != "details":
-            tables.append(table([[key, value] for key, value in values.items()], [name, ""]))
-    return f'<h2>Scores</h2><div class="figures">{"".join(tables)}</div>'
+def held_out_image(run: RunRecord, about: dict) -> str:
+    """The small image that a training keeps of a question: no file outside OUT/held_out."""
+    file = run.out / "held_out" / Path(str(about.get("picture"))).name
+    return image(file.read_bytes(), "jpeg") if file.is_file() else f"<p>{text(about['where'])}</p>"
 
 
-def between(scores: dict, name: str) -> str:
-    """The bootstrap interval that eval.py writes under "details"; "-" where there is none."""
-    try:
-        figure, = scores["details"]["figures"][name].values()
-        return f"{figure['low']:.4f} to {figure['high']:.4f}"
-    except (KeyError, TypeError, ValueError, AttributeError):  # of an older eval.py, or by hand
-        return "-"
+def image(content: bytes, kind: str) -> str:
+    return f'<img alt="" src="data:image/{kind};base64,{base64.b64encode(content).decode()}">'
 
 
-def data(past: PastRun) -> str:
-    s, about = past.summary, past.run.get("data", {})
-    rows = [["files", name] for name in files_of(about)]
-    rows.append(["samples in the data", about.get("samples")])
-    if not s:
-        rows.append(["supervised tokens", sum(m["supervised_tokens"] for m in past.metrics)])
-        rows.append(["skipped samples", "unknown: summary.json is written when a run ends"])
-        return "<h2>Data</h2>" + table(rows)
-    seen = s["samples_trained"] + s["samples_skipped"]
-    if s["steps"] != past.last_step:
-        rows.append(["the figures below are of step", s["steps"]])
-    rows += [["samples trained on", s["samples_trained"]],
-             ["samples skipped as unusable", f"{s['samples_skipped']:,} of {seen:,}"],
-             *([f"... because: {reason}", count] for reason, count in
-               sorted(s["skipped_why"].items(), key=lambda pair: -pair[1])),
-             ["tokens", s["tokens"]], ["tokens supervised", s["tokens_supervised"]],
-             ["padding", f"{s['tokens_padding'] / max(1, s['tokens']):.1%}"],
-             ["most memory in a process", gigabytes(s["peak_memory"])],
-             ["most memory on a GPU", gigabytes(s["peak_gpu_memory"])]]
-    return "<h2>Data</h2>" + table([row for row in rows if row[1] is not None])
+def table(title: str, names: list[str], columns: list[dict]) -> str:
+    """A row for each fact, a column for each directory; none where there is no fact."""
+    columns = [flat(column) for column in columns]
+    rows = [[name, *(column.get(name) for column in columns)]
+            for name in dict.fromkeys(name for column in columns for name in column)]
+    lines = [f"<tr>{''.join(f'<td>{text(cell)}</td>' for cell in row)}</tr>" for row in rows]
+    head = "".join(f"<th>{text(name)}</th>" for name in ["", *names])
+    return f"<h2>{title}</h2><table><tr>{head}</tr>{''.join(lines)}</table>" if rows else ""
 
 
-def files_of(about: dict) -> list[str]:
-    """The parts of run.json's "data": one file, or several with their weights."""
-    return [" ".join(str(value) for name, value in part.items() if name in ("file", "kind"))
-            + (f", weight {part['weight']:g}" if "weight" in part else "")
-            for part in about.get("files", [about])]
-
-
-def gigabytes(size: int | None) -> str | None:
-    return None if size is None else f"{size / 1e9:.2f} GB"
-
-
-def settings(past: PastRun) -> str:
-    if not past.settings:
-        return ""
-    others = unlike_preset(past)
-    rows = [[name, value] for name, value in sorted(past.settings.items())]
-    told = "; ".join(f"{name}: {text(value)}" for name, value in sorted(others.items()))
-    note = (f"Highlighted: what the preset {text(past.settings['preset'])} has otherwise ({told})."
-            if others else "All as the preset has it.")
-    return (f'<h2>Settings</h2><p class="quiet">{note}</p><div class="columns">'
-            f"{table(rows, told=set(others))}</div>")
-
-
-def launches(past: PastRun) -> str:
-    if not past.run.get("launches"):
-        return ""
-    rows = [[launch["started"], launch["ended"], launch["first_step"], launch["last_step"],
-             launch["outcome"], (launch.get("commit") or "")[:12], launch["processes"],
-             (launch["machine"].get("gpu") or {}).get("name") or launch["machine"]["cpu"]]
-            for launch in past.run["launches"]]
-    versions = ", ".join(f"{name} {version}" for name, version in past.run["versions"].items())
-    heads = ["started", "ended", "first step", "last step", "outcome", "commit", "processes",
-             "machine"]
-    return f'<h2>Launches</h2>{table(rows, heads)}<p class="quiet">{text(versions)}</p>'
+def text(value) -> str:
+    """Anything -> what a reader sees, and never markup."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(text, value))
+    if isinstance(value, float):
+        value = f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    elif isinstance(value, int) and not isinstance(value, bool):
+        value = f"{value:,}"
+    return html.escape("-" if value is None else str(value))
 
 
 def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("out", help="directory of a training run")
-    parser.add_argument("--scores", metavar="FILE", help="a scores.json of eval.py --report, to be "
-                        "kept with the run and shown")
+    parser.add_argument("out", nargs="+", help="directory of a training, or of eval.py's scores")
+    parser.add_argument("--scores", metavar="FILE", help="scores.json to keep with the first OUT")
+    parser.add_argument("--page", metavar="FILE", help="default: OUT/report.html, or compare.html")
     flags = parser.parse_args(arguments)
     try:
-        read_past(flags.out)
-        if flags.scores:
-            kept = Path(flags.out) / "scores.json"
-            if Path(flags.scores).resolve() != kept.resolve():
-                shutil.copyfile(flags.scores, kept)
-        print(write_report(flags.out))
+        read_run(flags.out[0])
+        kept = Path(flags.out[0]) / "scores.json"
+        if flags.scores and Path(flags.scores).resolve() != kept.resolve():
+            shutil.copyfile(flags.scores, kept)
+        print(write_report(flags.out, flags.page))
     except OSError as error:
         raise SystemExit(f"extras.report: {error}") from error
 

@@ -1,12 +1,11 @@
-"""Talk to a trained model in the browser: pictures, several turns, where it looked.
+"""Talk to a trained model in the browser: images, several turns, where it looked.
 
     python -m extras.web                       the runs under out/, on http://127.0.0.1:7860
     python -m extras.web --model out/demo/sft
 
-Flow: checkpoint directories -> extras/page.py -> extras/upload_guard.py (to each session its
-own pictures) -> a server on this machine alone, unless --host says otherwise. Needs gradio
-(requirements-extra.txt). Works without internet: scripts and fonts come from this machine, nothing
-is measured or sent, and a header tells the browser to go nowhere else.
+Flow: checkpoint directories -> page.py (components of gradio) -> upload_guard.py -> a server on
+this machine alone, unless --host says otherwise. Needs gradio (requirements-extra.txt). Works
+without internet: scripts and fonts come from this machine, and nothing is measured or sent.
 """
 
 import argparse
@@ -15,12 +14,11 @@ import socket
 import tempfile
 from pathlib import Path
 
+from training.inference import add_model_flags, exit_on_error
+from training.writable import check_directory
+
 PORTS = range(7860, 7960)  # tried in turn, when none is named
 LOCAL = ("127.0.0.1", "localhost", "::1")  # names of this machine that nobody else can mean
-# What a browser may load for this page: what this server gives, and nothing else.
-POLICY = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' "
-          "'unsafe-inline'; img-src 'self' data: blob:; media-src 'self' data: blob:; font-src "
-          "'self' data:; worker-src 'self' blob:; frame-ancestors 'none'; form-action 'self'")
 
 
 def read_flags(arguments=None) -> argparse.Namespace:
@@ -32,15 +30,9 @@ def read_flags(arguments=None) -> argparse.Namespace:
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets everyone in who "
         "reaches this machine, without a password (%(default)s)")
     add("--port", type=int, help="default: the first free one from 7860")
-    add("--max_upload", type=float, default=20, metavar="MB", help="largest picture file "
+    add("--max_upload", type=float, default=20, metavar="MB", help="largest image file "
         "(%(default)s)")
-    add("--language", help="where the public language model lies, if not where it was in training")
-    add("--vision", help="where the public vision tower lies, if not where it was in training")
-    add("--dtype", choices=("fp32", "bf16"), help="default: bf16 where the GPU or the processor "
-        "multiplies it natively, else fp32")
-    add("--quantize", choices=("int8", "int4"), help="the language model's weights in so many "
-        "bits: less memory, and on a CPU faster")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
+    add_model_flags(parser)
     flags = parser.parse_args(arguments)
     if not flags.max_upload > 0:
         parser.error(f"--max_upload {flags.max_upload}: expected a number above 0")
@@ -48,46 +40,13 @@ def read_flags(arguments=None) -> argparse.Namespace:
     return flags
 
 
-class Closed:
-    """Around the server: names POLICY in each answer, and takes no request meant for another name.
-
-    The second is for a page elsewhere that makes its own name point to this machine (DNS
-    rebinding): the browser would then let it read what is said here.
-    """
-
-    def __init__(self, app, hosts: tuple[str, ...] | None):
-        self.app, self.hosts = app, hosts  # None: any name will do
-
-    async def __call__(self, scope, receive, send):
-        async def send_closed(message):
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", []),
-                                      (b"content-security-policy", POLICY.encode()),
-                                      (b"referrer-policy", b"no-referrer")]
-            await send(message)
-
-        host = dict(scope.get("headers", ())).get(b"host", b"").decode("latin-1")
-        if self.hosts and scope["type"] == "http" and host_name(host) not in self.hosts:
-            await send({"type": "http.response.start", "status": 403, "headers": []})
-            await send({"type": "http.response.body", "body": b"not the name of this server"})
-            return
-        await self.app(scope, receive, send_closed)
-
-
-def host_name(header: str) -> str:
-    """"localhost:7860" -> "localhost", "[::1]:7860" -> "::1"."""
-    if header.startswith("["):
-        return header[1:].partition("]")[0]
-    return header.partition(":")[0]
-
-
 def prepare(flags, directory: str):
     """-> (the server, a socket that listens, its address); server.run(sockets=[socket]) serves.
 
-    directory: for uploaded pictures. Left to itself, gradio puts them where every gradio on this
-    machine does, and each clears up there when it ends.
+    directory: for uploaded images. By default gradio puts them where every gradio on this machine
+    does, and each clears up there when it ends.
     Gradio's own launch() would ask itself for the page first, through the proxy of the environment
-    if it names one, and fail where that knows no 127.0.0.1; so the server is uvicorn, plainly.
+    if it names one, and fail where that knows no 127.0.0.1; so the server is uvicorn itself.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is loaded: it would ask for
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # its newest version's number
@@ -98,13 +57,13 @@ def prepare(flags, directory: str):
     from fastapi import FastAPI
 
     from extras.page import CSS, FONTS, Models, build
-    from extras.upload_guard import EXAMPLES, OwnFiles
+    from extras.upload_guard import EXAMPLES, SecurityMiddleware
 
     models = Models(flags)
     if not models.names():
         raise FileNotFoundError(f"no run with a checkpoint below {flags.out}: train one, as README "
                                 "says, or give --model DIR or --out DIR")
-    models.get(models.names()[0])  # now, so that what is wrong with it is told here
+    models.get(models.names()[0])  # now, so that what is wrong with it is reported here
     listener = listen(flags.host, flags.port)
     host, port = listener.getsockname()[:2]
     page = build(models, Path(directory, EXAMPLES)).queue(max_size=64)
@@ -115,9 +74,9 @@ def prepare(flags, directory: str):
         run_history=False, enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False,
         css=CSS, theme=gr.themes.Default(font=FONTS, font_mono=["monospace"]))
     page.has_launched = True  # or gradio does not even compare paths with its directory
-    app = OwnFiles(app, Path(directory), f"session_{port}", largest, page.upload_file_set)
-    own = LOCAL if host in LOCAL else None
-    server = uvicorn.Server(uvicorn.Config(Closed(app, own), log_level="warning"))
+    app = SecurityMiddleware(app, Path(directory), f"session_{port}", largest, page.upload_file_set,
+                             LOCAL if host in LOCAL else None)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     name = f"[{host}]" if ":" in host else host
     return server, listener, f"http://{name}:{port}/"
 
@@ -135,16 +94,16 @@ def listen(host: str, port: int | None) -> socket.socket:
 
 def main(arguments=None) -> None:
     flags = read_flags(arguments)
-    try:
+    with exit_on_error("extras.web"):
+        check_directory("the directory for uploaded images (TMPDIR)", tempfile.gettempdir())
         with tempfile.TemporaryDirectory(prefix="vlm_web_") as directory:  # nobody else's to read
-            server, listener, address = prepare(flags, directory)
+            try:
+                server, listener, address = prepare(flags, directory)
+            except ImportError as error:
+                raise SystemExit("the page needs gradio: pip install gradio "
+                                 f"(requirements-extra.txt) [{error}]") from error
             print(f"talk to it at {address} (Ctrl-C ends)", flush=True)
             server.run(sockets=[listener])
-    except ImportError as error:
-        raise SystemExit("the page needs gradio: pip install gradio (requirements-extra.txt)"
-                         f" [{error}]") from error
-    except (OSError, ValueError, KeyError) as error:  # each says what is wrong and what to do
-        raise SystemExit(f"extras.web: {error}") from error
 
 
 if __name__ == "__main__":

@@ -1,119 +1,110 @@
-"""Answering: a prompt's token ids and pixels -> new token ids, one at a time.
+"""Answering: a prompt's token ids and pixels in, new token ids out one at a time, then text.
 
-The prompt goes through the decoder once (prefill) and leaves its keys and values in a cache; after
-that each new token costs one position only. `generate` yields ids for a chat, `generate_batch`
-answers many prompts at once, greedily, for scoring.
+    prefill   ids (1,T), pixels -> decoder -> logits (1,V); the cache keeps keys and values
+    decode    the newest id (1,) -> decoder, which looks back into the cache -> logits (1,V)
+    sample    logits (V,) -> the next id;   stream   ids -> TextStreamer -> text
+
+Without the cache, each new token would send the whole row through the decoder again.
 """
+
+from dataclasses import dataclass
 
 import torch
 
 from model.language import LanguageModel
-from model.step import KVCache, RecordedStep, Step
+
+REPLACEMENT_CHARACTER = "\ufffd"  # what decoding makes of bytes that are no character
 
 
-class Past:
-    """What the answers of a conversation leave to the next one: prompts begin alike, and what
-    the decoder made of that beginning, with its pictures, need not be computed again."""
+class KVCache:
+    """The keys and values of all tokens so far, of every layer.
 
-    def __init__(self):
-        self.cache = None
-        self.ids, self.pixels = [], ()  # what the cache holds, and perhaps one token more
+    capacity: the most tokens that it will hold. All memory is allocated at once: concatenating
+    would copy all earlier tokens for each new one.
+    """
 
-    def shared(self, ids: list[int], pixels, placeholder: int | None) -> tuple[int, int]:
-        """The tokens, and pictures among them, with which this prompt begins as the last one did.
+    def __init__(self, num_layers: int, capacity: int):
+        self.num_layers, self.capacity = num_layers, capacity
+        self.length = 0  # tokens that every layer holds
+        self.store = None  # (layers,2,B,Hkv,capacity,hd), made at the first append
 
-        ids, pixels: of the new prompt. Its last token is never shared: the next one follows from
-        it. Nor is a part of a picture. Two pictures are the same if their pixels are.
+    def append(self, layer: int, k, v):
+        """k, v (B,Hkv,T,hd) of one layer -> all its keys and values (B,Hkv,Tk,hd).
+
+        The last layer advances `length`; nobody reads what an interrupted step wrote beyond it.
         """
-        held = 0 if self.cache is None else min(self.cache.length, len(self.ids), len(ids) - 1)
-        same = next((i for i in range(held) if ids[i] != self.ids[i]), held)
-        places = [place for place, token in enumerate(ids) if token == placeholder]
-        N = 0 if pixels is None else len(pixels)
-        if not places:
-            return same, 0
-        if N == 0 or len(places) % N:
-            return min(same, places[0]), 0  # embed will say what does not fit
-        K, seen = len(places) // N, 0
-        while (seen < min(N, len(self.pixels)) and places[seen * K + K - 1] < same
-               and torch.equal(pixels[seen], self.pixels[seen])):
-            seen += 1
-        return (same if seen == N else min(same, places[seen * K])), seen
+        if self.store is None:
+            self.store = k.new_empty(self.num_layers, 2, *k.shape[:2], self.capacity, k.shape[3])
+        end = self.length + k.shape[2]
+        keys, values = self.store[layer]
+        keys[:, :, self.length:end] = k
+        values[:, :, self.length:end] = v
+        if layer == self.num_layers - 1:
+            self.length = end
+        return keys[:, :, :end], values[:, :, :end]
 
 
-def penalise(logits, seen: list[int], penalty: float):
-    """Make every token that stands in `seen` less likely (CTRL, Keskar et al. 2019).
+@dataclass(frozen=True)
+class GenerationConfig:
+    max_new_tokens: int = 256
+    stop_ids: tuple = ()  # each of them ends the answer and is not part of it
+    temperature: float = 0.0  # 0: always the likeliest token (greedy)
+    top_k: int = 0  # sample from the k likeliest tokens; 0: from all
+    top_p: float = 1.0  # sample from the likeliest tokens that together reach this probability
+    repetition_penalty: float = 1.0  # above 1: less repetition
+    generator: torch.Generator | None = None  # on the CPU: one seed, the same answer on any device
 
-    A positive logit is divided by the penalty, a negative one multiplied: both go down. Each token
-    is punished once, however often it occurred.
-    """
-    # A placeholder for pictures may lie past the vocabulary; it can never be chosen anyway.
-    seen = torch.tensor(sorted({i for i in seen if i < logits.shape[-1]}), device=logits.device,
+
+def apply_repetition_penalty(logits, ids: list[int], penalty: float):
+    """Make each token of ids less likely, once however often it occurs (CTRL, Keskar et al. 2019):
+    positive logits are divided by the penalty, negative ones multiplied. logits (V,) -> (V,)"""
+    # An image placeholder's id may lie past the vocabulary.
+    used = torch.tensor(sorted({i for i in ids if i < len(logits)}), device=logits.device,
                         dtype=torch.long)
-    logits = logits.clone()
-    chosen = logits[seen]
-    logits[seen] = torch.where(chosen > 0, chosen / penalty, chosen * penalty)
-    return logits
+    values = logits[used]
+    return logits.index_put((used,), torch.where(values > 0, values / penalty, values * penalty))
 
 
-def distribution(logits, temperature: float, top_k: int, top_p: float):
-    """logits (V,) -> probabilities (V,): flattened or sharpened, then cut to the likeliest tokens.
-
-    top_k keeps the k likeliest (0: all). top_p keeps the smallest set of likeliest tokens that
-    together reach the share p (nucleus sampling, Holtzman et al. 2019).
-    """
+def sampling_probs(logits, temperature: float, top_k: int, top_p: float):
+    """logits (V,) -> probabilities (V,), first cut to the top_k likeliest tokens (0: all), then to
+    the fewest that together reach top_p (nucleus sampling, Holtzman et al. 2019)."""
     logits = logits / temperature
     if 0 < top_k < len(logits):
-        least = logits.topk(top_k).values[-1]
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    probabilities, order = logits.softmax(-1).sort(descending=True, stable=True)
-    before = probabilities.cumsum(-1) - probabilities  # what the likelier tokens reach without it
-    keep = before < top_p
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], float("-inf"))
+    probs, order = logits.softmax(-1).sort(descending=True, stable=True)
+    likelier = probs.cumsum(-1) - probs  # the total probability of all likelier tokens
+    keep = likelier < top_p
     keep[0] = True
-    probabilities = probabilities * keep
-    return torch.zeros_like(probabilities).scatter(0, order, probabilities / probabilities.sum())
+    probs = probs * keep
+    return torch.zeros_like(probs).scatter(0, order, probs / probs.sum())
 
 
-def choose(logits, seen: list[int], temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
-           generator=None) -> int:
-    """The next token: the likeliest when temperature is 0, else drawn by chance. logits (V,)."""
+def sample_token(logits, ids: list[int], config: GenerationConfig) -> int:
+    """logits (V,), all ids so far -> the next id."""
     logits = logits.float()
-    if repetition_penalty != 1.0:
-        logits = penalise(logits, seen, repetition_penalty)
-    if temperature == 0:
+    if config.repetition_penalty != 1.0:
+        logits = apply_repetition_penalty(logits, ids, config.repetition_penalty)
+    if config.temperature == 0:
         return int(logits.argmax())
-    probabilities = distribution(logits, temperature, top_k, top_p).cpu()  # one seed, any device
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+    probs = sampling_probs(logits, config.temperature, config.top_k, config.top_p).cpu()
+    return int(torch.multinomial(probs, 1, generator=config.generator))
 
 
-def decoder_of(model) -> LanguageModel:
-    """A language model alone can chat too; it just sees no pictures."""
+def language_model_of(model) -> LanguageModel:
+    """A language model alone can chat too, without images."""
     return model if isinstance(model, LanguageModel) else model.language
 
 
 def embed(model, ids, pixels):
     """ids (B,T), pixels (N,3,H,W) or None -> (B,T,D)"""
-    if not isinstance(model, LanguageModel):
-        return model.embed(ids, pixels)
-    if pixels is not None:
+    if pixels is not None and isinstance(model, LanguageModel):
         raise ValueError("this is a language model alone: it takes no pictures")
-    return model.embed(ids)
+    return model.embed(ids) if pixels is None else model.embed(ids, pixels)
 
 
-def step_of(model, cache: KVCache, real=None) -> Step:
-    """What takes one token of each row further. real: as Step takes it.
-
-    Recorded on a GPU; but not where the decoder's weights are converted for each product
-    (autocast) or gathered for each step (fsdp), as in the middle of training.
-    """
-    decoder = decoder_of(model)
-    fixed = (decoder.norm.weight.is_cuda and not torch.is_autocast_enabled("cuda")
-             and not getattr(model, "force_vision_forward", False))
-    return (RecordedStep if fixed else Step)(decoder, cache, real)
-
-
-def room_left(decoder: LanguageModel, length: int) -> int:
-    """Tokens that may follow a prompt of `length`; past the trained positions all turns to noise"""
-    limit = decoder.config.max_position_embeddings
+def room_left(model: LanguageModel, length: int) -> int:
+    """Tokens that may follow a prompt of `length` tokens: later positions were never trained."""
+    limit = model.config.max_position_embeddings
     if not 0 < length < limit:
         raise ValueError(f"the prompt has {length} tokens; this model takes 1 to {limit - 1}: "
                          "shorten it, or start the conversation anew")
@@ -121,149 +112,49 @@ def room_left(decoder: LanguageModel, length: int) -> int:
 
 
 @torch.inference_mode()
-def generate(model, ids: list[int], pixels=None, max_new_tokens: int = 256, stop_ids=(),
-             temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-             repetition_penalty: float = 1.0, generator: torch.Generator | None = None,
-             past: Past | None = None):
-    """Yield new token ids until one of stop_ids (not yielded), max_new_tokens or the last position.
+def generate(model, ids: list[int], pixels=None, prefix_cache=None, **config):
+    """Yield new token ids until a stop id, max_new_tokens or the last trained position.
 
-    model: a VLM, or a LanguageModel for text alone. ids: the prompt. pixels (N,3,H,W): its
-    pictures in order. generator: a CPU generator, to draw the same answer again. past: what the
-    last answer left, and this one leaves; without it everything is computed anew.
+    model: a VLM, or a LanguageModel for text alone. ids: the prompt. pixels (N,3,H,W): its images
+    in order. config: as GenerationConfig. prefix_cache: see extras/fast/prefix_cache.py.
     """
-    decoder, past = decoder_of(model), past or Past()
-    device = decoder.embed_tokens.weight.device
-    ids = list(ids)
-    room = room_left(decoder, len(ids))
+    language_model, config, ids = language_model_of(model), GenerationConfig(**config), list(ids)
+    device = language_model.embed_tokens.weight.device
+    capacity = len(ids) + min(config.max_new_tokens, room_left(language_model, len(ids)))
     pixels = None if pixels is None else pixels.to(device)
-    start, seen = past.shared(ids, pixels, getattr(model.config, "image_token_id", None))
-    unseen = None if pixels is None or seen == len(pixels) else pixels[seen:]
-    embeds = embed(model, torch.tensor([ids[start:]], device=device), unseen)  # (1,T-start,D)
-    max_new_tokens = min(max_new_tokens, room)
-    capacity = len(ids) + max_new_tokens
-    cache = (past.cache or KVCache(decoder.config.num_hidden_layers, 0)).longer(start, capacity)
-    past.cache, past.ids, past.pixels = cache, ids, () if pixels is None else pixels
-    step, logits = None, None  # logits (1,V)
-    for _ in range(max_new_tokens):
-        if step is None:
-            logits = decoder.logits(decoder.decode(embeds, cache=cache)[:, -1])
-            step = step_of(model, cache)
-        else:
-            logits = step(torch.tensor(ids[-1:], device=device))
-        token = choose(logits[0], ids, temperature, top_k, top_p, repetition_penalty, generator)
-        if token in stop_ids:
+    cache = KVCache(language_model.config.num_hidden_layers, capacity)
+    if prefix_cache is not None:
+        pixels = prefix_cache.reuse(model, ids, pixels, cache)
+    embeds = embed(model, torch.tensor([ids[cache.length:]], device=device), pixels)  # (1,T,D)
+    logits = language_model.logits(language_model.decode(embeds, cache=cache)[:, -1])  # (1,V)
+    while len(ids) < capacity:
+        token = sample_token(logits[0], ids, config)
+        if token in config.stop_ids:
             return
         ids.append(token)
         yield token
+        if len(ids) < capacity:
+            logits = language_model.decode_step(torch.tensor([token], device=device), cache)
 
 
-@torch.inference_mode()
-def generate_batch(model, prompts: list[list[int]], pixels: list, max_new_tokens: int,
-                   stop_ids) -> list[list[int]]:
-    """The greedy answer to each prompt, all at once, without the stop token.
+class TextStreamer:
+    """Token ids one at a time -> pieces of text.
 
-    pixels: for each prompt (N,3,H,W) or None. Prompts that begin alike up to the end of their
-    pictures, given as the same tensor, are questions about one thing: their beginning goes through
-    the decoder once for all of them. Beginnings and rests are padded on the LEFT, so that all rows
-    write their next token at the same place; the positions say where a row really is, and the mask
-    hides the padding.
+    A byte-level tokenizer cuts one Chinese character or emoji into up to four tokens. Decoded too
+    early they give replacement characters, so they wait until the character is complete."""
 
-        ids  . a b | . c | x      positions  0 0 1 | 1 2 | 3      looks at  . 1 1 | . 1 | 1
-             d e f | g h | y                 0 1 2 | 3 4 | 5                1 1 1 | 1 1 | 1
-    """
-    decoder = decoder_of(model)
-    device = decoder.embed_tokens.weight.device
-    placeholder = getattr(model.config, "image_token_id", None)
-    max_new_tokens = min(max_new_tokens, room_left(decoder, max(map(len, prompts))))
-    cuts, firsts, owner = shared_beginnings(
-        prompts, pixels, placeholder, decoder.config.max_position_embeddings - max_new_tokens)
-    # Any id but the picture's placeholder will do: the mask hides these places.
-    padding = 1 if placeholder == 0 else 0
-    begins = padded([prompts[i][:cuts[i]] for i in firsts], padding, device)  # (G,P)
-    rests = padded([ids[cut:] for ids, cut in zip(prompts, cuts)], padding, device)  # (B,R)
-    P, T = begins.shape[1], begins.shape[1] + rests.shape[1]
+    def __init__(self, tokenizer):
+        self.tokenizer, self.ids, self.length = tokenizer, [], 0  # length: characters returned
 
-    cut, length = (torch.tensor(each, device=device)[:, None] for each in (
-        cuts, [len(ids) for ids in prompts]))  # (B,1)
-    place = torch.arange(T + max_new_tokens, device=device)
-    # (B,T+new) True where a row has a token
-    real = torch.where(place < P, place >= P - cut, place >= T - (length - cut))
-    positions = (real.cumsum(1) - 1).clamp(min=0)  # (B,T+new)
+    def add(self, token: int) -> str:
+        """-> the text that is certain after this token: perhaps none."""
+        self.ids.append(token)
+        return self._new(self.tokenizer.decode(self.ids).rstrip(REPLACEMENT_CHARACTER))
 
-    cache = KVCache(decoder.config.num_hidden_layers, T + max_new_tokens)
-    if P:
-        prefill(model, begins, [pixels[i] for i in firsts], positions[firsts], real[firsts], cache)
-        cache.keep_rows(torch.tensor(owner, device=device))
-        pixels = []
-    hidden = prefill(model, rests, pixels, positions, real, cache)  # (B,R,D)
-    step, logits = step_of(model, cache, real), decoder.logits(hidden[:, -1])  # (B,V)
-    answers, ended = [[] for _ in prompts], set()  # ended: numbers of prompts
-    going = list(range(len(prompts)))  # the prompt that each row of the batch answers
-    for left in reversed(range(max_new_tokens)):
-        tokens = logits.argmax(-1)  # (rows,)
-        ended |= take(tokens.tolist(), going, answers, ended, stop_ids)
-        rows = [row for row, prompt in enumerate(going) if prompt not in ended]
-        if not rows or not left:
-            break
-        if len(rows) <= step.enough * len(going):  # leave those behind that have ended
-            going = [going[row] for row in rows]
-            rows = torch.tensor(rows, device=device)
-            tokens = tokens[rows]
-            step.keep_rows(rows)
-        logits = step(tokens)
-    return answers
+    def end(self) -> str:
+        """-> what was held back and can no longer be completed."""
+        return self._new(self.tokenizer.decode(self.ids))
 
-
-def shared_beginnings(prompts, pixels, placeholder: int | None, limit: int):
-    """-> for each prompt how many of its tokens are such a beginning; the number of a prompt with
-    each beginning that there is; for each prompt which of these is its own.
-
-    No prompt has one (0) where nothing is gained: where all differ, or where the longest beginning
-    and the longest rest, of different prompts perhaps, take more than `limit` tokens.
-    """
-    cuts, firsts, owner, known = [], [], [], {}
-    for number, (ids, shown) in enumerate(zip(prompts, pixels)):
-        ends = [place + 1 for place, token in enumerate(ids) if token == placeholder]
-        cut = ends[-1] if ends and shown is not None else 0
-        key = (id(shown), *ids[:cut]) if cut else number
-        if key not in known:
-            known[key] = len(firsts)
-            firsts.append(number)
-        cuts.append(cut)
-        owner.append(known[key])
-    longest = max(cuts) + max(len(ids) - cut for ids, cut in zip(prompts, cuts))
-    if len(firsts) == len(prompts) or longest > limit:
-        return [0] * len(prompts), [], []
-    return cuts, firsts, owner
-
-
-def padded(rows: list[list[int]], padding: int, device) -> torch.Tensor:
-    """-> (B,T), each row on the right"""
-    T = max(map(len, rows), default=0)
-    return torch.tensor([[padding] * (T - len(row)) + list(row) for row in rows],
-                        dtype=torch.long, device=device).view(len(rows), T)
-
-
-def prefill(model, ids, pixels: list, positions, real, cache: KVCache):
-    """ids (B,T), after what the cache holds -> hidden (B,T,D), and the cache holds them too.
-
-    positions, real (B,T or more): of all places, those in the cache included; see generate_batch.
-    """
-    past, end = cache.length, cache.length + ids.shape[1]
-    place = torch.arange(end, device=ids.device)
-    causal = place[past:, None] >= place  # (T,Tk)
-    # A padding place looks at itself: a softmax over nothing would be NaN, and NaN spreads.
-    itself = place[past:, None] == place
-    mask = (causal & real[:, None, None, :end]) | itself  # (B,1,T,Tk)
-    given = [p for p in pixels if p is not None]
-    embeds = embed(model, ids, torch.cat(given).to(ids.device) if given else None)  # (B,T,D)
-    return decoder_of(model).decode(embeds, positions[:, past:end], mask, cache)
-
-
-def take(tokens: list[int], going: list[int], answers: list[list[int]], ended: set, stop_ids):
-    """Add each row's token to its prompt's answer -> the prompts that have ended with it."""
-    stopped = {prompt for token, prompt in zip(tokens, going) if token in stop_ids}
-    for token, prompt in zip(tokens, going):
-        if prompt not in ended | stopped:
-            answers[prompt].append(token)
-    return stopped
+    def _new(self, text: str) -> str:
+        piece, self.length = text[self.length:], max(self.length, len(text))
+        return piece

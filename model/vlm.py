@@ -12,7 +12,7 @@ from torch import nn
 
 from model.config import VLMConfig
 from model.language import LanguageModel
-from model.loss import head_loss
+from model.loss import chunked_cross_entropy
 from model.projector import Projector
 from model.vision import VisionTransformer
 
@@ -27,6 +27,7 @@ class VLM(nn.Module):
         self.language = language
         self.vision = vision
         self.projector = projector
+        self.loss_function = chunked_cross_entropy  # extras/fast has a faster one
         self.force_vision_forward = False  # see dummy_image_loss; set where weights are sharded
 
     def set_checkpointing(self, on: bool) -> None:
@@ -85,9 +86,9 @@ class VLM(nn.Module):
         side = self.config.vision.patch_size * self.config.projector.pixel_shuffle  # K = 1
         return 0 * self.encode_images(torch.zeros(1, 3, side, side, device=device)).sum()
 
-    def forward(self, ids, labels, images=None, order=None, factor: float = 1.0):
+    def forward(self, ids, labels, images=None, order=None):
         """ids (B,T), labels (B,T), images and order as embed takes them -> (summed loss,
-        supervised tokens). factor: as head_loss takes it.
+        supervised tokens).
 
         labels[b,t] is the token after ids[b,t] (shifted already), or negative where the loss skips
         it. The loss is a sum and no mean: the training loop divides it by the supervised tokens of
@@ -96,13 +97,13 @@ class VLM(nn.Module):
         hidden = self.language.decode(self.embed(ids, images, order))  # (B,T,D)
         supervised = labels >= 0  # (B,T)
         # With 150,000 tokens the head is the most expensive layer; it runs only where supervised.
-        loss = head_loss(self.language, hidden[supervised], labels[supervised], factor)
+        loss = self.loss_function(self.language, hidden[supervised], labels[supervised])
         return loss, supervised.sum()
 
 
 def build_model(config: VLMConfig, language: LanguageModel | None = None,
                 vision: VisionTransformer | None = None, output_rms: float = 0.05) -> VLM:
     """The model of a config: new weights, or the towers that are given. output_rms: as Projector
-    takes it. Under torch.device("meta") it has shapes and takes no memory."""
+    takes it. Under meta_device() it has shapes and takes no memory."""
     return VLM(config, language or LanguageModel(config.language),
                vision or VisionTransformer(config.vision), Projector(config.projector, output_rms))

@@ -17,88 +17,84 @@ import sys
 import torch
 from torch.distributed.tensor import DTensor
 
-import training.loop
 from dataset.batching import Batches
-from extras.fsdp import (
-    clip_gradients,
-    make_mesh,
-    spread,
-    sum_gradients,
-    to_compute,
-    whole,
-)
-from model import loss as head_loss
-from tests.ranks_worker import Quiet
-from training.distributed import start_ranks
-from training.loop import Progress, backward
-from training.optim import choose_trained, make_optimizer
-from training.precision import store_weights
+from extras.fast import prepare_for_training
+from extras.fast.chunked_cross_entropy import CHUNK
+from extras.fsdp import FSDP
+from train_pretrain import backward, load_or_build, train
+from training.data import open_training_data
+from training.distributed import Distributed, start_distributed
+from training.optim import choose_trainable, make_optimizer
+from training.precision import LossScaler, cast_weights
 from training.presets import read_flags, resolve
-from training.setup import assemble, open_training_data
+from training.state import TrainerState
+from training.steps import Steps
 
 CASES = {
     "projector": [],
     "everything": ["--train_language", "all", "--train_vision"],
-    "lora": ["--lora", "--lora_rank", "2", "--train_language", "none"],  # 2 rows, on 4 ranks
+    "lora": ["--lora", "--lora_rank", "2", "--train_language", "none"],  # 2 rows, on 4 distributed
     "half": ["--lora", "--train_language", "none", "--train_vision", "--dtype", "bf16",
              "--checkpointing"],
     "scaled": ["--lora", "--train_language", "none", "--dtype", "fp16"],  # as on a V100
 }
 BATCH = 4
-# How many ranks, which way, what is trained.
+# How many distributed, which way, what is trained.
 RUNS = [(2, way, case) for way in ("ddp", "fsdp") for case in CASES]
 RUNS += [(4, way, case) for way in ("ddp", "fsdp") for case in ("everything", "lora")]
 SCALE = 1024.0  # of fp16's loss: far from what overflows here
 LONGEST = 0.05  # gradients of the first step are cut down to this
 
 
-def prepare(ranks, flags):
+def prepare(distributed, flags):
     settings = resolve(read_flags("", "pretrain", flags), "pretrain", {})
-    parts = assemble(settings, None)
-    choose_trained(parts.model, settings, None)
-    store_weights(parts.model, settings.dtype, set())
+    parts = load_or_build(settings, None)
+    choose_trainable(parts.model, settings, None)
+    cast_weights(parts.model, settings.dtype, set())
     parts.model.set_checkpointing(settings.checkpointing)
-    data, _ = open_training_data(settings, "captions")
+    prepare_for_training(parts.model)
+    data, _ = open_training_data(settings, "pretrain")
     batches = Batches(data, parts.template, parts.processor, settings.batch_size,
-                      settings.max_length, settings.seed, ranks.rank, ranks.world_size)
-    spread(parts.model, make_mesh(settings, ranks), settings, ranks)
+                      settings.max_length, settings.seed, distributed.rank, distributed.world_size)
+    distributed.place_model(parts.model, settings)
     return settings, parts.model, batches
 
 
-def first_gradients(ranks, flags) -> dict:
-    """Of the first step: summed over micro-batches and ranks, then cut to LONGEST."""
-    settings, model, batches = prepare(ranks, flags)
+def first_gradients(distributed, flags) -> dict:
+    """Of the first step: summed over micro-batches and distributed, then cut to LONGEST."""
+    settings, model, batches = prepare(distributed, flags)
     micro = [batch for batch, _ in itertools.islice(batches.epoch(0), settings.accumulate)]
-    micro = [batch for batch in (to_compute(batch, settings) for batch in micro) if batch]
-    supervised, = ranks.sum(sum(batch.supervised for batch in micro))
-    scale = SCALE if settings.dtype == "fp16" else 1.0
+    micro = [batch for batch in map(distributed.drop_or_dummy_batch, micro) if batch]
+    supervised, = distributed.sum(sum(batch.supervised for batch in micro))
+    scaler = LossScaler(TrainerState(loss_scale=SCALE), settings.dtype == "fp16")
     for batch in micro:
-        backward(model, batch, supervised, settings, ranks, scale)
+        backward(model, batch, supervised, settings, distributed, scaler)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    sum_gradients([*named.values()], ranks)
-    torch._foreach_div_([p.grad for p in named.values()], scale)
-    summed = whole({name: p.grad.clone() for name, p in named.items()}, ranks)
-    norm = clip_gradients([*named.values()], LONGEST, ranks)
+    distributed.all_reduce_gradients([*named.values()])
+    scaler.unscale_([*named.values()])
+    summed = distributed.full_tensors({name: p.grad.clone() for name, p in named.items()})
+    norm = distributed.clip_gradients([*named.values()], LONGEST)
     return {"gradients": summed, "norm": norm,
-            "clipped": whole({name: p.grad for name, p in named.items()}, ranks),
+            "clipped": distributed.full_tensors({name: p.grad for name, p in named.items()}),
             "frozen": [name for name, p in model.named_parameters()
                        if not p.requires_grad and p.grad is not None],
-            "rows": ranks.gather([len(batch.where) for batch in micro]),
-            "pictures": ranks.gather([0 if batch.order is None else len(batch.order)
+            "rows": distributed.gather([len(batch.where) for batch in micro]),
+            "pictures": distributed.gather([0 if batch.order is None else len(batch.order)
                                       for batch in micro])}
 
 
-def two_steps(ranks, flags) -> dict:
+def two_steps(distributed, flags) -> dict:
     """-> the first gradients; the weights and the optimizer after two steps from the same start."""
-    told = first_gradients(ranks, flags)
-    settings, model, batches = prepare(ranks, [*flags, "--steps", "2"])
+    told = first_gradients(distributed, flags)
+    settings, model, batches = prepare(distributed, [*flags, "--steps", "2"])
     optimizer = make_optimizer(model, settings)
-    training.loop.train(model, batches, optimizer, settings, ranks, Quiet(), lambda *_: None,
-                        Progress(scale=SCALE))
+    steps = Steps(batches, settings, TrainerState(loss_scale=SCALE), distributed)
+    train(model, steps, optimizer, settings, distributed, [])
     own = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel()
               for p in model.parameters())
-    return {**told, "weights": whole(dict(model.named_parameters()), ranks),
-            "optimizer": whole(optimizer.state_dict(), ranks), "numbers": ranks.gather([own])}
+    weights, state = (distributed.full_tensors(content) for content in
+                      (dict(model.named_parameters()), optimizer.state_dict()))
+    return {**told, "weights": weights, "optimizer": state, "numbers": distributed.gather([own])}
 
 
 def one_rank(rank: int, number: int, port: int, directory: str, flags: list) -> None:
@@ -106,12 +102,13 @@ def one_rank(rank: int, number: int, port: int, directory: str, flags: list) -> 
                       LOCAL_WORLD_SIZE=str(number), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
     torch.set_num_threads(1)
-    head_loss.CHUNK["cpu"] = 2**12  # a few rows at a time; one process alone takes all
-    with start_ranks() as ranks:
+    CHUNK["cpu"] = 2**12  # a few rows at a time; one process alone takes all
+    with start_distributed() as plain:
         for _, way, case in [run for run in RUNS if run[0] == number]:
-            told = two_steps(ranks, [*flags, "--batch_size", str(BATCH // number), *CASES[case],
-                                     "--parallel", way])
-            if ranks.main:
+            distributed = {"ddp": Distributed, "fsdp": FSDP}[way](rank, number, plain.device)
+            told = two_steps(distributed, [*flags, "--batch_size", str(BATCH // number),
+                                           *CASES[case], "--parallel", way])
+            if distributed.main:
                 torch.save(told, f"{directory}/{number}_{way}_{case}.pt")
 
 

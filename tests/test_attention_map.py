@@ -5,8 +5,8 @@ import pytest
 import torch
 import transformers
 
-from extras.attention_map import attention_weights, each_layer, look
-from model.language import rope_table
+from extras.attention import attention_maps, attention_weights, each_layer
+from model.language import rope_cos_sin
 from model.pretrained.load import load_language
 from tests.families import tiny_vlm
 
@@ -52,7 +52,7 @@ def test_weights_times_values_are_what_the_layer_computes(pair):
     ids = torch.randint(0, 64, (2, 12))
     x = ours.embed(ids)
     attention = ours.layers[0].self_attn
-    rope = rope_table(torch.arange(12).expand(2, 12), 8, ours.config.rope_theta)
+    rope = rope_cos_sin(torch.arange(12).expand(2, 12), 8, ours.config.rope_theta)
     v = attention.v_proj(x).view(2, 12, 2, 8).transpose(1, 2).repeat_interleave(2, dim=1)
     mixed = attention_weights(attention, x, rope) @ v  # (B,H,T,hd)
     found = attention.o_proj(mixed.transpose(1, 2).reshape(2, 12, 32))
@@ -67,16 +67,16 @@ def test_the_stream_behind_the_last_layer_predicts_the_next_token(pair):
     assert torch.equal(ours.logits(ours.norm(stream)), ours(ids))
 
 
-def test_look_takes_the_rows_that_chose_the_answer():
+def test_the_maps_are_the_rows_that_chose_the_answer():
     """By hand, from every layer's weights of the whole row."""
     torch.manual_seed(0)
     K, image = 9, 60
     model = tiny_vlm(image).eval()
     pixels = torch.randn(2, 3, 48, 48)
     ids = [1, *[image] * K, 2, *[image] * K, 3, 4, 5, 6]  # 5 and 6 are the answer
-    weights, lens = look(model, ids, pixels, answer=2)
+    weights, lens = attention_maps(model, ids, pixels, answer=2)
     embeds = model.embed(torch.tensor([ids]), pixels)
-    layers = list(each_layer(model.language, embeds))  # all rows, where look asks for two
+    layers = list(each_layer(model.language, embeds))  # all rows; two of them chose the answer
     by_hand = torch.stack([w[0].mean(0) for w, _ in layers]).mean(0)  # (T,T)
     T = len(ids)
     assert torch.allclose(weights, by_hand[T - 3:T - 1], atol=1e-6)

@@ -246,6 +246,97 @@ def test_ranks_share_the_reading_of_a_large_window(template, monkeypatch):
             assert sorted(sum(map(sum, others, [[]] * world_size), [])) == every
 
 
+class Sized(Data):
+    """As data whose index tells how long a record is, roughly."""
+
+    def sizes(self, numbers):
+        return np.array([self.size(self.samples[i]) for i in numbers])
+
+    def size(self, sample):
+        if isinstance(sample, Exception):
+            return 7 * (int(sample.where.split(":")[1]) // 12 % 30)
+        return len(sample.messages[-1].content) + 37 * (len(sample.where) % 3)
+
+
+def served(data, template, batch_size, ranks, workers, only=None, **options):
+    """Each worker of each rank by itself, as a DataLoader would ask it: every workers-th batch.
+    -> [(the batches, what was read for each of them)], of one worker after the other."""
+    told = []
+    for rank, worker in [only] if only else np.ndindex(ranks, workers):
+        loader = batches(data, template, batch_size, rank=rank, world_size=ranks, **options)
+        (step,), line, made = loader.steps(2, 0, loader.places, loader.places), Order(loader), []
+        for micro_batch in step[worker::workers]:
+            data.read.clear()
+            made.append((line[micro_batch], list(data.read)))
+        told.append(made)
+    return told
+
+
+@pytest.mark.parametrize("kind", [Data, Sized])
+@pytest.mark.parametrize("ranks, workers, batch_size", [
+    (4, 2, 16), (4, 2, 17), (4, 8, 16), (2, 4, 30), (1, 8, 64)])
+def test_a_worker_reads_what_it_serves_and_little_at_once(template, kind, ranks, workers,
+                                                          batch_size):
+    """One of all workers: it reads hardly more than the rows of its own batches, whatever their
+    size; and no batch waits for many rows."""
+    count = 800 * ranks * batch_size  # batches enough for eight workers
+    data = kind([sample(i, 1) for i in range(500)] * (count // 500))
+    (made,) = served(data, template, batch_size, ranks, workers, only=(ranks - 1, workers - 1))
+    rows = sum(len(batch.where) for (batch, _), _ in made)
+    assert rows == pytest.approx(count / ranks / workers, rel=0.02)
+    assert sum(len(read) for _, read in made) <= 1.05 * rows
+    assert max(len(read) for _, read in made) <= 192 * batch_size
+
+
+@pytest.fixture
+def small_lanes(monkeypatch):
+    """Few rows are dealt out as otherwise only many would be."""
+    for name, value in (("DEALT", 0), ("SORTED", 2), ("ALIKE", 2)):
+        monkeypatch.setattr(batching, name, value)
+
+
+@pytest.mark.parametrize("kind", [Data, Sized])
+def test_workers_together_read_every_sample_once(template, small_lanes, kind):
+    """And what is broken is told once, by one of them, spread over the batches."""
+    samples = many(600)
+    broken = range(0, 600, 12)
+    for i in broken:
+        samples[i] = BadSample(f"data:{i}", "broken")
+    every = sorted(f"data:{i}" for i in range(600) if i % 12)
+    for ranks, workers, batch_size in ((1, 1, 4), (2, 2, 3), (4, 2, 4), (4, 4, 2), (1, 8, 5)):
+        made = served(kind(samples), template, batch_size, ranks, workers, window=40)
+        assert len({len(worker) for worker in made}) <= 2, "no rank has more batches than others"
+        told = [item for worker in made for item in worker]
+        assert sorted(i for _, read in told for i in read) == list(range(600))
+        assert sorted(where for (batch, _), _ in told for where in batch.where) == every
+        bad = [[sample.where for sample in skipped] for (_, skipped), _ in told]
+        assert sorted(sum(bad, [])) == sorted(f"data:{i}" for i in broken)
+        assert max(map(len, bad)) <= 3 + batch_size * ranks // 12
+
+
+@pytest.mark.parametrize("kind", [Data, Sized])
+def test_lanes_and_hands_change_no_split_of_the_line(template, small_lanes, kind):
+    """Begun on four ranks; gone on with by any number of ranks and workers, in other batches."""
+    samples = many(100)
+
+    def steps(ranks, batch_size, workers):
+        loaders = [batches(kind(samples), template, batch_size, rank=rank, world_size=ranks,
+                           workers=workers, block=8, hands=4) for rank in range(ranks)]
+        assert {loader.lanes for loader in loaders} == {4}
+        return [sorted(where for batch, _ in ranks for where in batch.where)
+                for ranks in zip(*(loader.epoch(1) for loader in loaders), strict=True)]
+
+    expected = steps(4, 2, 0)
+    assert sorted(sum(expected, [])) == sorted(f"data:{i}" for i in range(100))
+    for ranks, batch_size, workers in ((4, 2, 2), (1, 8, 0), (2, 4, 0), (8, 1, 0)):
+        assert steps(ranks, batch_size, workers) == expected
+    line = sum(steps(1, 1, 0), [])
+    for ranks, batch_size in ((1, 3), (5, 1), (3, 3)):
+        told = steps(ranks, batch_size, 0)
+        ends = np.cumsum([len(step) for step in told])
+        assert told == [sorted(line[end - len(step):end]) for step, end in zip(told, ends)]
+
+
 def coco_like(folder):
     """A JSON Lines file with picture files, one line and one picture broken."""
     lines = []
@@ -259,9 +350,14 @@ def coco_like(folder):
     return open_data(folder / "data.jsonl")
 
 
-def test_the_number_of_workers_changes_nothing(template, tmp_path):
+def test_the_number_of_workers_changes_nothing_in_lanes(template, tmp_path, small_lanes):
+    test_the_number_of_workers_changes_nothing(template, tmp_path, window=10)
+
+
+def test_the_number_of_workers_changes_nothing(template, tmp_path, window=3):
     data = coco_like(tmp_path)
-    loaders = [batches(data, template, window=3, workers=workers) for workers in (0, 2)]
+    loaders = [batches(data, template, window=window, workers=workers) for workers in (0, 2)]
+    assert loaders[0].lanes == (4 if window == 10 else 1)
     same(loaders[0].epoch(1), loaders[1].epoch(1))
     bad = [b.where.rsplit(":")[-1] for _, found in loaders[1].epoch(1) for b in found]
     assert sorted(bad) == ["18", "6"]
@@ -320,6 +416,19 @@ def test_less_than_one_percent_of_positions_is_padding(tiny_tokenizer_dir, monke
           f"share the reading {dealt:.2%}")
     assert share < 0.01, f"{share:.2%} of the positions are padding"
     assert dealt < 0.01, f"{dealt:.2%} of the positions are padding"
+
+
+@pytest.mark.parametrize("kind, most", [(Data, 0.015), (Sized, 0.01)])
+def test_little_is_padding_in_lanes(tiny_tokenizer_dir, kind, most):
+    """1,000 batches of 4, a few of them in each lane; lengths as in the test above."""
+    template = ChatTemplate(Tokenizer.from_directory(tiny_tokenizer_dir), image_tokens=64)
+    words = np.random.default_rng(0).lognormal(np.log(60), 0.6, 4000).astype(int)
+    loader = batches(kind([Sample((Message("user", "<image>Who?"), Message(
+        "assistant", " cat" * int(w))), (), f"data:{i}") for i, w in enumerate(words)]),
+        template, batch_size=4, max_length=2048)
+    share = waste(loader)
+    print(f"wasted in {loader.lanes} lanes: {share:.2%}")
+    assert loader.lanes == (8 if kind is Data else 16) and share < most
 
 
 def test_real_photos_end_to_end():

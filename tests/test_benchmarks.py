@@ -6,12 +6,14 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from torch.utils.data import ConcatDataset
 
 from dataset.images import load_image
 from dataset.sample import BadSample, MissingPicture
 from evaluation.benchmark_records import options_in
-from evaluation.benchmarks import SUFFIXES, Joined, open_benchmark
+from evaluation.benchmarks import open_benchmark
 from evaluation.eval_samples import read_questions
+from evaluation.metrics import METRICS
 from tests.published_data import jpeg, save_pictures, write_json
 from tests.tiny import COLOURS, make_data
 
@@ -117,7 +119,8 @@ def test_mmstar(tmp_path):
     assert first.options == {"A": "It is red.", "B": "It is green.", "C": "It is blue.",
                              "D": "It is white."}
     text, = (m.content for m in first.messages)
-    assert text.startswith("<image>\nWhich option describe") and text.endswith(SUFFIXES["choice"])
+    assert text.startswith("<image>\nWhich option describe")
+    assert text.endswith(METRICS["choice"].suffix)
     assert first.tags == {"kind": "coarse perception"}
     assert colours(questions) == [["red"], ["green"], ["blue"]]
     assert colours(reversed(questions)) == [["blue"], ["green"], ["red"]]  # also backwards
@@ -153,7 +156,7 @@ def test_pope(tmp_path):
     assert metric == "yesno" and not bad
     assert [q.truth for q in questions] == ["yes", "no", "yes", "no"]
     assert questions[1].messages[0].content == (
-        "<image>\nIs there a snowboard in the image?\n" + SUFFIXES["yesno"])
+        "<image>\nIs there a snowboard in the image?\n" + METRICS["yesno"].suffix)
     assert questions[1].where == f"{file}:2" and colours(questions)[:2] == [["red"], ["green"]]
 
 
@@ -236,7 +239,7 @@ def test_easy_vqa(tmp_path):
 def test_several_files_are_one_benchmark(tmp_path):
     files = [pope(tmp_path, f"coco_pope_{name}.json") for name in ("random", "popular")]
     benchmark = open_benchmark(files, tmp_path / "val2014")
-    assert isinstance(benchmark.data, Joined) and len(benchmark.data) == 8
+    assert isinstance(benchmark.data, ConcatDataset) and len(benchmark.data) == 8
     assert [benchmark.data[i].where for i in (3, 4)] == [f"{files[0]}:4", f"{files[1]}:1"]
     with pytest.raises(IndexError):
         benchmark.data[8]

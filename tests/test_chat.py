@@ -175,3 +175,14 @@ def test_the_coloured_view_shows_what_is_supervised(template):
     assert "\x1b[32mA cat.<|im_end|>\x1b[0m\n" in view and view.count("\x1b[") == 2
     assert "\x1b" not in template.show(ids, mask, colour=False)
     assert template.show([], []) == ""
+
+
+def test_what_all_turns_have_in_common_is_encoded_once(tiny_tokenizer_dir, monkeypatch):
+    """Rendering is most of what preparing a text costs: one call for each turn's own words."""
+    template = ChatTemplate(Tokenizer.from_directory(tiny_tokenizer_dir), 4, family="minimind")
+    messages, encoded, encode = ORDINARY[0] * 3, [], template.tokenizer.encode
+    expected = template.render(messages)
+    monkeypatch.setattr(template.tokenizer, "encode",
+                        lambda text: encoded.append(text) or encode(text))
+    assert template.render(messages) == expected
+    assert encoded == [message.content for message in messages]

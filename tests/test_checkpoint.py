@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 import train_pretrain
 import train_sft
-import training.run
 from dataset.chat import Message
 from dataset.tokenizer import Tokenizer
 from model.lora import merge_lora
@@ -22,8 +21,8 @@ from model.pretrained.checkpoint import (
 )
 from model.pretrained.load import load_checkpoint
 from tests.tiny import make_world
+from train_pretrain import load_or_build
 from training.presets import read_flags, resolve
-from training.setup import assemble
 
 
 @pytest.fixture
@@ -45,17 +44,17 @@ def logits(model):
 def trained(flags, script=train_pretrain):
     """Run and keep the model of the last save -> the model, the checkpoint."""
     kept = []
-    plain = training.run.saver
+    plain = train_pretrain.save
 
-    def keeping(parts, *rest):
-        kept.append(parts.model)
-        return plain(parts, *rest)
+    def keeping(bundle, *rest):
+        kept.append(bundle.model)
+        return plain(bundle, *rest)
 
-    training.run.saver = keeping
+    train_pretrain.save = keeping
     try:
         script.main(flags)
     finally:
-        training.run.saver = plain
+        train_pretrain.save = plain
     return kept[0].eval(), newest_checkpoint(flags[flags.index("--out") + 1])
 
 
@@ -104,7 +103,7 @@ def test_everything_a_chat_needs_is_there(world, tmp_path):
     assert len(run["data"]["sha256"]) == 64 and "commit" in run
     # Another run from this checkpoint renders the same prompt as training did.
     settings = resolve(read_flags("", "sft", world), "sft", {"system": config["system"]})
-    prompt = assemble(settings, checkpoint).template.prompt([Message("user", "Hi")])
+    prompt = load_or_build(settings, checkpoint).template.prompt([Message("user", "Hi")])
     told = Tokenizer.from_directory(checkpoint).decode(prompt)
     assert told == ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
                     "<|im_start|>assistant\n")

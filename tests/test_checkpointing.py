@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_sft
 from model.lora import add_lora
 from tests.tiny import curve, make_world
-from training.precision import autocast, store_weights
+from training.precision import autocast, cast_weights
 from training.trainable import set_requires_grad
 
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ def learn(vlm, dtype="fp32", seed=5):
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    store_weights(vlm, dtype, set())
+    cast_weights(vlm, dtype, set())
     parameters = {p.untyped_storage().data_ptr() for p in vlm.parameters()}
     inputs = batch()
     torch.manual_seed(seed)

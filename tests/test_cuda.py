@@ -14,26 +14,29 @@ import train_sft
 from benchmarks.memory import longest_batch, random_model
 from dataset.batching import Row, collate
 from dataset.sample import Sample
-from extras.attention_map import look
-from extras.fast.fused import join
+from evaluation.batched_generation import generate_batch
+from extras.attention import attention_maps
+from extras.fast import prepare_for_inference, prepare_for_training
+from extras.fast.attention import SharedHeadsAttention
+from extras.fast.cuda_graph import CUDAGraphDecodeStep
+from extras.fast.prefix_cache import PrefixCache
 from extras.fast.quantize import BITS, quantize
 from extras.memory import planned, predict
-from model.generate import Past, generate, generate_batch
+from model.generate import generate
 from model.language import Attention
 from model.pretrained.checkpoint import newest_checkpoint
 from model.pretrained.load import load_language
 from model.pretrained.public_config import read_language_config
-from model.step import RecordedStep
 from model.vlm import VLM
 from tests.test_checkpointing import batch, trained
 from tests.test_generate import greedy_without_cache, random_prompt
 from tests.test_generate import language as language  # noqa: PLC0414, fixtures
 from tests.test_generate import vlm as vlm  # noqa: PLC0414
 from tests.tiny import ROOT, curve, make_world, metrics, torchrun
-from training.distributed import start_ranks
-from training.loop import backward
+from train_pretrain import backward
+from training.distributed import start_distributed
 from training.optim import make_optimizer
-from training.precision import NUMBERS, autocast, choose_dtype, store_weights
+from training.precision import NUMBERS, autocast, cast_weights, choose_dtype
 
 HERE = torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(not HERE, reason="needs a GPU that torch can use")
@@ -67,12 +70,12 @@ def test_a_picture_is_seen_as_on_the_cpu():
                      plain.vision_features(pixels), 2e-5, "features")
 
 
-def attention(heads: int, dtype):
+def attention(heads: int, dtype, kind=SharedHeadsAttention):
     facts = dict(model_type="qwen2", vocab_size=9, hidden_size=256, intermediate_size=8,
                  num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=heads,
                  tie_word_embeddings=True, max_position_embeddings=9000)
     torch.manual_seed(0)
-    return Attention(read_language_config(facts)).to(dtype)
+    return kind(read_language_config(facts)).to(dtype)
 
 
 def turned(T: int, device):
@@ -83,9 +86,10 @@ def turned(T: int, device):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("heads", [1, 2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_every_attention_kernel_gives_the_same(dtype, heads, masked):
+@pytest.mark.parametrize("kind", [Attention, SharedHeadsAttention])
+def test_every_attention_kernel_gives_the_same(kind, dtype, heads, masked):
     """Whichever kernel PyTorch picks, against float64 on the CPU; gradients too."""
-    exact = attention(heads, torch.float64)
+    exact = attention(heads, torch.float64, kind)
     here = there(exact).to(dtype)
     mask = torch.ones(45, 45, dtype=torch.bool).tril()
     x = torch.randn(2, 45, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -119,14 +123,16 @@ def test_a_long_row_takes_memory_in_proportion(dtype, heads):
 # ---------------------------------------------------------------- a step of training
 
 
-def step(model, dtype, device, checkpointing=False):
+def step(model, dtype, device, checkpointing=False, fast=True):
     """-> loss, {name: gradient} of one batch with pictures and dropout's own seed."""
     model.set_checkpointing(checkpointing)
-    store_weights(model, dtype, set())
+    if fast:
+        prepare_for_training(model)
+    cast_weights(model, dtype, set())
     ids, labels, pixels = (tensor.to(device) for tensor in batch())
     torch.manual_seed(4)
     with autocast(dtype, device):
-        loss, count = model(ids, labels, pixels, factor=1 / 27)
+        loss, count = model(ids, labels, pixels)
     assert count == 27
     (loss / 27).backward()
     return loss.item(), {name: p.grad.float().cpu() for name, p in model.named_parameters()
@@ -135,9 +141,10 @@ def step(model, dtype, device, checkpointing=False):
 
 @pytest.mark.parametrize("dtype, limit", [("fp32", 2e-5), ("bf16", 6e-2), ("fp16", 1e-2)])
 @pytest.mark.parametrize("how", ["projector", "all", "last:1"])
-def test_gradients_are_those_of_the_cpu(how, dtype, limit):
-    loss, exact = step(trained(how), "fp32", torch.device("cpu"))
-    got, gradients = step(trained(how).to(GPU), dtype, GPU)
+@pytest.mark.parametrize("fast", [False, True])
+def test_gradients_are_those_of_the_cpu(fast, how, dtype, limit):
+    loss, exact = step(trained(how), "fp32", torch.device("cpu"), fast=False)
+    got, gradients = step(trained(how).to(GPU), dtype, GPU, fast=fast)
     assert got == pytest.approx(loss, rel=limit)
     assert gradients.keys() == exact.keys()
     for name, gradient in exact.items():
@@ -162,18 +169,21 @@ def test_recomputed_blocks_draw_the_same_dropout(how, dtype):
 @pytest.fixture
 def recorded(monkeypatch):
     """How often a step was recorded."""
-    record, count = RecordedStep.record, []
-    monkeypatch.setattr(RecordedStep, "record", lambda self: count.append(1) or record(self))
+    record, count = CUDAGraphDecodeStep.record, []
+    monkeypatch.setattr(CUDAGraphDecodeStep, "record", lambda self: count.append(1) or record(self))
     return count
 
 
-@pytest.mark.parametrize("joined", [False, True])
-def test_answers_are_those_of_the_cpu(language, vlm, recorded, joined):
+def ready(model):
+    """A copy on the GPU, as a chat has it."""
+    model = copy.deepcopy(model)
+    prepare_for_inference(model, GPU)
+    return model
+
+
+def test_answers_are_those_of_the_cpu(language, vlm, recorded):
     ids, _ = random_prompt(0, 40)
-    alone, model = there(language), there(vlm)
-    if joined:
-        join(alone)
-        join(model.language)
+    alone, model = ready(language), ready(vlm)
     assert list(generate(alone, ids, max_new_tokens=24)) == greedy_without_cache(
         language, ids, None, 24)
     cases = [random_prompt(10, 3), random_prompt(11, 17, 1), random_prompt(12, 8, 2)]
@@ -192,16 +202,16 @@ def test_rows_that_ended_are_left_behind(vlm, recorded):
     stops = [answer[2 + 3 * i] for i, answer in enumerate(alone[:6])]
     expected = generate_batch(vlm, *zip(*cases), 24, stop_ids=stops)
     assert len(set(map(len, expected))) > 3
-    assert generate_batch(there(vlm), *zip(*cases), 24, stop_ids=stops) == expected
+    assert generate_batch(ready(vlm), *zip(*cases), 24, stop_ids=stops) == expected
     assert len(recorded) > 1
 
 
 def test_a_conversation_goes_on_where_it_was(language, recorded):
     """The cache that recorded steps have filled, and one that was left in the middle of an
     answer, serve the next prompt."""
-    model, past, ids = there(language), Past(), random_prompt(0, 9)[0]
+    model, past, ids = ready(language), PrefixCache(), random_prompt(0, 9)[0]
     for length in (6, 3, 11):
-        stream = generate(model, ids, max_new_tokens=20, past=past)
+        stream = generate(model, ids, max_new_tokens=20, prefix_cache=past)
         answer = [token for _, token in zip(range(length), stream)]
         assert answer == list(generate(language, ids, max_new_tokens=length))
         ids = ids + answer + [5, 6]
@@ -209,18 +219,19 @@ def test_a_conversation_goes_on_where_it_was(language, recorded):
 
 
 def test_in_the_middle_of_training_steps_are_not_recorded(vlm, recorded):
-    model, cases = there(vlm), [random_prompt(10, 3), random_prompt(11, 17, 1)]
+    cases = [random_prompt(10, 3), random_prompt(11, 17, 1)]
     with autocast("bf16", GPU):
-        answers = generate_batch(model, *zip(*cases), 9, stop_ids=[])
+        answers = generate_batch(ready(vlm), *zip(*cases), 9, stop_ids=[])
     assert [len(answer) for answer in answers] == [9, 9] and not recorded
-    model.force_vision_forward = True  # as fsdp has it
+    model = there(vlm)
+    prepare_for_training(model)
     expected = [list(generate(vlm, *case, max_new_tokens=9)) for case in cases]
     assert generate_batch(model, *zip(*cases), 9, stop_ids=[]) == expected and not recorded
 
 
 def test_another_thread_pins_memory_meanwhile(language):
     """As a DataLoader's does while the loop asks its held-out questions."""
-    model, ids, going = there(language), random_prompt(0, 9)[0], True
+    model, ids, going = ready(language), random_prompt(0, 9)[0], True
 
     def pin():
         while going:
@@ -240,7 +251,8 @@ def test_another_thread_pins_memory_meanwhile(language):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits_from_the_cache_as_without(vlm, dtype):
     """The largest logit of each step: near enough to that of the whole row computed anew."""
-    model = there(vlm).to(dtype)
+    model = copy.deepcopy(vlm)
+    prepare_for_inference(model, GPU, dtype)
     ids, pixels = random_prompt(7, 12, 1)
     answer = list(generate(model, ids, pixels, max_new_tokens=16))
     with torch.inference_mode():
@@ -265,8 +277,8 @@ def test_few_bits_multiply_as_on_the_cpu(vlm, bits):
 
 def test_looking_back_is_the_same(vlm):
     ids, pixels = random_prompt(7, 12, 1)
-    weights, lens = look(vlm, ids + [3, 4, 5], pixels, 3)
-    there_weights, there_lens = look(there(vlm), ids + [3, 4, 5], pixels, 3)
+    weights, lens = attention_maps(vlm, ids + [3, 4, 5], pixels, 3)
+    there_weights, there_lens = attention_maps(there(vlm), ids + [3, 4, 5], pixels, 3)
     assert_close(there_weights.cpu(), weights, 1e-5, "weights")
     assert [each.tolist() for each in there_lens] == [each.tolist() for each in lens]
 
@@ -349,7 +361,7 @@ def test_memory_is_what_was_told(preset, stage, flags):
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    with start_ranks() as ranks:
+    with start_distributed() as ranks:
         model = random_model(config, settings).to(GPU)
         optimizer = make_optimizer(model, settings)
         for _ in range(2):

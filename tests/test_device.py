@@ -4,6 +4,7 @@ the dtype that the hardware multiplies; running out of memory is a sentence that
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ import torch
 import eval as script
 import train_pretrain
 import train_sft
-from evaluation.loading import chat_dtype, lighten
+import training.precision
+from extras.fast import prepare_for_inference
+from extras.fast.attention import kernel_shares_heads
 from extras.fast.quantize import is_quantized
-from model.language import LanguageModel, kernel_shares_heads
+from model.language import LanguageModel
 from model.pretrained.public_config import read_language_config
 from tests.tiny import ROOT, make_world
 from training.device import (
@@ -23,7 +26,8 @@ from training.device import (
     is_out_of_memory,
     prepare_device,
 )
-from training.precision import choose_dtype
+from training.inference import inference_dtype
+from training.precision import bf16_speedup
 
 
 @pytest.fixture
@@ -82,7 +86,7 @@ def test_both_stages_and_the_chat_prepare_their_device(untouched, tmp_path, monk
         assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
     flags = script.read_flags(["--model", str(tmp_path / "train_sft"), "--device", "cpu"])
-    script.load(flags, flags.model)
+    script.load_model(flags, flags.model)
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
 
 
@@ -97,7 +101,7 @@ def test_apple_gpus_refuse_16_bits(dtype):
 def test_the_chat_refuses_16_bits_on_mps_in_a_sentence(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="eval.py: --device mps computes wrongly in bfloat16"):
         script.main(["--device", "mps", "--dtype", "bf16", "--prompt", "x"])
-    assert chat_dtype(torch.device("mps"), None)[0] == torch.float32
+    assert inference_dtype(torch.device("mps"), None)[0] == torch.float32
 
 
 class OnDevice:
@@ -117,21 +121,35 @@ def test_only_the_cpu_and_flash_attention_share_heads(kind, shares):
 # ---------------------------------------------------------------- the dtype of a chat
 
 
+def test_bf16_is_timed_against_float32(monkeypatch):
+    """By a clock that each product moves on by what it is said to take."""
+    now, cost = [0.0], {torch.float32: 2.0, torch.bfloat16: 0.5}
+
+    def linear(x, weight):
+        now[0] += cost[x.dtype]
+
+    monkeypatch.setattr(training.precision.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(training.precision.F, "linear", linear)
+    bf16_speedup.cache_clear()
+    assert bf16_speedup() == 4.0
+    assert bf16_speedup.cache_info().misses == 1
+    bf16_speedup.cache_clear()
+
+
 @pytest.mark.parametrize("native", [True, False])
-def test_a_chat_takes_bf16_where_the_processor_multiplies_it(native, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+def test_a_chat_takes_bf16_where_the_processor_is_faster_in_it(native, monkeypatch):
+    monkeypatch.setattr(training.precision, "bf16_speedup", lambda: 2.0 if native else 0.5)
     cpu = torch.device("cpu")
-    dtype, why = chat_dtype(cpu, None)
+    dtype, why = inference_dtype(cpu, None)
     assert dtype == (torch.bfloat16 if native else torch.float32)
-    assert why == ("this processor multiplies it natively" if native else
-                   "this processor has no bf16 instructions")
-    assert chat_dtype(cpu, "fp32")[0] == torch.float32
+    assert why == ("its products are 2.0 times as fast as float32's here" if native else
+                   "bf16 products are 0.5 times as fast here")
+    assert inference_dtype(cpu, "fp32")[0] == torch.float32
     # bf16 weights: multiplied as they are, or read as bf16 and multiplied in float32.
     model = LanguageModel(read_language_config(dict(
         model_type="qwen2", vocab_size=32, hidden_size=16, intermediate_size=32,
         num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)))
-    lighten(model, None, torch.bfloat16, cpu)
+    prepare_for_inference(model, cpu, torch.bfloat16)
     assert is_quantized(model) is not native
     assert model.norm.weight.dtype == (torch.bfloat16 if native else torch.float32)
 
@@ -140,7 +158,7 @@ def test_stats_tell_the_dtype_and_why(tmp_path, capsys):
     world = make_world(tmp_path / "world")
     train_pretrain.main([*world, "--steps", "1", "--out", str(tmp_path / "run")])
     capsys.readouterr()
-    for flags, expected in (([], f"dtype: {told(chat_dtype(torch.device('cpu'), None))}"),
+    for flags, expected in (([], f"dtype: {told(inference_dtype(torch.device('cpu'), None))}"),
                             (["--dtype", "fp32"], "dtype: float32 (as asked)")):
         script.main(["--model", str(tmp_path / "run"), "--device", "cpu", "--prompt", "x",
                      "--max_new_tokens", "2", "--stats", *flags])
@@ -181,16 +199,17 @@ def test_training_says_what_makes_a_step_smaller(size, said, tmp_path, monkeypat
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
-    monkeypatch.setattr("training.loop.backward", fail)
+    monkeypatch.setattr("train_pretrain.backward", fail)
     flags = [*world, "--batch_size", str(size), "--accumulate", "1", "--out", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as stopped:
         train_pretrain.main(flags)
     text = str(stopped.value)
     assert "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB." in text and said in text
     assert "--resume" not in text, "there is no checkpoint to go on from"
+    assert "`python -m extras.memory emoji` with the flags of this run predicts" in text
     monkeypatch.undo()
     train_pretrain.main([*flags, "--steps", "2", "--save_every", "2"])
-    monkeypatch.setattr("training.loop.backward", fail)
+    monkeypatch.setattr("train_pretrain.backward", fail)
     with pytest.raises(SystemExit, match="--resume goes on from the last checkpoint"):
         train_pretrain.main([*flags, "--steps", "4", "--resume"])
 
@@ -201,7 +220,7 @@ def test_another_error_stays_a_traceback(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("a fault of the program")
 
-    monkeypatch.setattr("training.loop.backward", fail)
+    monkeypatch.setattr("train_pretrain.backward", fail)
     with pytest.raises(RuntimeError, match="a fault of the program"):
         train_pretrain.main([*world, "--out", str(tmp_path / "run")])
 
@@ -210,15 +229,17 @@ def test_eval_says_what_takes_less_memory(monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(script, "load", fail)
+    monkeypatch.setattr(script, "load_model", fail)
     with pytest.raises(SystemExit, match="out of memory.*\n.*--quantize int8"):
         script.main(["--prompt", "x"])
 
 
 def test_memory_does_not_grow_with_the_number_of_shapes():
     """Where the processor multiplies bf16, oneDNN compiles a kernel for each new shape."""
-    if choose_dtype("auto", torch.device("cpu"))[0] != "bf16":
+    if not torch.cpu._is_avx512_bf16_supported():
         pytest.skip("this processor's bf16 products do not go through oneDNN")
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("only Linux says how much memory a process holds now")
     code = """
 import os, resource, sys, torch, torch.nn.functional as F
 for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
@@ -227,11 +248,11 @@ if sys.argv[1] == "bounded":
     from training.device import prepare_device
     prepare_device(torch.device("cpu"))
 w = torch.randn(256, 256).bfloat16()
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def held(): return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 1e6
 for n in range(1, 65): F.linear(torch.randn(n, 256).bfloat16(), w)
-before = peak()
+before = held()
 for n in range(65, 500): F.linear(torch.randn(n, 256).bfloat16(), w)
-print(peak() - before)
+print(held() - before)
 """
     grown = {how: float(subprocess.run([sys.executable, "-c", code, how], cwd=ROOT, check=True,
                                        capture_output=True, text=True).stdout)

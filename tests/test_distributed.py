@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from model.pretrained.checkpoint import newest_checkpoint
 from tests.ranks_worker import TRAINED, gradients
 from tests.tiny import ROOT, make_world, metrics, torchrun
-from training.distributed import own_gpu, start_ranks
+from training.distributed import gpu_of_rank, start_distributed
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def two(world, tmp_path_factory):
 def test_gradients_of_two_processes_equal_one(world, two, number):
     """Three micro-batches; some of a rank's batches have no picture at all."""
     told = torch.load(two / f"gradients_{number}.pt", weights_only=True)
-    with start_ranks() as ranks:
+    with start_distributed() as ranks:
         alone, images = gradients(ranks, [*world, *TRAINED[number]])
     assert sum(told["images"]) == sum(images) and 0 in told["images"], told["images"]
     difference = (told["gradients"] - alone).abs().max().item()
@@ -65,8 +65,8 @@ def test_torchrun_equals_one_process(world, two, tmp_path):
 def test_more_processes_than_gpus(monkeypatch):
     """Else each of them would tell of an invalid device ordinal."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert [own_gpu(rank, 2).index for rank in (0, 1)] == [0, 1]
+    assert [gpu_of_rank(rank, 2).index for rank in (0, 1)] == [0, 1]
     with pytest.raises(SystemExit, match="started 4 processes .* sees 2 GPUs .*_per_node 2; or"):
-        own_gpu(2, 2)
+        gpu_of_rank(2, 2)
     with pytest.raises(SystemExit, match="sees 1 GPU for them"):
-        own_gpu(1, 1)
+        gpu_of_rank(1, 1)

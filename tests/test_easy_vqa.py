@@ -184,7 +184,7 @@ def test_the_whole_command_and_that_its_score_can_fail(package, tmp_path, monkey
     right = sum(a["answer"].strip() == a["truth"] for a in answers)
     assert (result["right"], result["questions"], result["seed"]) == (right, 7, 3)
     assert result["score"] == right / 7 < 1 and f"{right} of 7 questions of the test split" in told
-    assert "picture withheld" in told and "picture of another sample" in told
+    assert "image withheld" in told and "image of another sample" in told
 
     short = ["--model", str(out / "run"), "--data", str(out / "scored.jsonl"), "--images",
              str(out / "pictures"), "--report", str(out), "--max_new_tokens", "5"]

@@ -9,8 +9,8 @@ from dataset.emoji import texts, world
 from dataset.emoji.world import scene
 from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
+from evaluation.batched_generation import generate_batch
 from extras.emoji.train_language import CLEAR, HAZE, Haze, exam, first_weights
-from model.generate import generate_batch
 from model.pretrained.load import load_language, load_vision
 
 EMOJI = Path(world.__file__).parent

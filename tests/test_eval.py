@@ -11,7 +11,7 @@ from tiny import make_runs
 
 import eval as script
 from dataset.chat import Message
-from evaluation.conversation import Conversation, speed
+from training.inference import Conversation, format_speed
 
 SAMPLING = {"max_new_tokens": 12}
 
@@ -24,7 +24,7 @@ def world(tmp_path_factory):
 @pytest.fixture
 def conversation(world):
     flags = script.read_flags(["--model", str(world / "sft"), "--device", "cpu"])
-    return Conversation(*script.load(flags, flags.model), SAMPLING)
+    return Conversation(*script.load_model(flags, flags.model), SAMPLING)
 
 
 def say(conversation, text) -> str:
@@ -40,7 +40,7 @@ def expected(world, text, *pictures, model="sft") -> str:
     """What eval.py must print for one thing said."""
     name = model if model == "none" else str(world / model)
     flags = script.read_flags(["--device", "cpu", "--language", str(world / "language")])
-    talk = Conversation(*script.load(flags, name), {"max_new_tokens": 8})
+    talk = Conversation(*script.load_model(flags, name), {"max_new_tokens": 8})
     for picture in pictures:
         talk.show(world / picture)
     return say(talk, text) + "\n"
@@ -118,9 +118,9 @@ def test_an_error_leaves_the_conversation_as_it_was(world, conversation, text):
 
 
 def test_speed_by_hand():
-    assert speed(7, [1.0, 1.5, 1.75, 2.0]) == (
+    assert format_speed(7, [1.0, 1.5, 1.75, 2.0]) == (
         "7 prompt tokens in 0.50 s, 3 tokens answered, 4.0 tokens/s")
-    assert speed(7, [1.0, 1.5]) == "7 prompt tokens in 0.50 s, 1 tokens answered"
+    assert format_speed(7, [1.0, 1.5]) == "7 prompt tokens in 0.50 s, 1 tokens answered"
 
 
 # ---------------------------------------------------------------- the whole script
@@ -131,7 +131,7 @@ def test_a_pipe_gets_answers_and_nothing_else(world, monkeypatch, capsys):
              "Hello", "/quit", "never read"]
     out, err = run(monkeypatch, capsys, lines, "--model", world / "sft")
     assert out == expected(world, "Which colour?", "red.png") + expected(world, "Hello")
-    assert "1 picture" in err and "/image PATH" in err and "forgotten" in err
+    assert "1 image" in err and "/image PATH" in err and "forgotten" in err
 
 
 def test_pictures_of_the_flag_go_with_the_first_line_of_a_pipe(world, monkeypatch, capsys):
@@ -180,10 +180,27 @@ def test_bf16_and_sampling_run(world, monkeypatch, capsys):
         "--temperature", "0.8", "--top_k", "5", "--top_p", "0.9", "--repetition_penalty", "1.1")
 
 
+def test_without_the_fast_extras_the_answers_are_the_same(world, monkeypatch, capsys):
+    expected = run(monkeypatch, capsys, ["Which colour?"], "--model", world / "sft", "--dtype",
+                   "fp32", "--image", world / "red.png").out
+    monkeypatch.setitem(sys.modules, "extras.fast", None)
+    out, _ = run(monkeypatch, capsys, ["Which colour?"], "--model", world / "sft", "--dtype",
+                 "fp32", "--image", world / "red.png")
+    assert out == expected and len(out) > 1
+    with pytest.raises(SystemExit, match="--quantize int8 needs extras/fast"):
+        run(monkeypatch, capsys, ["Hello"], "--model", world / "sft", "--quantize", "int8")
+
+
+def test_a_metric_that_is_none_is_refused(world, tmp_path):
+    with pytest.raises(SystemExit, match="--metric f1: expected auto, exact, vqa, choice"):
+        script.main(["--model", str(world / "sft"), "--data", str(world / "data.jsonl"),
+                     "--metric", "f1", "--report", str(tmp_path)])
+
+
 def test_a_language_model_alone_chats(world, monkeypatch, capsys):
     out, err = run(monkeypatch, capsys, ["Hello", "/image " + str(world / "red.png")],
                    "--model", "none", "--language", world / "language")
-    assert out == expected(world, "Hello", model="none") and "sees no pictures" in err
+    assert out == expected(world, "Hello", model="none") and "sees no images" in err
 
 
 def test_newest_checkpoint_and_what_to_do_without_one(world, monkeypatch, capsys, tmp_path):

@@ -20,13 +20,12 @@ import train_sft
 from dataset.batching import Picture, Row, collate
 from dataset.images import ImageProcessor
 from dataset.readers.formats import Sample
-from extras.fast.feature_cache import looker
-from extras.fast.feature_files import FeatureFiles
+from extras.fast.feature_cache import FeatureCache, tower_fingerprint
 from model.pretrained.checkpoint import newest_checkpoint
 from tests.test_training import gradients, prepare
 from tests.tiny import COLOURS, make_world, metrics
-from training.distributed import start_ranks
-from training.loop import backward
+from train_pretrain import backward
+from training.distributed import start_distributed
 
 NUMBERS = ("step", "loss", "grad_norm", "supervised_tokens")
 
@@ -65,7 +64,7 @@ def test_a_picture_that_comes_twice_is_looked_at_once(world, trained):
     seen = []
     hook = parts.model.vision.register_forward_hook(lambda _, x, out: seen.append(len(out)))
     told = []
-    with start_ranks() as ranks:
+    with start_distributed() as ranks:
         for pixels, order in ((batch.pixels, batch.order), (batch.pixels[batch.order], None)):
             batch.pixels, batch.order = pixels, order
             parts.model.zero_grad()
@@ -149,13 +148,13 @@ def test_torn_files_are_noticed_and_made_anew(world, tmp_path, capfd):
 def test_it_may_be_deleted_at_any_time(world, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     plain = losses(world, tmp_path / "plain")
-    write = FeatureFiles.write
+    write = FeatureCache.write
 
     def and_delete(self, key, features):
         write(self, key, features)
         shutil.rmtree(cache)
 
-    monkeypatch.setattr(FeatureFiles, "write", and_delete)
+    monkeypatch.setattr(FeatureCache, "write", and_delete)
     close(plain, losses(world, tmp_path / "deleted", "--cache_features", str(cache)))
     assert not files(cache)
 
@@ -188,13 +187,13 @@ def test_what_a_killed_run_left_is_deleted_later(tmp_path):
     for file in (old, new):
         file.write_bytes(b"half")
     os.utime(old, (0, 0))
-    assert FeatureFiles(tmp_path, "", 100).room == 96
+    assert FeatureCache(tmp_path, "", 100).room == 96
     assert not old.exists() and new.exists()
 
 
 def write_and_read(directory, number):
     """One of several processes at once -> features that were found, of the one picture."""
-    kept, found = FeatureFiles(directory, "tower", 1e6), []
+    kept, found = FeatureCache(directory, "tower", 1e6), []
     key = kept.key(b"picture")
     for _ in range(50):
         found.append(kept.read(key))
@@ -217,7 +216,7 @@ def test_a_key_is_the_content_and_who_looks(tmp_path):
     image.save(tmp_path / "a.png")
     content = (tmp_path / "a.png").read_bytes()
     (tmp_path / "b.png").write_bytes(content)
-    files, other = FeatureFiles(tmp_path, "tower", 0), FeatureFiles(tmp_path, "other tower", 0)
+    files, other = FeatureCache(tmp_path, "tower", 0), FeatureCache(tmp_path, "other tower", 0)
     assert files.key(str(tmp_path / "a.png")) == files.key(tmp_path / "b.png") == files.key(content)
     assert files.key(content) != other.key(content)
     drawn = [files.key(Image.new("RGB", size, colour)) for size, colour in
@@ -227,15 +226,16 @@ def test_a_key_is_the_content_and_who_looks(tmp_path):
     assert files.key(tmp_path / "a.png") != files.key(content), "a changed file is another picture"
 
 
-def test_another_tower_or_processor_is_another_looker(world):
+def test_another_tower_or_processor_is_another_tower_fingerprint(world):
     _, parts, _ = prepare(world)
     vision, processor = parts.model.vision, parts.processor
-    told = [looker(vision, processor, "fp32"), looker(vision, processor, "bf16"),
-            looker(vision, replace(processor, fast=True), "fp32"),
-            looker(vision, replace(processor, mean=(0.5, 0.5, 0.4)), "fp32")]
+    told = [tower_fingerprint(vision, processor, "fp32"),
+            tower_fingerprint(vision, processor, "bf16"),
+            tower_fingerprint(vision, replace(processor, fast=True), "fp32"),
+            tower_fingerprint(vision, replace(processor, mean=(0.5, 0.5, 0.4)), "fp32")]
     with torch.no_grad():
         next(vision.parameters()).view(-1)[0] += 1e-3
-    told.append(looker(vision, processor, "fp32"))
+    told.append(tower_fingerprint(vision, processor, "fp32"))
     assert len(set(told)) == 5
 
 

@@ -10,6 +10,8 @@ import train_sft
 from model.pretrained.checkpoint import newest_checkpoint, read_run
 from tests.tiny import ROOT, make_world, metrics
 from training.presets import PRESETS, read_flags, resolve, settings_of_preset
+from training.schedules import SCHEDULES
+from training.settings import BENDS, FIXED, FREE, PRESET, SETTINGS, TRACKERS
 
 # Every flag with a value that no preset has; booleans have both of theirs.
 VALUES = {
@@ -27,6 +29,7 @@ VALUES = {
     "max_length": [("77", 77)], "learning_rate": [("0.5", 0.5)],
     "projector_learning_rate": [("0.25", 0.25)], "vision_learning_rate": [("0.125", 0.125)],
     "weight_decay": [("0.3", 0.3)], "warmup_ratio": [("0.4", 0.4)], "clip": [("2.5", 2.5)],
+    "schedule": [(name, name) for name in SCHEDULES],
     "dtype": [("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32")],
     "checkpointing": [(True, True), (False, False)], "seed": [("8", 8)], "save_every": [("6", 6)],
     "keep": [("4", 4)], "workers": [("0", 0)], "max_bad": [("0.2", 0.2)],
@@ -36,11 +39,11 @@ VALUES = {
                        ("first:1+last:1", "first:1+last:1")],
     "train_vision": [(True, True), (False, False)], "lora": [(True, True), (False, False)],
     "lora_rank": [("3", 3)], "lora_alpha": [("5", 5.0)], "lora_dropout": [("0.5", 0.5)],
-    "lora_targets": [("q_proj", ["q_proj"]), (["c_attn", "w1"], ["c_attn", "w1"])],
+    "lora_targets": [("q_proj", ["q_proj"]), (["k_proj", "up_proj"], ["k_proj", "up_proj"])],
     "lora_from": [("A", "A")], "full_checkpoint": [(True, True), (False, False)],
     "eval_every": [("12", 12)], "eval_data": [("E", "E")], "eval_samples": [("13", 13)],
     "eval_answers": [("3", 3), ("0", 0)], "overfit": [("14", 14)],
-    "log": [(name, name) for name in ("tensorboard", "wandb", "swanlab")],
+    "log": [(name, name) for name in TRACKERS],
     "parallel": [("fsdp", "fsdp"), ("ddp", "ddp")],
 }
 
@@ -60,9 +63,10 @@ def test_every_flag_reaches_the_settings(stage):
 
 
 def test_every_setting_is_read_by_the_code():
-    sources = [ROOT / "training" / f"{name}.py"
-               for name in ("run", "setup", "loop", "optim", "log", "held_out", "boards",
-                             "parallel", "features", "answers")]
+    # The flags themselves stand in settings.py, which reads none of them.
+    sources = [ROOT / "train_pretrain.py", *(
+        path for room in ("training", "extras") for path in (ROOT / room).rglob("*.py")
+        if path.name != "settings.py")]
     code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     unread = [name for name in settings() if not re.search(rf"(settings|flags)\.{name}\b", code)]
     # These are read by name, in a loop over names or by resolve() itself.
@@ -155,3 +159,24 @@ def test_wrong_words_are_explained(world, tmp_path):
         with pytest.raises(SystemExit, match=message):
             train_sft.main([*world, "--model", "none", "--out", str(tmp_path / "out"), *flags])
     assert not (tmp_path / "out").exists()
+
+
+def test_the_table_is_the_only_list():
+    """Every flag is a row, every preset field is one, and each row says what a resume may do."""
+    names = [setting.name for setting in SETTINGS]
+    assert len(names) == len(set(names))
+    assert set(names) == vars(read_flags("", "sft", [])).keys() == settings().keys()
+    assert {s.on_resume for s in SETTINGS} == {FIXED, FREE, BENDS}
+    from_preset = {s.name for s in SETTINGS if s.default is PRESET}
+    assert from_preset == settings_of_preset("emoji", "sft").keys()
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
+def test_every_range_is_checked_at_its_border(setting):
+    for limit, good in ((setting.above, False), (setting.at_least, True), (setting.below, False)):
+        if limit is not None and good:
+            setting.check(limit)
+        elif limit is not None:
+            with pytest.raises(SystemExit, match=f"--{setting.name} .*expected"):
+                setting.check(limit)
+    setting.check(None)

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 
+import train_pretrain
+import train_sft
 from benchmarks import full_size
 from extras.preset_list import LANGUAGE, VISION
 from tests.tiny import ROOT, environment
-from training import run
 from training.preset_table import PRESETS
 
 ROW = re.compile(r"\| `(.+)` \| (\w+) \| ([\d,]+) \| (\d+) x (\d+) \| (\w+) \| (\d+\.\d) \| "
@@ -36,13 +37,14 @@ def twin(monkeypatch):
     # and adapters of rank 8 on q, k, v, o of two layers: 32 wide, k and v 16
     ("sft", 24 * 32 + 32 + 32 * 32 + 32 + 2 * 8 * (64 + 48 + 48 + 64), 16 + 160)])
 def test_a_step_of_the_tiny_twin(twin, stage, trained, row, capsys):
-    before = run.assemble, run.saver
+    script = {"pretrain": train_pretrain, "sft": train_sft}[stage]
+    before = script.load_or_build, train_pretrain.save
     full_size.main(["--here", "--presets", "twin", "--stages", stage, "--batch_size", "3",
                     "--dtype", "fp32"])
     told = ROW.fullmatch(capsys.readouterr().out.strip()).groups()
     assert told[:6] == ("twin", stage, f"{trained:,}", "3", str(row), "fp32")
     assert float(told[7]) > 0.1, "a process with torch in it holds more"
-    assert (run.assemble, run.saver) == before
+    assert (script.load_or_build, train_pretrain.save) == before
 
 
 def test_the_command_as_it_is_typed(monkeypatch, capsys):

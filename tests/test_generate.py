@@ -6,24 +6,26 @@ import pytest
 import torch
 from conftest import needed, weights_dir
 
-import model.generate
 from dataset.chat import ChatTemplate, Message
 from dataset.tokenizer import Tokenizer
+from evaluation import batched_generation
+from evaluation.batched_generation import generate_batch, shared_prefixes
+from extras.fast import inference
+from extras.fast.cuda_graph import CUDAGraphDecodeStep
+from extras.fast.prefix_cache import PrefixCache
 from model.config import LanguageConfig, ProjectorConfig, VisionConfig, VLMConfig
 from model.generate import (
-    Past,
-    choose,
-    distribution,
+    GenerationConfig,
+    KVCache,
+    apply_repetition_penalty,
     generate,
-    generate_batch,
-    penalise,
-    shared_beginnings,
+    sample_token,
+    sampling_probs,
 )
 from model.language import LanguageModel
 from model.pretrained.load import load_language
 from model.pretrained.public_config import write_config
 from model.projector import Projector
-from model.step import KVCache, RecordedStep
 from model.vision import VisionTransformer
 from model.vlm import VLM
 
@@ -105,8 +107,8 @@ def test_cached_equals_uncached_with_pictures(vlm):
 
 def test_an_answer_asks_for_memory_once(language):
     ids, _ = random_prompt(3, 250)
-    past = Past()
-    stream = generate(language, ids, max_new_tokens=12, past=past)
+    past = PrefixCache()
+    stream = generate(language, ids, max_new_tokens=12, prefix_cache=past)
     cached = [next(stream)]
     place = past.cache.store.data_ptr()
     cached += stream
@@ -123,11 +125,6 @@ def test_cache_holds_what_was_appended():
             k, v = cache.append(layer, piece, piece + layer)
             assert torch.equal(k, whole[:, :, :end]) and torch.equal(v, whole[:, :, :end] + layer)
     assert cache.length == 9
-    longer = cache.longer(4, capacity=20)
-    k, _ = longer.append(0, whole[:, :, :2], whole[:, :, :2])
-    assert longer.length == 4 and torch.equal(k[:, :, :4], whole[:, :, :4])
-    cache.keep_rows(torch.tensor([1]))
-    assert torch.equal(cache.store[1, 1], whole[1:] + 1)
 
 
 def test_batch_equals_each_alone(vlm):
@@ -175,9 +172,9 @@ def test_nothing_is_shared_where_the_row_would_be_too_long():
     ids, pixels = random_prompt(60, 9, 1)
     long_begin, long_rest = [5] * 20 + ids, ids + [5] * 25
     cases = [long_begin, long_begin + [6], long_rest]
-    cuts, _, _ = shared_beginnings(cases, [pixels] * 3, IMAGE, limit=57)
+    cuts, _, _ = shared_prefixes(cases, [pixels] * 3, IMAGE, limit=57)
     assert cuts == [0, 0, 0]
-    cuts, firsts, owner = shared_beginnings(cases, [pixels] * 3, IMAGE, limit=58)
+    cuts, firsts, owner = shared_prefixes(cases, [pixels] * 3, IMAGE, limit=58)
     assert (cuts, firsts, owner) == ([26, 26, 6], [0, 2], [0, 0, 1])
 
 
@@ -233,7 +230,7 @@ def test_rows_that_ended_are_left_behind(language):
     assert rows[-1] < 16
 
 
-class Rerun(RecordedStep):
+class Rerun(CUDAGraphDecodeStep):
     """A recorded step without a GPU: what would be played again is run again. It begins with the
     memory that nobody has written yet as bad as it can be."""
 
@@ -255,18 +252,25 @@ def test_a_recorded_step_is_the_step(language, vlm, monkeypatch):
 
     def answers():
         alone = [list(generate(vlm, *case, max_new_tokens=24)) for case in cases]
-        past, (ids, _) = Past(), random_prompt(0, 9)
-        first = list(generate(language, ids, max_new_tokens=6, past=past))
-        second = list(generate(language, ids + first + [5], max_new_tokens=9, past=past))
+        past, (ids, _) = PrefixCache(), random_prompt(0, 9)
+        first = list(generate(language, ids, max_new_tokens=6, prefix_cache=past))
+        second = list(generate(language, ids + first + [5], max_new_tokens=9, prefix_cache=past))
         stops = [answer[3 + 4 * i] for i, answer in enumerate(alone[:5])]
         together = generate_batch(vlm, *zip(*cases), 24, stop_ids=stops)
         return alone, first, second, together
 
     plain, made = answers(), []
     assert len(set(map(len, plain[-1]))) > 3
-    monkeypatch.setattr(model.generate, "step_of", lambda model, cache, real=None: (
-        made.append(Rerun(model if model is language else model.language, cache, real))
-        or made[-1]))
+
+    def recorded(decoder, cache, real=None):
+        made.append(Rerun(decoder, cache, real))
+        return made[-1]
+
+    for module in (inference, batched_generation):
+        monkeypatch.setattr(module, "can_record", lambda model: True)
+        monkeypatch.setattr(module, "CUDAGraphDecodeStep", recorded)
+    monkeypatch.setattr(language, "__class__", inference.InferenceLanguageModel)
+    monkeypatch.setattr(vlm.language, "__class__", inference.InferenceLanguageModel)
     assert answers() == plain
     assert made and all(step.graph for step in made), "each was played again"
 
@@ -294,10 +298,11 @@ def test_a_language_model_takes_no_pictures(language):
 def test_penalty_by_hand():
     logits = torch.tensor([2.0, -2.0, 1.0, 0.0])
     # Token 0 occurs twice and is punished once; 1 is negative; 9 lies past the vocabulary.
-    found = penalise(logits, [0, 0, 1, 9], 1.25)
+    found = apply_repetition_penalty(logits, [0, 0, 1, 9], 1.25)
     assert torch.allclose(found, torch.tensor([1.6, -2.5, 1.0, 0.0]))
     assert torch.equal(logits, torch.tensor([2.0, -2.0, 1.0, 0.0])), "the input stays as it was"
-    assert choose(torch.tensor([1.1, 1.0]), [0], repetition_penalty=1.2) == 1
+    assert sample_token(torch.tensor([1.1, 1.0]), [0],
+                        GenerationConfig(repetition_penalty=1.2)) == 1
 
 
 def test_distribution_by_hand():
@@ -306,21 +311,22 @@ def test_distribution_by_hand():
     def expect(found, wanted):
         assert torch.allclose(found, torch.tensor(wanted).float(), atol=1e-6), found
 
-    expect(distribution(logits, 1.0, 0, 1.0), [0.1, 0.4, 0.2, 0.3])
-    expect(distribution(logits, 0.5, 0, 1.0), [1 / 30, 16 / 30, 4 / 30, 9 / 30])  # squared
-    expect(distribution(logits, 1.0, 2, 1.0), [0, 4 / 7, 0, 3 / 7])
-    expect(distribution(logits, 1.0, 0, 0.65), [0, 4 / 7, 0, 3 / 7])
-    expect(distribution(logits, 1.0, 0, 0.75), [0, 4 / 9, 2 / 9, 3 / 9])
-    expect(distribution(logits, 1.0, 0, 0.0), [0, 1, 0, 0])  # never nothing at all
+    expect(sampling_probs(logits, 1.0, 0, 1.0), [0.1, 0.4, 0.2, 0.3])
+    expect(sampling_probs(logits, 0.5, 0, 1.0), [1 / 30, 16 / 30, 4 / 30, 9 / 30])  # squared
+    expect(sampling_probs(logits, 1.0, 2, 1.0), [0, 4 / 7, 0, 3 / 7])
+    expect(sampling_probs(logits, 1.0, 0, 0.65), [0, 4 / 7, 0, 3 / 7])
+    expect(sampling_probs(logits, 1.0, 0, 0.75), [0, 4 / 9, 2 / 9, 3 / 9])
+    expect(sampling_probs(logits, 1.0, 0, 0.0), [0, 1, 0, 0])  # never nothing at all
     # 0.65 of what top_k left: 4/7 = 0.57 is not enough, so both stay.
-    expect(distribution(logits, 1.0, 2, 0.65), [0, 4 / 7, 0, 3 / 7])
-    expect(distribution(logits, 1.0, 2, 0.55), [0, 1, 0, 0])
+    expect(sampling_probs(logits, 1.0, 2, 0.65), [0, 4 / 7, 0, 3 / 7])
+    expect(sampling_probs(logits, 1.0, 2, 0.55), [0, 1, 0, 0])
 
 
 def test_draws_follow_the_distribution():
     logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
     generator = torch.Generator().manual_seed(0)
-    draws = [choose(logits, [], 1.0, 3, 1.0, 1.0, generator) for _ in range(4000)]
+    config = GenerationConfig(temperature=1.0, top_k=3, generator=generator)
+    draws = [sample_token(logits, [], config) for _ in range(4000)]
     shares = torch.bincount(torch.tensor(draws), minlength=4) / 4000
     gap = (shares - torch.tensor([0, 4 / 9, 2 / 9, 3 / 9])).abs().max()
     assert gap < 0.03, f"largest difference {gap:.3f}"
@@ -344,7 +350,7 @@ def test_sampling_equals_transformers_warpers():
                     transformers.TemperatureLogitsWarper(0.7),
                     transformers.TopKLogitsWarper(12), transformers.TopPLogitsWarper(0.8)):
         expected = process(torch.tensor([seen]), expected)
-    found = distribution(penalise(logits, seen, 1.3), 0.7, 12, 0.8)
+    found = sampling_probs(apply_repetition_penalty(logits, seen, 1.3), 0.7, 12, 0.8)
     gap = (found - expected.softmax(-1)[0]).abs().max()
     assert gap < 1e-6, f"largest difference {gap:.2e}"
 

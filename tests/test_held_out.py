@@ -22,10 +22,10 @@ from tests.test_mixture import said, write
 from tests.test_resume import Killed, die_in_step, same_weights
 from tests.test_training import prepare
 from tests.tiny import ROOT, curve, make_data, make_world, metrics, torchrun
-from training.distributed import start_ranks
+from training.data import open_held_out, open_training_data
+from training.distributed import start_distributed
 from training.presets import read_flags, resolve
-from training.setup import open_training_data
-from training.validation import HeldOut, WrongPictures, open_held_out
+from training.validation import ShuffledImages, Validator
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_measuring_changes_no_bit_of_the_training(world, unseen, tmp_path, monke
     """With dropout, which draws random numbers in every step; with workers and without."""
     flags = [*world, "--model", "none", "--lora", "--lora_dropout", "0.3"]
     generators = []
-    plain = HeldOut.losses
+    plain = Validator.losses
 
     def losses(self, *arguments):
         def state():
@@ -61,7 +61,7 @@ def test_measuring_changes_no_bit_of_the_training(world, unseen, tmp_path, monke
         generators.append(before == state())
         return told
 
-    monkeypatch.setattr(HeldOut, "losses", losses)
+    monkeypatch.setattr(Validator, "losses", losses)
     train_sft.main([*flags, "--out", str(tmp_path / "off")])
     train_sft.main([*flags, *unseen, "--eval_every", "1", "--out", str(tmp_path / "on")])
     assert generators == [True] * 6
@@ -79,15 +79,15 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens(world, unseen, tmp_path
     """Against a sum by hand, row by row, with each row's own picture and with the next one's."""
     flags = [*world, *unseen, "--eval_every", "6"]
     settings, parts, batches = prepare(flags)
-    data, _ = open_training_data(settings, "captions")
-    held_out = open_held_out(settings, "captions", data)
-    with start_ranks() as ranks:
-        told = HeldOut(held_out, lambda samples: Batches(
+    data, _ = open_training_data(settings, "pretrain")
+    held_out = open_held_out(settings, "pretrain", data)
+    with start_distributed() as ranks:
+        told = Validator(held_out, lambda samples: Batches(
             samples, parts.template, parts.processor, 4, 128, 0)).losses(
                 parts.model, settings, ranks)
     assert parts.model.training, "training goes on with dropout"
     for name, samples in (("eval_loss", held_out),
-                          ("eval_loss_wrong_picture", WrongPictures(held_out))):
+                          ("eval_loss_wrong_picture", ShuffledImages(held_out))):
         total = count = 0
         for batch, _ in Batches(samples, parts.template, parts.processor, 1, 128, 0).epoch(0):
             loss, tokens = parts.model(batch.ids, batch.labels, batch.pixels, batch.order)
@@ -98,7 +98,7 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens(world, unseen, tmp_path
 
 def test_wrong_pictures_are_other_pictures_and_text_stays(world, unseen):
     data = open_mixture([unseen[1]])
-    wrong = WrongPictures(data)
+    wrong = ShuffledImages(data)
     assert len(wrong) == len(data) == 10
     for i in range(10):
         assert wrong[i].messages == data[i].messages
@@ -172,10 +172,10 @@ def test_two_ranks_measure_what_one_does(world, unseen, tmp_path):
 
 
 def test_emoji_measures_scenes_that_nobody_trains_on(tmp_path):
-    for stage, kind in (("pretrain", "captions"), ("sft", "chat")):
+    for stage in ("pretrain", "sft"):
         settings = resolve(read_flags("", stage, ["--eval_every", "5"]), stage, {})
-        data, _ = open_training_data(settings, kind)
-        held_out = open_held_out(settings, kind, data)
+        data, _ = open_training_data(settings, stage)
+        held_out = open_held_out(settings, stage, data)
         assert len(held_out) == 256
         numbers = [int(held_out[i].where.split("scene ")[1][:-1]) for i in (0, 255)]
         last = int(data[len(data) - 1].where.split("scene ")[1][:-1])
@@ -237,8 +237,8 @@ def test_overfit_takes_the_first_samples_in_every_epoch(world):
     flags = ["--data", f"{world[5]}:0.5", "--overfit", "5", "--epochs", "3", "--batch_size", "2"]
     settings = resolve(read_flags("", "sft", flags), "sft", {})
     assert settings.steps is None and settings.epochs == 3
-    data, about = open_training_data(settings, "chat")
+    data, about = open_training_data(settings, "sft")
     assert about["samples"] == 5 and not hasattr(data, "at_epoch")
     assert [s.where for s in data] == [s.where for s in open_mixture([f"{world[5]}:0.5"])][:5]
     more = argparse.Namespace(**{**vars(settings), "overfit": 100})
-    assert len(open_training_data(more, "chat")[0]) == 12, "no more than there are"
+    assert len(open_training_data(more, "sft")[0]) == 12, "no more than there are"

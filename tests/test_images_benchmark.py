@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import images
 from dataset.images import load_image
 from extras.preset_list import empty_model
-from training.optim import choose_trained
+from training.optim import choose_trainable
 from training.preset_table import PRESETS
 
 
@@ -20,7 +20,7 @@ def counted(stage: str, **changes) -> float:
     preset = PRESETS["emoji"]
     model = empty_model(preset).to_empty(device="cpu")
     settings = {**vars(preset), **vars(getattr(preset, stage)), **changes}
-    choose_trained(model, argparse.Namespace(**settings), None)
+    choose_trainable(model, argparse.Namespace(**settings), None)
     K = images.image_tokens(preset)
     ids = torch.ones(1, K + images.TEXT, dtype=torch.int64)
     ids[0, :K] = 0  # empty_model's placeholder

@@ -1,5 +1,6 @@
 """Claim: the decoder computes what the public Qwen2, Qwen3 and Llama models compute, causally."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -9,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from families import LANGUAGE, assert_close, public_language, tiny_vlm
 
-from model.language import Gated, kernel_shares_heads, rope_table
+from extras.fast.attention import SharedHeadsAttention, kernel_shares_heads
+from extras.fast.swiglu import SwiGLUFunction
+from model.language import rope_cos_sin
 from model.pretrained.load import load_language
 from model.pretrained.public_config import read_language_config, write_config
 from tests.tiny import ROOT
@@ -79,11 +82,11 @@ def test_both_spellings_of_rope_settings(tmp_path):
 
 
 def test_rope_angles_stay_float32_and_tell_position_4000_from_4001():
-    cos, sin = rope_table(torch.tensor([[4000, 4001]]), 64, 1e6)
+    cos, sin = rope_cos_sin(torch.tensor([[4000, 4001]]), 64, 1e6)
     assert cos.dtype == sin.dtype == torch.float32
     assert (cos[0, 0] - cos[0, 1]).abs().max() > 0.1
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        again, _ = rope_table(torch.tensor([[4000, 4001]]), 64, 1e6)
+        again, _ = rope_cos_sin(torch.tensor([[4000, 4001]]), 64, 1e6)
     assert torch.equal(cos, again), "autocast must not make the angles bfloat16"
 
 
@@ -161,7 +164,7 @@ def keep(kept):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gate_is_silu_times_up_to_the_last_bit_and_keeps_two_tensors(dtype):
     told = []
-    for way in (Gated.apply, lambda gate, up: F.silu(gate) * up):
+    for way in (SwiGLUFunction.apply, lambda gate, up: F.silu(gate) * up):
         gate, up = (torch.randn(7, 11, generator=torch.Generator().manual_seed(n)).to(dtype)
                     .requires_grad_() for n in (1, 2))
         kept = []
@@ -175,20 +178,22 @@ def test_the_gate_is_silu_times_up_to_the_last_bit_and_keeps_two_tensors(dtype):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_repeated_heads_equal_shared_ones(model, monkeypatch, masked):
-    """What a GPU computes whose kernels cannot share them; gradients too."""
+def test_repeated_heads_equal_shared_ones(model, masked):
+    """The core repeats them, which every device can; gradients too."""
     ids = random_ids(2, 8)
     mask = torch.ones(8, 8, dtype=torch.bool).tril().expand(2, 1, 8, 8) if masked else None
-    told = []
-    for shared in (True, False):
-        monkeypatch.setattr("model.language.kernel_shares_heads", lambda *_, told=shared: told)
-        embeds = model.embed(ids).detach().requires_grad_()
-        hidden = model.decode(embeds, mask=mask)
+    sharing = copy.deepcopy(model)
+    for layer in sharing.layers:
+        layer.self_attn.__class__ = SharedHeadsAttention
+    results = []
+    for each in (model, sharing):
+        embeds = each.embed(ids).detach().requires_grad_()
+        hidden = each.decode(embeds, mask=mask)
         hidden.square().sum().backward()
-        told.append((hidden, embeds.grad))
+        results.append((hidden, embeds.grad))
     assert model.config.num_attention_heads > model.config.num_key_value_heads > 1
-    assert_close(*(hidden for hidden, _ in told), 1e-6, "hidden states")
-    assert_close(*(grad for _, grad in told), 1e-4, "gradients")
+    assert_close(*(hidden for hidden, _ in results), 1e-6, "hidden states")
+    assert_close(*(grad for _, grad in results), 1e-4, "gradients")
 
 
 def test_the_question_to_pytorch_is_one_that_it_knows():
@@ -239,8 +244,9 @@ def test_making_a_model_without_weights_loads_no_compiler():
     code = ("import sys, torch\n"
             "from model.pretrained.public_config import read_language_config, read_vision_config\n"
             "from model.language import LanguageModel\n"
+            "from model.pretrained.meta_device import meta_device\n"
             "from model.vision import VisionTransformer\n"
-            "with torch.device('meta'):\n"
+            "with meta_device():\n"
             f"    LanguageModel(read_language_config({config}))\n"
             "    VisionTransformer(read_vision_config({'model_type': 'clip_vision_model',\n"
             "        'hidden_size': 24, 'intermediate_size': 48, 'num_hidden_layers': 2,\n"

@@ -1,17 +1,20 @@
 """Claims: --attention draws where each word of the answer was looked for, in the right patch, with
 text that can be read, and says plainly when there is nothing to draw."""
 
+import io
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import eval as script
 import train_pretrain
-from evaluation.conversation import Conversation
-from extras import attention as looks
-from extras import text_drawing as lettering
+from extras import attention
 from tests.tiny import make_world
+from training.inference import Conversation
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +28,7 @@ def world(tmp_path_factory):
 
 def conversation(world, name="plain"):
     flags = script.read_flags(["--device", "cpu"])
-    talk = Conversation(*script.load(flags, str(world / name)), {"max_new_tokens": 7})
+    talk = Conversation(*script.load_model(flags, str(world / name)), {"max_new_tokens": 7})
     torch.manual_seed(0)
     for parameter in talk.model.parameters():  # so that it talks and does not stop
         parameter.data.normal_(std=0.3)
@@ -39,7 +42,7 @@ def ask(talk, text, *pictures):
 
 
 def test_one_command_answers_and_draws(world, tmp_path, capsys):
-    file = tmp_path / "new" / "looks.png"
+    file = tmp_path / "new" / "attention.png"
     flags = ["--model", str(world / "plain"), "--image", str(world / "red.png"), "--prompt",
              "Which colour?", "--max_new_tokens", "6", "--device", "cpu"]
     script.main(flags)
@@ -54,32 +57,35 @@ def test_one_command_answers_and_draws(world, tmp_path, capsys):
 def test_two_pictures_and_a_second_turn(world):
     talk = conversation(world)
     ask(talk, "Which?", world / "red.png", world / "blue.png")
-    first = looks.draw_looks(talk)
+    first = attention.draw_attention(talk)
     ask(talk, "And now?")
-    assert len(talk.asked) > 20 and looks.draw_looks(talk).size != (0, 0) and first.height > 300
+    assert len(talk.prompt_ids) > 20 and attention.draw_attention(talk)
+    assert drawn_texts(first)[0].startswith("asked: Which? answered: ")
+    assert len([axes for axes in first.axes if axes.images and "%" not in axes.get_title()]) == 4
+
+
+def drawn_texts(figure) -> list[str]:
+    """What stands above the words and above the logit lens."""
+    return [" ".join(part.get_suptitle().split()) for part in figure.subfigs]
 
 
 def test_the_brightest_patch_is_the_one_that_was_looked_at(world, monkeypatch):
     """All of the attention put on one patch of the second picture: light falls there alone."""
     talk = conversation(world)
     ask(talk, "Which?", Image.new("RGB", (16, 16), "white"), Image.new("RGB", (16, 16), "white"))
-    images = [i for i, token in enumerate(talk.asked)
+    images = [i for i, token in enumerate(talk.prompt_ids)
               if token == talk.model.config.image_token_id]
-    given = []
 
-    def look(model, ids, pixels, answer):
+    def maps(model, ids, pixels, answer):
         weights = torch.zeros(answer, len(ids))
         weights[:, images[4 + 1]] = 0.5  # second picture, upper right of 2 x 2
         return weights, [torch.zeros(len(images), dtype=torch.long)] * 2
 
-    plain = looks.word_cells
-    monkeypatch.setattr(looks, "look", look)
-    monkeypatch.setattr(looks, "word_cells", lambda *a: given.append(plain(*a)) or given[-1])
-    looks.draw_looks(talk)
-    cell = np.asarray(given[0])[:looks.SIDE, :2 * looks.SIDE, 0].astype(int)
-    half = looks.SIDE // 2
-    bright = [cell[top:top + half - 4, left:left + half - 4].mean() for top in (2, half + 2)
-              for left in (2, half + 2, looks.SIDE + 2, looks.SIDE + half + 2)]
+    monkeypatch.setattr(attention, "attention_maps", maps)
+    strip = attention.draw_attention(talk).axes[0].images[0].get_array()  # of the first word
+    cell, half = 255 * np.asarray(strip)[..., 0], 8
+    bright = [cell[top:top + half, left:left + half].mean() for top in (0, half)
+              for left in (0, half, 2 * half, 3 * half)]
     assert [value > 200 for value in bright] == [False, False, False, True, *[False] * 4], bright
     assert max(value for value in bright if value < 200) < 90
 
@@ -88,44 +94,86 @@ def test_the_picture_is_what_the_tower_saw(world):
     """Cropped and resized as the processor does, and back to colours."""
     talk = conversation(world)
     image = Image.effect_noise((16, 16), 80).convert("RGB")
-    seen = looks.seen_picture(talk.processor(image), talk.processor, talk.model, (2, 2))
-    assert np.abs(np.asarray(seen).astype(int) - np.asarray(image)).max() <= 1
+    seen = attention.input_image(talk.processor(image), talk.processor, side=8)
+    assert np.abs(255 * seen - np.asarray(image)).max() <= 1
+    cropped = attention.input_image(torch.zeros(3, 20, 30), talk.processor, side=8)
+    assert cropped.shape == (16, 24, 3), "the remainder belongs to no patch"
 
 
 def test_nothing_to_draw_is_said(world):
     talk = conversation(world)
     ask(talk, "Hello")
-    with pytest.raises(ValueError, match="no picture in the conversation"):
-        looks.draw_looks(talk)
+    with pytest.raises(ValueError, match="no image in the conversation"):
+        attention.draw_attention(talk)
     talk = conversation(world, "pooled")
     ask(talk, "Which?", world / "red.png")
-    with pytest.raises(ValueError, match="--features pooled, one token for a whole picture"):
-        looks.draw_looks(talk)
+    with pytest.raises(ValueError, match="--features pooled, one token for a whole image"):
+        attention.draw_attention(talk)
     talk = conversation(world)
     ask(talk, "Which?", world / "red.png")
-    talk.answered = []
+    talk.answer_ids = []
     with pytest.raises(ValueError, match="no word in the answer"):
-        looks.draw_looks(talk)
+        attention.draw_attention(talk)
 
 
-def test_text_can_be_read_in_every_script(monkeypatch):
-    """The emoji world's Chinese with the font in the repository; what no font here has, as its
-    number, and never as a box."""
-    monkeypatch.setattr("evaluation.report.font_manager.findSystemFonts", lambda: [])
-    fonts = lettering.fonts_for(["An owl: 一只猫头鹰。"])
-    assert lettering.legible("An owl: 一只猫头鹰。", fonts) == "An owl: 一只猫头鹰。"
-    fonts = lettering.fonts_for(["猫 齉"])
-    assert lettering.legible("猫 齉", fonts) == "猫 U+9F49 "
-    assert lettering.legible("\U000f0000", fonts) == "U+F0000 "
-    assert lettering.width_of(lettering.cut("a very long word " * 9, fonts, 50), fonts) <= 50
-    assert all(lettering.width_of(line.rstrip(), fonts) <= 1080
-               for line in lettering.fold("words and 猫猫猫 " * 40, fonts, 1080))
+@pytest.fixture
+def no_other_fonts(monkeypatch):
+    """For Chinese there is only the font in the repository."""
+    from matplotlib import font_manager as fm
+
+    monkeypatch.setattr(fm.fontManager, "ttflist", [font for font in fm.fontManager.ttflist
+                                                    if font.name.startswith("DejaVu")])
+    attention.fonts.cache_clear()
+    yield
+    attention.fonts.cache_clear()
 
 
-def test_many_words_are_cut_and_counted(world):
-    found = [(f"w{i}", [0]) for i in range(looks.MOST_WORDS + 3)]
-    fonts = lettering.fonts_for(["x"])
-    picture = Image.new("RGB", (16, 16))
-    sheet = looks.word_cells(found, np.ones((1, 1, 2, 2)), [picture], fonts)
-    rows = looks.MOST_WORDS // looks.COLUMNS
-    assert sheet.height == rows * (looks.SIDE + 2 * lettering.LINE) + lettering.LINE
+def test_text_can_be_read_in_every_script(no_other_fonts):
+    """The emoji world's Chinese; what no font here has, as its number, and never as a box."""
+    assert attention.legible("An owl: 一只猫头鹰。") == "An owl: 一只猫头鹰。"
+    assert attention.legible("猫 齉") == "猫 U+9F49 "
+    assert attention.legible("\U000f0000") == "U+F0000 "
+    assert attention.legible(" \n") == " \\n", "a token that is only a line break is seen too"
+
+
+@pytest.mark.filterwarnings("error")  # matplotlib warns of each glyph that is missing
+@pytest.mark.parametrize("text", ["a very long word " * 9, "WWWWMMMM" * 9, "words and 猫猫猫 " * 40,
+                                  "一只猫头鹰。" * 9, "$x_1$ 100 $", "齉" * 20, "🦉🦉 ok"])
+def test_lines_are_no_wider_than_asked_for(no_other_fonts, text):
+    figure = Figure(dpi=100)
+    for width in (0.6, 2.0, 10.8):
+        for line in attention.fold(text, width):
+            drawn = figure.text(0, 0, line, **attention.style())
+            assert drawn.get_window_extent().width <= 100 * width, (line, width)
+    figure.savefig(io.BytesIO())
+
+
+def test_what_cannot_be_written_is_said_in_the_drawing(world):
+    talk = conversation(world)
+    ask(talk, "齉 \U000f0000 or $x_1$?", world / "red.png")
+    talk.template.tokenizer.decode = lambda ids: "\U000f0001" * len(ids)
+    head, _ = drawn_texts(attention.draw_attention(talk))
+    assert "U+F0000 or $x_1$?" in head and "answered: U+F0001" in head
+
+
+def test_a_long_answer_leaves_the_images_their_size(world):
+    talk = conversation(world)
+    ask(talk, "Which?", world / "red.png")
+    talk.messages[-2] = replace(talk.messages[-2], content="Which? " * 400)
+    figure = attention.draw_attention(talk)
+    assert figure.subfigs[0].get_suptitle().count("\n") > 15
+    figure.savefig(io.BytesIO(), dpi=100)
+    sizes = [axes.get_window_extent().height for part in figure.subfigs for axes in part.axes]
+    assert min(sizes) > 100 * 0.8 * attention.SIDE, sizes
+
+
+def test_many_words_are_cut_and_counted(world, monkeypatch):
+    talk = conversation(world)
+    ask(talk, "Which?", world / "red.png")
+    monkeypatch.setattr(attention, "words", lambda tokenizer, ids: [
+        (f"w{i}", [0]) for i in range(attention.MOST_WORDS + 3)])
+    figure = attention.draw_attention(talk)
+    assert "and 3 more words, not drawn" in drawn_texts(figure)[0]
+    titles = [axes.get_title() for axes in figure.subfigs[0].axes]
+    assert [title.split()[0] for title in titles] == [
+        f"w{i}" for i in range(attention.MOST_WORDS)] and all("%" in title for title in titles)

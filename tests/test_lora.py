@@ -1,17 +1,14 @@
-"""Claim: LoRA changes only what it adds, every adapter learns, and a merge is W + B A, undone."""
+"""Claim: LoRA changes only what it adds, every adapter learns, and a merge is W + B A."""
 
 import pytest
 import torch
 from families import assert_close, tiny_vlm
 
-from extras.fast.one_row import Linear
 from model.lora import (
     LoRALinear,
     add_lora,
     lora_parameters,
     merge_lora,
-    trainable_state,
-    unmerge_lora,
 )
 from model.pretrained.load import load_language
 from model.pretrained.save import save_language
@@ -98,12 +95,12 @@ def test_merged_equals_unmerged_and_is_w_plus_ba():
     train(vlm)
     unmerged = logits(vlm)
     assert (unmerged - logits(tiny_vlm())).abs().max() > 1e-2, "it learned something"
-    adapters = merge_lora(vlm.language)
-    assert set(adapters) == set(names)
+    adapters = {name: vlm.language.get_submodule(name) for name in names}
+    merge_lora(vlm.language)
     assert_close(logits(vlm), unmerged, 1e-4, "merged")
     for name in names:
         plain = vlm.language.get_submodule(name)
-        assert type(plain) is Linear, "as it was before"
+        assert type(plain) is torch.nn.Linear, "as it was before"
         by_hand = base[f"{name}.weight"] + 8 / 4 * adapters[name].lora_b @ adapters[name].lora_a
         assert_close(plain.weight, by_hand, 1e-6, name)
 
@@ -113,30 +110,8 @@ def test_merging_twice_adds_nothing_twice():
     train(vlm)
     merge_lora(vlm.language)
     once = logits(vlm)
-    assert merge_lora(vlm.language) == {}
+    merge_lora(vlm.language)
     assert torch.equal(logits(vlm), once)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_unmerge_restores_every_bit(dtype):
-    vlm, _ = adapted()
-    vlm.language.embed_tokens.to(dtype)
-    for layer in vlm.language.layers:
-        for part in layer.modules():
-            if isinstance(part, LoRALinear):
-                part.weight.data = part.weight.data.to(dtype)
-                part.bias = None
-    vlm.language.to(dtype)
-    for p in lora_parameters(vlm.language):
-        p.data = torch.randn_like(p, dtype=torch.float32) * 0.1
-    state = {name: tensor.clone() for name, tensor in vlm.language.state_dict().items()}
-    before = logits(vlm)
-    adapters = merge_lora(vlm.language)
-    assert not torch.equal(logits(vlm), before) or dtype == torch.float32
-    unmerge_lora(vlm.language, adapters)
-    assert torch.equal(logits(vlm), before)
-    for name, tensor in vlm.language.state_dict().items():
-        assert torch.equal(tensor, state[name]), name
 
 
 def test_beside_bfloat16_weights_the_adapters_are_float32_and_keep_small_steps():
@@ -155,7 +130,7 @@ def test_beside_bfloat16_weights_the_adapters_are_float32_and_keep_small_steps()
 def test_adapters_and_projector_alone_give_the_same_model_on_top_of_the_base():
     vlm, _ = adapted()
     train(vlm)
-    kept = trainable_state(vlm)
+    kept = {name: p.detach() for name, p in vlm.named_parameters() if p.requires_grad}
     assert all("lora_" in name or name.startswith("projector.") for name in kept)
     assert sum(name.startswith("projector.") for name in kept) == 4
     fresh, _ = adapted()

@@ -183,7 +183,7 @@ def test_captions_equal_the_published_scorers():
     theirs = pytest.importorskip("pycocoevalcap.cider.cider").Cider
     truth = {i: [" ".join(words(text)) for text in texts] for i, texts in enumerate(REFERENCES)}
     found = {i: [" ".join(words(text))] for i, text in enumerate(CAPTIONS)}
-    rows = measure_captions(CAPTIONS, REFERENCES)
+    rows = np.array(measure_captions(CAPTIONS, [asked("", *texts) for texts in REFERENCES]))
     mean, each = theirs().compute_score(truth, found)
     np.testing.assert_allclose(rows[:, 0], each, atol=1e-9)
     assert each[0] > 1 and each[3] == 0
@@ -200,7 +200,7 @@ def test_bleu_equals_sacrebleu_over_the_whole_corpus():
                for n in range(most)]
     expected = metrics.BLEU(tokenize="none", smooth_method="none").corpus_score(
         [" ".join(words(text)) for text in CAPTIONS], streams).score / 100
-    rows = measure_captions(CAPTIONS, REFERENCES)
+    rows = np.array(measure_captions(CAPTIONS, [asked("", *texts) for texts in REFERENCES]))
     assert figures("caption", rows.mean(0))["bleu4"] == pytest.approx(expected, abs=1e-12)
 
 

@@ -6,6 +6,7 @@ import pytest
 from test_batching import PROCESSOR
 from test_formats import MINIMIND, picture, write_lines, write_parquet
 
+from dataset import batching
 from dataset.batching import Batches, Order
 from dataset.chat import ChatTemplate
 from dataset.readers import order, parquet
@@ -100,13 +101,42 @@ def test_a_window_holds_what_memory_is_meant_for(files, tiny_tokenizer_dir, monk
     assert max(np.diff(batches.windows)) <= 50 and batches.windows[-1] == ROWS
 
 
+@pytest.mark.parametrize("ranks, workers, batch_size", [(1, 1, 4), (2, 2, 2), (4, 2, 1)])
+def test_pictures_in_parquet_are_read_once_by_all_workers(
+        files, small_pools, tiny_tokenizer_dir, monkeypatch, ranks, workers, batch_size):
+    """Each worker of each rank reads the rows that it serves, from few groups; and all the workers
+    of a rank hold no more than memory is meant for."""
+    monkeypatch.setattr(order, "HELD", 80 * small_pools // GROUP)
+    monkeypatch.setattr(batching, "DEALT", 0)
+    template = ChatTemplate(Tokenizer.from_directory(tiny_tokenizer_dir), 4)
+    data, read, opened, told = open_mixture([str(files / "p")]), [], [], []
+    sample, made = parquet.ParquetData.sample, parquet.GroupReader.__init__
+    monkeypatch.setattr(parquet.ParquetData, "sample", lambda self, i, draw=0:
+                        read.append(i) or sample(self, i, draw))
+    monkeypatch.setattr(parquet.GroupReader, "__init__", lambda self, *given:
+                        opened.append(given[1]) or made(self, *given))
+    for rank in range(ranks):
+        lines = [Order(Batches(data, template, PROCESSOR, batch_size, 128, 0, rank, ranks))
+                 for _ in range(workers)]
+        b = lines[0].batches
+        assert b.lanes == (2 if batch_size > 1 else 4)
+        (step,) = b.steps(0, 0, b.places, b.places)
+        for number, micro_batch in enumerate(step):
+            batch, _ = lines[number % workers][micro_batch]
+            told += batch.where
+            assert sum(len(line.plan) for line in lines) <= 80
+    assert sorted(read) == list(range(ROWS)) and len(set(told)) == len(told) == ROWS
+    # A hand of 15 to 40 rows, two to four groups, lies in up to three pools of three groups.
+    assert len(opened) <= 9 * ROWS / 15
+
+
 def test_two_windows_are_never_held_at_once(files, tiny_tokenizer_dir):
     template = ChatTemplate(Tokenizer.from_directory(tiny_tokenizer_dir), 4)
     batches = Batches(open_mixture([str(files / "p")]), template, PROCESSOR, 4, 128, seed=0,
                       window=2)
     line, held = Order(batches), []
     read = line._plan
-    line._plan = lambda: held.append(len(line.plan)) or read()
+    line._plan = lambda *lane: held.append(len(line.plan)) or read(*lane)
     for micro_batch in next(batches.steps(0, 0, batches.places, batches.places)):
         line[micro_batch]
     assert held == [0] * 30 and len(line.plan) == 8

@@ -13,11 +13,11 @@ import train_pretrain
 from dataset.batching import Batches
 from tests.test_batching import PROCESSOR, Data, broken, many
 from tests.tiny import make_world, metrics
-from training.distributed import start_ranks
-from training.loop import backward
-from training.optim import choose_trained
+from train_pretrain import backward, load_or_build
+from training.data import open_training_data
+from training.distributed import start_distributed
+from training.optim import choose_trainable
 from training.presets import read_flags, resolve
-from training.setup import assemble, open_training_data
 
 # (batch_size, accumulate, world_size), one after the other
 SAME_TOTAL = [(4, 3, 1), (2, 3, 2), (1, 4, 3), (6, 1, 2), (12, 1, 1), (1, 1, 12)]
@@ -96,12 +96,12 @@ def test_gradients_of_a_step_are_those_of_any_split(tmp_path):
     """Within 1e-6, in float32, over micro-batches and ranks; every part is trained."""
     flags = [*make_world(tmp_path, count=34), "--train_language", "all", "--train_vision"]
     settings = resolve(read_flags("", "pretrain", flags), "pretrain", {})
-    parts = assemble(settings, None)
-    choose_trained(parts.model, settings, None)
-    data, _ = open_training_data(settings, "captions")
+    parts = load_or_build(settings, None)
+    choose_trainable(parts.model, settings, None)
+    data, _ = open_training_data(settings, "pretrain")
     trained = [p for p in parts.model.parameters() if p.requires_grad]
     expected = None
-    with start_ranks() as one:
+    with start_distributed() as one:
         for batch_size, _, world_size in SAME_TOTAL:
             ranks = [Batches(data, parts.template, parts.processor, batch_size, 128, 0, rank,
                              world_size, block=4) for rank in range(world_size)]

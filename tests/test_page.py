@@ -21,10 +21,11 @@ from tests.tiny import make_world
 gradio = pytest.importorskip("gradio", reason="needs gradio: pip install -r requirements-dev.txt")
 
 import extras.web as web  # noqa: E402, behind the question whether gradio is there
-from evaluation import conversation as talking  # noqa: E402
-from evaluation.conversation import Conversation  # noqa: E402
+import training.inference as inference  # noqa: E402
 from extras import page  # noqa: E402
-from extras.page_texts import TEXTS, preferred  # noqa: E402
+from extras.page import TEXTS, preferred  # noqa: E402
+from extras.upload_guard import host_name  # noqa: E402
+from training.inference import Conversation  # noqa: E402
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 PATIENCE = 120  # seconds until something must have happened, on a busy machine
@@ -79,7 +80,7 @@ def server(world, models, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:  # undone as well where the server does not start
         echo.tokenizer = models.get(models.names()[0])[1].tokenizer
-        patch.setattr(talking, "generate", echo)
+        patch.setattr(inference, "generate", echo)
         patch.setattr(socket.socket, "connect", local_only)
         running, listener, address = web.prepare(flags_of(world, "--max_upload", "0.5"),
                                                  str(tmp_path_factory.mktemp("uploads")))
@@ -100,15 +101,15 @@ def warned(monkeypatch):
 def respond(models, text="", files=(), talk=None, name=None, language="English", tokens=6):
     """All that the page is told in one turn."""
     said = {"text": text, "files": [str(file) for file in files]}
-    return list(page.respond(models, said, talk, name or models.names()[0], 0.0, 1.0, tokens,
-                             language))
+    sampling = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": tokens}
+    return list(page.respond(models, said, talk, name or models.names()[0], sampling, language))
 
 
 # ---------------------------------------------------------------- what happens, without a server
 
 
 def test_the_answer_is_the_chats_own(world, models):
-    """Piece by piece, two turns, against evaluation/conversation.py alone."""
+    """Piece by piece, two turns, against training/inference.py alone."""
     told = respond(models, "Which colour?", [world / "red.png"])
     shown, box, talk = told[-1]
     alone = Conversation(*models.get(models.names()[0]), {"max_new_tokens": 6})
@@ -134,7 +135,7 @@ def test_another_model_begins_another_conversation(world, models):
     first, second = models.names()
     _, _, talk = respond(models, "hello", name=first)[-1]
     shown, _, other = respond(models, "hello", talk=talk, name=second)[-1]
-    assert other is not talk and other.name == second and len(shown) == 2
+    assert other is not talk and other.model == second and len(shown) == 2
     assert models.get(first) is models.get(first), "loaded once"
 
 
@@ -144,12 +145,12 @@ def test_what_cannot_be_done_is_a_sentence_and_the_words_stay(world, models, war
     text.write_text("<svg onload=alert(1)>")
     cut.write_bytes((world / "red.png").read_bytes()[:60])
     _, _, talk = respond(models, "hello")[-1]
-    before = list(talk.shown)
+    before = list(talk.turns)
     for said, files, words in (
             ("a", [bomb], "bomb.png"), ("a", [world / "red.png", text], "text.png"),
-            ("a", [cut], "cut.png"), ("a <image> b", [], "0 pictures wait"),
+            ("a", [cut], "cut.png"), ("a <image> b", [], "0 images wait"),
             ("a " * 600, [], "shorten it"), ("a" * 5000, [], "at most 8 and 4,000"),
-            ("a", [world / "red.png"] * 9, "9 pictures")):
+            ("a", [world / "red.png"] * 9, "9 images")):
         shown, box, same = respond(models, said, files, talk)[-1]
         assert shown == before and same is talk and box["text"] == said
         assert talk.conversation.waiting == [] or not files
@@ -161,22 +162,23 @@ def test_what_cannot_be_done_is_a_sentence_and_the_words_stay(world, models, war
 
 
 def test_a_stopped_answer_is_shown_and_remembered_as_far_as_it_came(world, models, monkeypatch):
-    monkeypatch.setattr(talking, "generate", echo)
+    monkeypatch.setattr(inference, "generate", echo)
     echo.tokenizer = models.get(models.names()[0])[1].tokenizer
     said = {"text": "hello", "files": []}
-    stream = page.respond(models, said, None, models.names()[0], 0.0, 1.0, 99, "English")
+    stream = page.respond(models, said, None, models.names()[0],
+                          {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 99}, "English")
     for _ in range(2):
         shown, _, talk = next(stream)
     stream.close()
-    assert talk.shown == shown and 0 < len(shown[-1]["content"]) < 20
+    assert talk.turns == shown and 0 < len(shown[-1]["content"]) < 20
     assert talk.conversation.messages[-1].content == shown[-1]["content"]
 
 
 def test_where_it_looked(world, models, warned):
-    assert page.looked(None, "中文")[0] is None and warned == ["还没有回答可以查看。"]
+    assert page.attention_image(None, "中文") is None and warned == ["还没有回答可以查看。"]
     _, _, talk = respond(models, "hello")[-1]
-    if talk.conversation.answered:
-        assert page.looked(talk, "English")[0] is None and "no picture" in warned[-1]
+    if talk.conversation.answer_ids:
+        assert page.attention_image(talk, "English") is None and "no image" in warned[-1]
 
 
 def test_both_languages_say_everything():
@@ -196,7 +198,7 @@ def test_flags_and_a_missing_model_are_explained(world, tmp_path, capsys):
             SystemExit, match=f"cannot listen at 127.0.0.1, port {taken.getsockname()[1]}"):
         web.main(["--out", str(world / "out"), "--device", "cpu", "--port",
                   str(taken.getsockname()[1])])
-    assert [web.host_name(name) for name in ("localhost:78", "127.0.0.1", "[::1]:1", "")] == [
+    assert [host_name(name) for name in ("localhost:78", "127.0.0.1", "[::1]:1", "")] == [
         "localhost", "127.0.0.1", "::1", ""]
 
 

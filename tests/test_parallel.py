@@ -16,9 +16,8 @@ from model.pretrained.checkpoint import newest_checkpoint
 from tests.parallel_worker import BATCH, CASES, LONGEST, RUNS, two_steps
 from tests.test_resume import Killed, die_in_step
 from tests.tiny import ROOT, environment, make_world, metrics, torchrun
-from training.distributed import start_ranks, store_of_this_try
-from training.log import stopped
-from training.loop import Progress
+from training.distributed import start_distributed, store_of_this_try
+from training.messages import stopped
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"),
                                 reason="torch 2.6 shares models out on GPUs only")
@@ -55,7 +54,7 @@ def shared(world, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(world):
-    with start_ranks() as ranks:
+    with start_distributed() as ranks:
         return {case: two_steps(ranks, [*world, "--batch_size", str(BATCH), *trained])
                 for case, trained in CASES.items()}
 
@@ -175,9 +174,9 @@ def test_one_process_then_two_with_shares_one_of_them_killed_then_one_again(
 
 
 FAILS = """
-from training.distributed import start_ranks, store_of_this_try
-with start_ranks() as ranks:
-    ranks.wait()
+from training.distributed import start_distributed, store_of_this_try
+with start_distributed() as ranks:
+    ranks.barrier()
     if ranks.rank == 1:
         raise ValueError("rank 1 has lost its disk")
     while True:
@@ -201,7 +200,7 @@ def test_the_command_that_goes_on_on_two_machines(monkeypatch):
     for name, value in {"TORCHELASTIC_RUN_ID": "test", "GROUP_WORLD_SIZE": "2",
                         "LOCAL_WORLD_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)
-    told = stopped(Progress(step=7), "sft", argparse.Namespace(out="out"))
+    told = stopped(7, "sft", argparse.Namespace(out="out"))
     assert "step 7 is finished" in told and "on each machine and with the --rdzv flags" in told
     assert told.endswith("torchrun --nproc_per_node 8 --nnodes 2 train_sft.py --resume --out out")
 

@@ -10,12 +10,12 @@ from tiny import COLOURS, make_data, make_pair
 from dataset.chat import DEFAULT_SYSTEM, ChatTemplate
 from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
-from evaluation.conversation import Conversation
+from extras.fast.prefix_cache import PrefixCache
 from model.config import ProjectorConfig, VLMConfig
-from model.generate import Past
+from model.generate import KVCache
 from model.pretrained.load import load_language, load_vision
-from model.step import KVCache
 from model.vlm import build_model
+from training.inference import Conversation
 
 FAMILIES = ("qwen2", "qwen3", "minimind")  # qwen3 takes the opening of an earlier answer away
 
@@ -148,18 +148,18 @@ def test_what_two_prompts_share_by_hand():
     """9 is a picture's placeholder, each picture takes two."""
     one, two = torch.zeros(1, 3, 2, 2), torch.ones(1, 3, 2, 2)
     both = torch.cat([one, two])
-    past = Past()
-    assert past.shared([1, 2, 3], None, 9) == (0, 0)
+    past = PrefixCache()
+    assert past.shared_prefix([1, 2, 3], None, 9) == (0, 0)
     past.cache = KVCache(1, 16)
     past.ids, past.pixels = [1, 9, 9, 2, 9, 9, 3, 4], both
     past.cache.length = 7  # the 4 was said, and not yet read
-    assert past.shared([1, 9, 9, 2, 9, 9, 3, 4, 5], both, 9) == (7, 2)
-    assert past.shared([1, 9, 9, 2, 9, 9, 3], both, 9) == (6, 2)  # never the last one
-    assert past.shared([1, 9, 9, 2, 9, 9, 5, 3], both, 9) == (6, 2)
-    assert past.shared([1, 9, 9, 5, 3], one, 9) == (3, 1)
-    assert past.shared([1, 9, 9, 2, 9, 9, 3, 4], torch.cat([one, one]), 9) == (4, 1)
-    assert past.shared([1, 9, 9, 2, 9, 9, 3, 4], torch.cat([two, two]), 9) == (1, 0)
-    assert past.shared([1, 9, 9, 2, 9, 9], both, 9) == (4, 1)  # no part of a picture
-    assert past.shared([1, 9, 9, 2], None, 9) == (1, 0)  # not the old picture: refused later
-    assert past.shared([7, 9, 9, 2], one, 9) == (0, 0)
-    assert past.shared([1, 2], None, None) == (1, 0)
+    assert past.shared_prefix([1, 9, 9, 2, 9, 9, 3, 4, 5], both, 9) == (7, 2)
+    assert past.shared_prefix([1, 9, 9, 2, 9, 9, 3], both, 9) == (6, 2)  # never the last one
+    assert past.shared_prefix([1, 9, 9, 2, 9, 9, 5, 3], both, 9) == (6, 2)
+    assert past.shared_prefix([1, 9, 9, 5, 3], one, 9) == (3, 1)
+    assert past.shared_prefix([1, 9, 9, 2, 9, 9, 3, 4], torch.cat([one, one]), 9) == (4, 1)
+    assert past.shared_prefix([1, 9, 9, 2, 9, 9, 3, 4], torch.cat([two, two]), 9) == (1, 0)
+    assert past.shared_prefix([1, 9, 9, 2, 9, 9], both, 9) == (4, 1)  # no part of a picture
+    assert past.shared_prefix([1, 9, 9, 2], None, 9) == (1, 0)  # not the old picture: refused later
+    assert past.shared_prefix([7, 9, 9, 2], one, 9) == (0, 0)
+    assert past.shared_prefix([1, 2], None, None) == (1, 0)

@@ -2,6 +2,7 @@
 fp16 skips what overflows and goes on, as torch's own scaler does, on all ranks alike."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,20 +11,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_pretrain
 import train_sft
-import training.loop
-import training.run
+import training.precision
+import training.resume
 from dataset.batching import Batches
-from evaluation.loading import chat_dtype
 from model.lora import LoRALinear
 from model.pretrained.checkpoint import newest_checkpoint
 from model.pretrained.load import load_checkpoint, load_language, load_vision
 from model.pretrained.save import save_language, save_vision
 from tests.tiny import curve, make_world, metrics, torchrun
-from training.loop import Progress, backward
-from training.optim import choose_trained
-from training.precision import choose_dtype, next_scale, store_weights
+from train_pretrain import backward, load_or_build
+from training.data import open_training_data
+from training.inference import inference_dtype
+from training.optim import choose_trainable
+from training.precision import LossScaler, cast_weights, choose_dtype, settle_dtype
 from training.presets import read_flags, resolve
-from training.setup import assemble, open_training_data
+from training.state import TrainerState
 
 SFT = ["--lora", "--model", "none"]
 
@@ -50,7 +52,7 @@ def weights(out):
 
 def test_frozen_in_bf16_is_bit_for_bit_frozen_in_float32(world, tmp_path, monkeypatch):
     ours = run(world, tmp_path / "bf16", "--dtype", "bf16", "--lora_dropout", "0.1")
-    monkeypatch.setattr(training.run, "store_weights", lambda model, *_: model.float())
+    monkeypatch.setattr(train_pretrain, "cast_weights", lambda model, *_, **__: model.float())
     plain = run(world, tmp_path / "fp32", "--dtype", "bf16", "--lora_dropout", "0.1")
     assert ours == plain
     one, two = weights(tmp_path / "bf16"), weights(tmp_path / "fp32")
@@ -60,7 +62,7 @@ def test_frozen_in_bf16_is_bit_for_bit_frozen_in_float32(world, tmp_path, monkey
 def test_towers_published_in_float32_are_rounded_once(tmp_path, monkeypatch):
     world = make_world(tmp_path / "world")
     ours = run(world, tmp_path / "bf16", "--dtype", "bf16")
-    monkeypatch.setattr(training.run, "store_weights", lambda model, *_: model.float())
+    monkeypatch.setattr(train_pretrain, "cast_weights", lambda model, *_, **__: model.float())
     plain = run(world, tmp_path / "fp32", "--dtype", "bf16")
     for a, b in zip(ours, plain):
         assert a[1] == pytest.approx(b[1], rel=0.01), (a, b)
@@ -68,9 +70,9 @@ def test_towers_published_in_float32_are_rounded_once(tmp_path, monkeypatch):
 
 def stored(world, *flags, stage="sft"):
     settings = resolve(read_flags("", stage, [*world, *flags]), stage, {})
-    parts = assemble(settings, None)
-    choose_trained(parts.model, settings, None)
-    store_weights(parts.model, settings.dtype, {"projector.fc1.weight", "projector.fc2.weight"})
+    parts = load_or_build(settings, None)
+    choose_trainable(parts.model, settings, None)
+    cast_weights(parts.model, settings.dtype, {"projector.fc1.weight", "projector.fc2.weight"})
     return settings, parts
 
 
@@ -106,13 +108,13 @@ class Converted(TorchDispatchMode):
 
 @pytest.mark.parametrize("flags", [["--lora"], ["--train_language", "last:1"]])
 def test_no_frozen_matrix_is_converted_in_a_step(world, flags):
-    from training.distributed import start_ranks
+    from training.distributed import start_distributed
 
     settings, parts = stored(world, *flags, "--dtype", "bf16")
-    data, _ = open_training_data(settings, "chat")
+    data, _ = open_training_data(settings, "sft")
     batch = next(b for b, _ in Batches(data, parts.template, parts.processor, 2, 128, 0).epoch(0)
                  if b.pixels is not None)
-    with start_ranks() as ranks, Converted() as seen:
+    with start_distributed() as ranks, Converted() as seen:
         backward(parts.model, batch, 10, settings, ranks)
     names = {p.untyped_storage().data_ptr(): (name, p.requires_grad, p.ndim)
              for name, p in parts.model.named_parameters()}
@@ -150,11 +152,11 @@ def test_what_an_earlier_stage_trained_is_not_rounded_by_passing_through(world, 
 
 def test_the_scale_follows_torchs_own_scaler(monkeypatch):
     """The same steps skipped, the same scale after each, over a sequence of overflows."""
-    monkeypatch.setattr(training.precision, "CALM", 3)
+    monkeypatch.setattr(training.precision, "GROWTH_INTERVAL", 3)
     theirs = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    scale, calm = 2.0**16, 0
+    ours = LossScaler(TrainerState(), enabled=True)
     for step, overflow in enumerate([0, 0, 0, 1, 0, 1, 1, 0, 0, 0, 0, 0, 0, 1]):
         before = weight.item()
         theirs.scale(weight.sum()).backward()
@@ -163,8 +165,9 @@ def test_the_scale_follows_torchs_own_scaler(monkeypatch):
         theirs.step(optimizer)
         theirs.update()
         optimizer.zero_grad()
-        scale, calm = next_scale(scale, calm, bool(overflow))
-        assert scale == theirs.get_scale(), step
+        ours.step(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), finite=not overflow)
+        ours.update()
+        assert ours.factor == theirs.get_scale(), step
         assert (weight.item() == before) == bool(overflow)
 
 
@@ -180,8 +183,8 @@ def test_fp16_stays_close_to_fp32(world, tmp_path):
 
 
 def start_at(monkeypatch, scale):
-    monkeypatch.setattr(training.setup, "Progress", lambda **past: Progress(
-        **{"scale": scale, **past}))
+    monkeypatch.setattr(training.resume, "TrainerState", lambda **saved: TrainerState(
+        **{"loss_scale": scale, **saved}))
 
 
 def test_overflow_is_skipped_counted_and_survived(world, tmp_path, monkeypatch, capsys):
@@ -222,14 +225,14 @@ def test_the_scale_is_resumed(world, tmp_path, monkeypatch):
 
 def test_what_no_scale_helps_stops(world, tmp_path, monkeypatch):
     """A gradient that is NaN at every scale is no overflow."""
-    plain = training.loop.backward
+    plain = train_pretrain.backward
 
     def broken(model, *args):
         loss = plain(model, *args)
         model.projector.fc1.weight.grad[0, 0] = math.nan
         return loss
 
-    monkeypatch.setattr(training.loop, "backward", broken)
+    monkeypatch.setattr(train_pretrain, "backward", broken)
     start_at(monkeypatch, 4.0)
     with pytest.raises(SystemExit, match="step 3: the loss is .* the gradient's length nan"):
         run(world, tmp_path, "--dtype", "fp16")
@@ -237,30 +240,29 @@ def test_what_no_scale_helps_stops(world, tmp_path, monkeypatch):
 
 
 ONE_RANK_OVERFLOWS = """
-import math, os, sys, torch, training.loop, train_sft
-from training.distributed import Ranks
-plain, calls = training.loop.backward, []
+import math, os, sys, torch, train_pretrain, train_sft
+plain, calls = train_pretrain.backward, []
 def backward(model, *args):
     loss = plain(model, *args)
     calls.append(loss)
     if len(calls) == 2 and os.environ["RANK"] == "1":
         next(p for p in model.parameters() if p.requires_grad).grad[0, 0] = math.inf
     return loss
-training.loop.backward = backward
+train_pretrain.backward = backward
 kept = {}
-def train(model, *args, plain=training.run.train):
-    done = plain(model, *args)
-    torch.save([{n: p.detach() for n, p in model.named_parameters()}, done.scale, done.overflows],
-               sys.argv[1] + "/rank" + os.environ["RANK"])
-    return done
-training.run.train = train
+def train(model, steps, *args, plain=train_pretrain.train):
+    plain(model, steps, *args)
+    state = steps.state
+    torch.save([{n: p.detach() for n, p in model.named_parameters()}, state.loss_scale,
+                state.overflows], sys.argv[1] + "/rank" + os.environ["RANK"])
+train_pretrain.train = train
 train_sft.main(sys.argv[2:])
 """
 
 
 def test_an_overflow_on_one_rank_is_skipped_by_both(world, tmp_path):
     script = tmp_path / "overflow.py"
-    script.write_text("import training.run\n" + ONE_RANK_OVERFLOWS)
+    script.write_text(ONE_RANK_OVERFLOWS)
     done = torchrun(["--standalone", "--nproc_per_node", "2"], script, tmp_path, *world, *SFT,
                     "--dtype", "fp16", "--steps", "3", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -284,5 +286,22 @@ def test_auto_on_cuda(monkeypatch, name, capability, expected, why):
     assert choose_dtype("fp32", torch.device("cuda", 0)) == ("fp32", "as asked")
     # A chat takes float32 where training takes scaled fp16: it has no loss to scale.
     suits = torch.bfloat16 if expected == "bf16" else torch.float32
-    assert chat_dtype(torch.device("cuda", 0), None)[0] == suits
-    assert chat_dtype(torch.device("cuda", 0), "fp32") == (torch.float32, "as asked")
+    assert inference_dtype(torch.device("cuda", 0), None)[0] == suits
+    assert inference_dtype(torch.device("cuda", 0), "fp32") == (torch.float32, "as asked")
+
+
+def test_all_ranks_take_what_rank_0_has_measured(monkeypatch, capsys):
+    """Two machines, or a busy moment: "auto" may come out differently on each of them."""
+    class Ranks:
+        device = torch.device("cpu")
+
+        def gather(self, items):
+            return [("fp32", "measured on rank 0"), *items]
+
+        def print(self, text):
+            print(text)
+
+    settings = SimpleNamespace(dtype="auto")
+    monkeypatch.setattr(training.precision, "bf16_speedup", lambda: 3.0)
+    settle_dtype(settings, Ranks())
+    assert settings.dtype == "fp32" and "fp32: measured on rank 0" in capsys.readouterr().out

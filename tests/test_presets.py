@@ -28,7 +28,7 @@ from model.pretrained.public_config import read_vision_config
 from model.vision import VisionTransformer
 from model.vlm import VLM
 from tests.tiny import ROOT, environment
-from training.optim import choose_trained, make_optimizer
+from training.optim import choose_trainable, make_optimizer
 from training.presets import PRESETS, settings_of_preset
 from training.trainable import set_requires_grad
 
@@ -39,7 +39,9 @@ TABLE = {
                                          "epochs": 8, "warmup_ratio": 0.02, "keep": 20}),
     "qwen7b-clip": ("Qwen/Qwen-7B-Chat", "openai/clip-vit-large-patch14", "mlp", 256, "qwen",
                     "<|extra_0|>", {"lora": True, "lora_rank": 128, "lora_alpha": 32,
-                                    "lora_dropout": 0.1, "lora_targets": ["c_attn", "w1", "w2"],
+                                    "lora_dropout": 0.1,
+                                    "lora_targets": ["q_proj", "k_proj", "v_proj", "up_proj",
+                                                     "gate_proj"],
                                     "learning_rate": 3e-5, "projector_learning_rate": 1e-4,
                                     "batch_size": 4, "epochs": 2, "save_every": 1000, "keep": 5,
                                     "system": "你是一位图像理解助手。"}),
@@ -118,16 +120,16 @@ def test_every_lora_target_fits_the_model_it_is_for():
         before = len(linear_names(model))
         wrapped = add_lora(model, list(preset.lora_targets), 2, 4.0)
         layers = model.config.num_hidden_layers
-        expected = {"qwen7b-clip": 5, "qwen3-clip": 4}.get(name, 7)  # c_attn is q, k and v
+        expected = {"qwen7b-clip": 5, "qwen3-clip": 4}.get(name, 7)
         assert len(wrapped) == expected * layers <= before, name
 
 
-def test_qwen7b_adapters_have_the_size_of_those_on_the_fused_matrix():
+def test_qwen7b_has_an_adapter_for_each_of_q_k_and_v():
     rank, width, middle, layers = 128, 4096, 11008, 32
-    by_hand = layers * rank * ((width + 3 * width) + 2 * (width + middle))
+    by_hand = layers * rank * (3 * (width + width) + 2 * (width + middle))
     preset = PRESETS["qwen7b-clip"]
     model = empty_model(preset)
-    choose_trained(model, argparse.Namespace(**{**vars(preset), **vars(preset.sft)}), None)
+    choose_trainable(model, argparse.Namespace(**{**vars(preset), **vars(preset.sft)}), None)
     assert sum(p.numel() for p in model.language.parameters() if p.requires_grad) == by_hand
 
 
@@ -139,7 +141,7 @@ def test_the_memory_that_is_told_is_the_memory_that_is_held(stage):
     model = VLM(empty.config, load_language(ROOT / preset.language),
                 load_vision(ROOT / preset.vision), empty.projector.to_empty(device="cpu"))
     settings = argparse.Namespace(**settings_of_preset("emoji", stage))
-    choose_trained(model, settings, None)
+    choose_trainable(model, settings, None)
     optimizer = make_optimizer(model, settings)
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:

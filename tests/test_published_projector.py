@@ -17,8 +17,8 @@ from model.pretrained.load import load_checkpoint
 from model.projector import Projector
 from tests.families import assert_close
 from tests.tiny import curve, make_world
+from train_pretrain import load_or_build
 from training.presets import read_flags, resolve
-from training.setup import assemble
 
 DV, D = 24, 32  # of make_world's towers
 
@@ -97,7 +97,7 @@ def test_both_stages_begin_with_it_and_a_resumed_run_does_not_begin_again(tmp_pa
     flags = [*world, "--init_projector", str(file)]
     for stage in ("pretrain", "sft"):
         settings = resolve(read_flags("", stage, [*flags, "--model", "none"]), stage, {})
-        projector = assemble(settings, None).model.projector
+        projector = load_or_build(settings, None).model.projector
         assert torch.equal(projector.fc2.weight, public.linear_2.weight)
     frozen = ["--no-train_projector", "--train_language", "last:1"]
     train_sft.main([*flags, "--model", "none", *frozen, "--out", str(tmp_path / "frozen")])

@@ -13,20 +13,21 @@ from tiny import make_world
 import eval as script
 import extras.export.__main__ as export
 import train_sft
+import training.precision
 from extras.fast.quantize import (
     BITS,
     GROUP,
-    FewBits,
-    compute_in,
-    few_rows,
-    int4_values,
-    int4_whole,
-    many_rows,
+    QuantizedLinear,
+    can_use_gemv,
+    dequantize_int4,
+    dequantized_matmul,
+    gemv,
     quantize,
-    shrunk,
-    suits_few,
+    quantize_linear,
+    set_compute_dtype,
     to_int4,
     to_int8,
+    unpack_int4,
 )
 from model.config import LanguageConfig
 from model.generate import generate
@@ -78,7 +79,7 @@ def test_int4_is_off_by_little_more_than_half_a_step():
     assert scale.shape == offset.shape == (48, 64 // GROUP)
     groups = weight.view(48, -1, GROUP)
     assert (scale.float() <= (groups.amax(-1) - groups.amin(-1)) / 15 * 1.01 + 1e-20).all()
-    found = int4_values(packed, scale.float(), offset.float())
+    found = dequantize_int4(packed, scale.float(), offset.float())
     # Where the offset has to be rounded to bf16, the ends of a group may lie outside the steps.
     allowed = 0.55 * scale.float() + offset.float().abs() / 256
     gap = ((found - weight).abs().view(48, -1, GROUP) / allowed[..., None]).max()
@@ -89,9 +90,9 @@ def test_int4_by_hand():
     weight = torch.arange(GROUP).float()[None] % 16 - 8  # -8 to 7, twice
     packed, scale, offset = to_int4(weight)
     assert scale.tolist() == [[1.0]] and offset.tolist() == [[0.0]]
-    assert int4_whole(packed).tolist() == [[i % 16 for i in range(GROUP)]]
+    assert unpack_int4(packed).tolist() == [[i % 16 for i in range(GROUP)]]
     assert packed[0, :3].tolist() == [0 | 1 << 4, 2 | 3 << 4, 4 | 5 << 4]
-    assert torch.equal(int4_values(packed, scale.float(), offset.float()), weight)
+    assert torch.equal(dequantize_int4(packed, scale.float(), offset.float()), weight)
 
 
 # ---------------------------------------------------------------- products
@@ -102,10 +103,10 @@ def test_int4_by_hand():
 def test_a_layer_multiplies_by_its_rounded_matrix(bits, shape):
     """Also in shapes that no kernel takes; 40 columns make no whole groups, so int8 takes them."""
     weight, bias = matrix(*shape), torch.randn(shape[0])
-    layer = shrunk(weight, bias, bits)
+    layer = quantize_linear(weight, bias, bits)
     rounded = layer.weight.float()
     if layer.offset is not None:
-        rounded = int4_values(layer.weight, layer.scale.float(), layer.offset.float())
+        rounded = dequantize_int4(layer.weight, layer.scale.float(), layer.offset.float())
     elif layer.scale is not None:
         rounded = rounded * layer.scale.float()[:, None]
     for rows in (1, 3, 40):
@@ -119,14 +120,14 @@ def test_a_layer_multiplies_by_its_rounded_matrix(bits, shape):
 
 @pytest.mark.parametrize("bits", BITS)
 def test_few_rows_equal_many(bits):
-    layer, x = shrunk(matrix(), None, bits), torch.randn(1, 64).bfloat16().float()
-    assert suits_few(layer, x), "this shape must go through the kernel, or nothing is compared"
-    few, many = few_rows(layer, x), many_rows(layer, x)
-    size = F.linear(x.abs(), many_rows(layer, torch.eye(64)).t().abs()).clamp(min=1e-30)
+    layer, x = quantize_linear(matrix(), None, bits), torch.randn(1, 64).bfloat16().float()
+    assert can_use_gemv(layer, x), "this shape must go through the kernel, or nothing is compared"
+    few, many = gemv(layer, x), dequantized_matmul(layer, x)
+    size = F.linear(x.abs(), dequantized_matmul(layer, torch.eye(64)).t().abs()).clamp(min=1e-30)
     gap = ((few - many).abs() / size).max()
     assert gap < 2**-8, f"largest difference {gap:.1e}"
-    assert not suits_few(layer, x.expand(40, 64)) and not suits_few(shrunk(matrix(), None,
-                                                                           bits).to("meta"), x)
+    assert not can_use_gemv(layer, x.expand(40, 64))
+    assert not can_use_gemv(quantize_linear(matrix(), None, bits).to("meta"), x)
 
 
 @torch.no_grad()
@@ -137,11 +138,11 @@ def test_a_model_computes_with_its_rounded_matrices(bits, tied):
     model, plain = (tiny_language(tie_word_embeddings=tied) for _ in range(2))
     quantize(model, bits)
     small = dict(model.named_modules())
-    assert not linear_names(model) and isinstance(model.embed_tokens, FewBits)
+    assert not linear_names(model) and isinstance(model.embed_tokens, QuantizedLinear)
     for name, part in plain.named_modules():
         if isinstance(part, (torch.nn.Linear, torch.nn.Embedding)):
             columns = part.weight.shape[1]
-            rounded = many_rows(small[name], torch.eye(columns)).t()
+            rounded = dequantized_matmul(small[name], torch.eye(columns)).t()
             assert not torch.equal(rounded, part.weight), name
             part.weight.copy_(rounded)
     ids = torch.randint(0, 97, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -166,7 +167,7 @@ def test_norms_and_stream_are_computed_in_the_asked_dtype():
     model = tiny_language()
     quantize(model, "int8")
     for dtype in (torch.bfloat16, torch.float32):
-        compute_in(model, dtype)
+        set_compute_dtype(model, dtype)
         assert model.norm.weight.dtype == dtype and model.embed(torch.tensor([[1]])).dtype == dtype
         assert model.layers[0].mlp.up_proj.weight.dtype == torch.int8
         assert model(torch.tensor([[1, 2, 3]])).isfinite().all()
@@ -181,7 +182,7 @@ def test_what_cannot_be_rounded_is_refused():
         quantize(model, "int8")
     model = tiny_language()
     quantize(model, "int8")
-    with pytest.raises(ValueError, match="in few bits already"):
+    with pytest.raises(ValueError, match="quantized already"):
         quantize(model, "int4")
 
 
@@ -203,7 +204,7 @@ def world(tmp_path_factory):
 
 def opened(name, *flags):
     flags = script.read_flags(["--device", "cpu", "--dtype", "fp32", *flags])
-    return script.load(flags, str(name))[0]
+    return script.load_model(flags, str(name))[0]
 
 
 @torch.no_grad()
@@ -225,7 +226,7 @@ def test_a_checkpoint_in_few_bits_is_opened_without_a_flag(world, bits):
     checkpoint = find_model(str(world / bits))
     assert "model.safetensors" in json.loads((checkpoint / "manifest.json").read_text())
     with safe_open(checkpoint / "model.safetensors", framework="pt") as file:
-        apart = load_checkpoint(checkpoint, torch.float32)  # as it was before a chat joined layers
+        apart = load_checkpoint(checkpoint, torch.float32)  # as it was before a chat fused layers
         assert set(file.keys()) == {name for name, _ in apart.named_parameters()}
 
 
@@ -240,12 +241,11 @@ def test_it_answers(world, capsys):
 
 @pytest.mark.parametrize("native", [True, False])
 def test_bf16_on_a_cpu_keeps_bf16_weights_and_its_own_stream(world, native, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(training.precision, "bf16_speedup", lambda: 2.0 if native else 0.5)
     model = opened(world / "sft", "--dtype", "bf16")
     layer = model.language.layers[0].mlp.gate_up_proj
     # Without bf16 instructions the weights are read as bf16 and multiplied in float32.
-    assert isinstance(layer, FewBits) is not native and layer.weight.dtype == torch.bfloat16
+    assert isinstance(layer, QuantizedLinear) is not native and layer.weight.dtype == torch.bfloat16
     stream = model.language.norm.weight.dtype
     assert stream == (torch.bfloat16 if native else torch.float32)
     assert {p.dtype for p in model.vision.parameters()} == {stream}
@@ -322,7 +322,7 @@ def test_what_is_rounded_is_neither_trained_nor_exported_nor_rounded_again(world
         train_sft.main(["--lora", "--model", run, "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="export the checkpoint that it was made of"):
         export.main(["--model", run, "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit, match="in few bits already"):
+    with pytest.raises(SystemExit, match="quantized already"):
         script.main(["--model", run, "--quantize", "int4", "--prompt", "hi", "--device", "cpu"])
     with pytest.raises(SystemExit):
         export.read_flags(["--to", "peft", "--quantize", "int8"])

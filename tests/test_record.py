@@ -44,7 +44,7 @@ def test_a_killed_launch_stays_without_an_end_and_a_failed_one_says_why(world, t
         die_in_step(patch, 5)
         train_pretrain.main([*world, "--out", out])
     with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr("training.run.train", fail)
+        patch.setattr("train_pretrain.train", fail)
         train_pretrain.main(["--resume", "--out", out])
     train_pretrain.main(["--resume", "--out", out])
     told = [(x["first_step"], x["last_step"], x["outcome"])

@@ -4,29 +4,23 @@ asking loses a run; several runs stand in one page; a reference curve stands beh
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import train_pretrain
 import train_sft
-from extras import compare, past, report
-from extras.charts import (
-    Curve,
-    chart,
-    even_ticks,
-    last_mean,
-    log_ticks,
-    short,
-    smooth,
-    thin,
-)
-from extras.past import keep_reference, read_past, reference_of
+from extras import report, runs
+from extras.runs import RunRecord, keep_reference, read_run, reference_of
 from extras.sample_generations import Answers
 from tests.test_record import fail
 from tests.test_resume import Killed, die_in_step, same_weights
 from tests.tiny import ROOT, curve, make_data, make_world, metrics
+from training.steps import Steps
 
 
 @pytest.fixture(scope="module")
@@ -53,26 +47,23 @@ def answers(out) -> list[dict]:
 
 
 class Page(HTMLParser):
-    """What a page shows, what it would fetch, and whether every element is closed."""
+    """What a page shows, its images, and whether every element is closed."""
 
     def __init__(self, file):
         super().__init__()
-        self.words, self.fetched, self.open, self.charts = [], [], [], 0
+        self.words, self.images, self.open = [], [], []
         self.feed(Path(file).read_text(encoding="utf-8"))
         assert not self.open, self.open
 
     def handle_starttag(self, tag, attributes):
-        self.charts += tag == "svg"
-        assert tag not in ("script", "iframe", "link", "object"), tag
-        self.fetched += [value for name, value in attributes if name in ("src", "href", "action")]
+        assert tag not in ("script", "iframe", "link", "object", "svg"), tag
+        self.images += [value for name, value in attributes if name in ("src", "href", "action")]
+        assert all(address.startswith("data:image/") for address in self.images)
         if tag not in ("meta", "img"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
-
-    def handle_startendtag(self, tag, attributes):
-        assert tag in ("path", "circle")
 
     def handle_data(self, data):
         self.words.append(data)
@@ -102,10 +93,10 @@ def test_asking_changes_no_bit_of_the_training(world, unseen, tmp_path):
 def test_the_answers_are_those_that_the_checkpoint_gives(run, unseen):
     """Those of the last step, against eval.py's own conversation with the last checkpoint."""
     import eval as script
-    from evaluation.conversation import Conversation
+    from training.inference import Conversation
 
     flags = script.read_flags(["--device", "cpu"])
-    model, template, processor = script.load(flags, str(run))
+    model, template, processor = script.load_model(flags, str(run))
     pictures = [line["image"] for line in map(json.loads, Path(unseen[1]).read_text().splitlines())
                 if "image" in line]
     for asked, picture in zip(answers(run)[-1]["answers"], pictures):
@@ -159,30 +150,38 @@ def test_the_page_tells_what_happened_and_needs_nothing_else(run):
     shown = Page(run / "report.html")
     summary = json.loads((run / "summary.json").read_text())
     last = json.loads((run / "evaluations.jsonl").read_text().splitlines()[-1])
-    assert shown.charts == 4 and len(shown.fetched) == 3
-    assert all(place.startswith("data:image/jpeg;base64,") for place in shown.fetched)
+    assert [address.partition(";")[0] for address in shown.images] == [
+        "data:image/png", *["data:image/jpeg"] * 3], "the curves, and an image for each question"
     content = (run / "report.html").read_text()
     assert not re.search(r"https?:|url\(|@import", content)
+    assert "default-src 'none'" in content, "the browser would fetch nothing either"
     for words in ("finished", f"{last['eval_loss']:.4g}",
                   f"{last['eval_loss_wrong_picture']:.4g}", f"{summary['tokens']:,}",
-                  "learning_rate: 0.0", "Which colour?", answers(run)[-1]["answers"][0]["truth"]):
+                  "learning_rate 0.01 (the preset: 0.002)", "Which colour?", "launches: 1: outcome",
+                  answers(run)[-1]["answers"][0]["truth"]):
         assert words in shown.text, words
-    assert len(content) < 200_000
+    assert len(content) < 400_000
 
 
 def test_text_from_data_is_no_markup(run, tmp_path):
     for name in ("run.json", "metrics.jsonl"):
         (tmp_path / name).write_bytes((run / name).read_bytes())
     evil = "<script>alert(1)</script><img src=//evil>"
-    line = {"step": 2, "answers": [{"where": "x", "picture": "held_out/1.jpg", "question": evil,
+    line = {"step": 2, "answers": [{"where": "x", "picture": "../../secret.jpg", "question": evil,
                                     "truth": evil, "answer": evil}]}
     (tmp_path / "answers.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(
         {"step": 4, "problem": evil, "answers": []}) + '\n{"step": 6, "ans')
     (tmp_path / "scores.json").write_text(json.dumps({evil: 0.5, "by_kind": {evil: 1.0}}))
-    shown = Page(report.write_report(tmp_path))  # raises at the first <script>
-    assert shown.text.count(evil) >= 6 and shown.fetched == []
-    assert "the picture is not there any more" in shown.text
-    assert "unknown: summary.json is written when a run ends" in shown.text
+    shown = Page(report.write_report([tmp_path]))  # raises at the first <script>
+    assert shown.text.count(evil) >= 6 and len(shown.images) == 1, "the curves alone"
+
+
+def test_no_image_outside_of_the_run_comes_into_the_page(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("step_*"))
+    shutil.copyfile(run / "held_out" / "1.jpg", tmp_path / "secret.jpg")
+    file = tmp_path / "run" / "answers.jsonl"
+    file.write_text(file.read_text().replace("held_out/1.jpg", str(tmp_path / "secret.jpg")))
+    assert len(Page(report.write_report([tmp_path / "run"])).images) == 1 + 2
 
 
 @pytest.mark.parametrize("ended, words", [("failed", "OSError: no space left"),
@@ -190,17 +189,15 @@ def test_text_from_data_is_no_markup(run, tmp_path):
 def test_a_run_that_stops_early_has_its_page_too(world, tmp_path, monkeypatch, ended, words):
     if ended == "failed":
         with monkeypatch.context() as patch, pytest.raises(OSError):
-            patch.setattr("training.run.train", fail)
+            patch.setattr("train_pretrain.train", fail)
             train_pretrain.main([*world, "--out", str(tmp_path)])
     else:
-        import training.loop as loop
-
-        plain = loop.take
-        monkeypatch.setattr(loop, "take", lambda stream, n, s, ranks, log, progress: (
-            signal_once(progress), plain(stream, n, s, ranks, log, progress))[1])
+        plain = Steps.next_batches
+        monkeypatch.setattr(Steps, "next_batches", lambda self, stream, number: (
+            signal_once(self.state), plain(self, stream, number))[1])
         train_pretrain.main([*world, "--out", str(tmp_path)])
         assert len(metrics(tmp_path)) == 2
-        assert "samples trained on 4" in Page(tmp_path / "report.html").text
+        assert "samples_trained 4" in Page(tmp_path / "report.html").text
     assert words in Page(tmp_path / "report.html").text
 
 
@@ -228,7 +225,7 @@ def test_scores_are_kept_with_the_run(run, tmp_path):
     report.main([str(run)])
     shown = Page(run / "report.html").text
     assert "0.9375" in shown and "by_kind" in shown
-    assert "0.9100 to 0.9600" in shown and "details" not in shown
+    assert "details: sft: exact: low 0.91 details: sft: exact: high 0.96" in shown
     with pytest.raises(SystemExit, match="holds neither metrics.jsonl nor run.json"):
         report.main([str(tmp_path / "nothing")])
 
@@ -237,26 +234,31 @@ def test_scores_are_kept_with_the_run(run, tmp_path):
 
 
 def test_the_reference_of_the_recipe_is_drawn_behind(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(past, "REFERENCES", tmp_path)
-    assert reference_of(read_past(run)) is None
-    file = keep_reference(read_past(run))
+    monkeypatch.setattr(runs, "REFERENCES", tmp_path)
+    assert reference_of(read_run(run)) == ({}, [])
+    file = keep_reference(read_run(run), "emoji_pretrain")
     assert file.name == "emoji_pretrain.jsonl"
-    about, points = reference_of(read_past(run))
+    about, points = reference_of(read_run(run))
     assert about["steps"] == 6 and points[0]["step"] == 3.5
     assert "/" not in about["settings"]["data"], "the name of the file; where it lay is nobody's"
     assert points[0]["loss"] == pytest.approx(sum(m["loss"] for m in metrics(run)) / 6, abs=1e-4)
-    shown = Page(report.write_report(run)).text
+    shown = Page(report.write_report([run])).text
     assert "reference run" in shown and f"had {points[0]['loss']:.3f} there" in shown
     assert "This run differs" not in shown
-    several = past.PastRun(run, run={"settings": {"data": ["a/b", "c/d"]}})
-    assert past.compared(several) == {"data": "b d"}
+    several = record(run, run={"settings": {"data": ["a/b", "c/d"]}})
+    assert runs.curve_settings(several) == {"data": "b d"}
     about["settings"]["batch_size"] = 77
     file.write_text("\n".join(map(json.dumps, [about, *points])))
-    assert "batch_size 2 instead of 77" in Page(report.write_report(run)).text
+    assert "batch_size 2 instead of 77" in Page(report.write_report([run])).text
     for name, rate in (("another", 0.3), ("like_it", about["settings"]["learning_rate"])):
         about["settings"].update(batch_size=2, learning_rate=rate)
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, [about, *points[:1]])))
-    assert reference_of(read_past(run)) == (about, points[:1]), "the most alike of three"
+    assert reference_of(read_run(run)) == (about, points[:1]), "the most alike of three"
+
+
+def record(out, **files) -> RunRecord:
+    return RunRecord(Path(out), **{"run": {}, "summary": {}, "scores": {}, "metrics": [],
+                                   "evaluations": [], "answers": [], **files})
 
 
 def test_the_documented_recipes_have_references():
@@ -274,60 +276,96 @@ def test_the_documented_recipes_have_references():
         assert sum(p["loss"] for p in points[-5:]) < sum(p["loss"] for p in points[:5]) / 2
 
 
-def test_several_runs_in_one_page(run, world, tmp_path):
-    other = tmp_path / "second"
-    train_pretrain.main([*world, "--learning_rate", "0.02", "--out", str(other)])
-    compare.main([str(run), str(other), "--out", str(tmp_path / "both.html")])
+def test_several_runs_in_one_page(run, world, unseen, tmp_path):
+    other, alone = tmp_path / "second", tmp_path / "third"
+    train_pretrain.main([*world, *unseen, "--eval_answers", "2", "--learning_rate", "0.02",
+                         "--out", str(other)])
+    train_pretrain.main([*world, "--out", str(alone)])
+    report.main([str(run), str(other), "--page", str(tmp_path / "both.html")])
     shown = Page(tmp_path / "both.html")
-    assert shown.charts == 5 and shown.fetched == []
-    compare.main([str(other), "--out", str(tmp_path / "one.html")])
-    assert Page(tmp_path / "one.html").charts == 3, "nothing was held out"
-    for words in ("first", "second", "learning_rate 0.01 0.02", "eval_every 2 0"):
+    assert len(shown.images) == 1 + 2, "the curves, and the questions that both were asked"
+    for words in ("first", "second", "learning_rate 0.01 (the preset: 0.002) 0.02 (the preset: "
+                  "0.002)", "eval_answers 3 2", *last_answers_of(run)[:2], *last_answers_of(other)):
         assert words in shown.text, words
     assert "batch_size" not in shown.text, "the same in both"
+    report.main([str(run), str(alone), "--page", str(tmp_path / "both.html")])
+    assert len(Page(tmp_path / "both.html").images) == 1, "the third was asked nothing"
     with pytest.raises(SystemExit, match="holds neither"):
-        compare.main([str(tmp_path / "none")])
+        report.main([str(run), str(tmp_path / "none")])
+
+
+def last_answers_of(out) -> list[str]:
+    return [" ".join(a["answer"].split()) for a in answers(out)[-1]["answers"]]
+
+
+def test_scores_of_two_checkpoints_stand_side_by_side(tmp_path):
+    """Directories that eval.py has written: the same questions, first those answered otherwise."""
+    for name, word in (("one", "red"), ("two", "blue")):
+        (tmp_path / name).mkdir()
+        lines = [{"where": f"data.jsonl:{i}", "picture": ["/elsewhere/large.png"],
+                  "question": f"Question {i}?", "truth": "red", "right": word == "red",
+                  "answer": word if i == 30 else "green"} for i in range(report.CARDS + 5)]
+        (tmp_path / name / "answers.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        (tmp_path / name / "scores.json").write_text(json.dumps({"sft": 0.5}))
+    file = report.write_report([tmp_path / "one", tmp_path / "two"], tmp_path / "page.html")
+    text = Page(file).text
+    assert f"{report.CARDS} of {report.CARDS + 5}" in text and "sft 0.5 0.5" in text
+    assert text.index("Question 30?") < text.index("Question 0?")
+    assert "one red two blue" in text and 'class="right">red' in file.read_text()
 
 
 def test_names_tell_runs_apart(run, tmp_path):
     def name(*paths):
-        return compare.names_of([past.PastRun(tmp_path / path) for path in paths])
+        return runs.names_of([record(tmp_path / path) for path in paths])
 
     assert name("a/sft", "b/sft") == ["a/sft", "b/sft"]
     assert name("sft", "pretrain") == ["sft", "pretrain"] and name("a/sft") == ["sft"]
     assert name("a", "a") == ["a (1)", "a (2)"] and name("a", "a/b") == ["a", "a/b"]
 
 
-# ---------------------------------------------------------------- charts
+# ---------------------------------------------------------------- curves
 
 
-def test_a_chart_puts_numbers_where_they_belong():
-    drawn = chart("loss", [Curve("run", [0, 50, 100], [10, 1, 0.1], "red")], log=True)
-    (x0, y0), (x1, y1), (x2, y2) = points_of(drawn)
-    assert x1 - x0 == pytest.approx(x2 - x1) and y1 - y0 == pytest.approx(y2 - y1, abs=0.2)
-    assert y0 < y1 < y2, "larger is higher on the page"
+def drawn(lines, name="loss", window=1):
+    axes = Figure().add_subplot()
+    report.draw(axes, lines, name, "-", window)
+    return [(list(line.get_xdata()), line.get_ydata()) for line in axes.lines]
 
 
-def points_of(drawn: str) -> list[tuple]:
-    path = re.search(r'<path fill="none"[^>]* d="([^"]*)"', drawn)[1]
-    return [tuple(map(float, point.split())) for point in re.split("[ML]", path)[1:]]
+def lines_of(*values) -> list[dict]:
+    return [{"step": step, "loss": value} for step, value in enumerate(values, start=1)]
 
 
 def test_missing_numbers_leave_gaps_and_none_at_all_is_said():
-    drawn = chart("x", [Curve("", [1, 2, 3, 4], [1.0, None, float("nan"), 2.0], "red")])
-    assert re.search(r'd="M[^"L]*M[^"L]*"', drawn) and "nan" not in drawn
-    assert "not measured" in chart("x", [Curve("", [1], [None], "red")])
-    assert "not measured" in chart("x", [])
+    (steps, values), = drawn(lines_of(1.0, None, float("nan"), 2.0))
+    assert steps == [1, 2, 3, 4]
+    np.testing.assert_array_equal(values, [1, np.nan, np.nan, 2])
+    assert drawn(lines_of(None)) == drawn([]) == drawn(lines_of(1.0), "other") == []
 
 
-def test_ticks_and_long_runs():
-    assert even_ticks(0, 100) == [0, 20, 40, 60, 80, 100] and even_ticks(3, 3)
-    assert log_ticks(0.3, 4) == pytest.approx([0.5, 1, 2])
-    assert log_ticks(0.0002, 30) == pytest.approx([1e-3, 1e-2, 0.1, 1, 10])
-    assert log_ticks(0.6, 0.7) == [0.6, 0.7] and log_ticks(3, 3) == [3, 3]
-    assert smooth([0, 3, 6, 9], 1) == [1.5, 3, 6, 7.5] and smooth([]) == []
-    assert last_mean([1, 2, 4], 2) == 3 and last_mean([]) is None
-    assert [short(n) for n in (0, 600, 1500, 2e6, 0.25, 2.5e-4)] == [
-        "0", "600", "1.5k", "2M", "0.25", "2.5e-4"]
-    xs, ys = thin(list(range(1_000_000)), [1.0] * 1_000_000)
-    assert len(xs) <= 400 and ys == [1.0] * len(xs) and xs[0] > 0
+def test_means_and_long_runs():
+    (_, values), = drawn(lines_of(0, 3, 6, 9), window=3)
+    np.testing.assert_allclose(values, [1.5, 3, 6, 7.5])
+    (_, values), = drawn(lines_of(1.0, None, 2.0, float("inf"), 3.0), window=3)
+    np.testing.assert_allclose(values, [1, 1.5, 2, 2.5, 3])
+    (_, values), = drawn(lines_of(1.0, None, None, None, 3.0), window=3)
+    np.testing.assert_allclose(values, [1, 1, np.nan, 3, 3])
+    (steps, values), = drawn(lines_of(*[1.0] * 1_000_000), window=21)
+    assert len(steps) <= report.POINTS and (values == 1).all() and steps[0] == 1
+
+
+def test_one_more_figure_in_each_step_has_its_chart(run, tmp_path, monkeypatch):
+    titles = []
+    plain = Figure.add_subplot
+    monkeypatch.setattr(Figure, "add_subplot", lambda *given, title, **more: (
+        titles.append(title), plain(*given, title=title, **more))[1])
+    lines = [{**m, "another_figure": 1.0} for m in metrics(run)]
+    assert report.curves([record(tmp_path, metrics=lines)]).startswith("<h2>Curves")
+    assert titles == ["held-out loss", "loss", "grad norm", "learning rate", "supervised tokens",
+                      "tokens per second", "another figure"]
+
+
+def test_a_loss_of_zero_or_none_is_drawn_too(tmp_path):
+    for values in ((1.0, 0.0), (0.0, 0.0), (float("nan"), 1.0), (None, None)):
+        lines = [{"step": i, "seconds": 1.0, "loss": value} for i, value in enumerate(values)]
+        assert "base64" in report.curves([record(tmp_path, metrics=lines)])

@@ -34,8 +34,8 @@ from dataset.readers.parquet import GroupReader
 from model.pretrained.checkpoint import newest_checkpoint
 from tests.test_training import prepare
 from tests.tiny import make_data, make_world, metrics, torchrun
-from training.index_cache import open_once
-from training.setup import matching
+from training.data import matching
+from training.index_cache import load_on_local_leader
 
 
 @pytest.fixture(scope="module")
@@ -98,17 +98,17 @@ import json, os, sys
 from pathlib import Path
 from dataset.readers.mixture import open_mixture
 from tests.test_scale import private_bytes
-from training.distributed import start_ranks
-from training.index_cache import open_once
+from training.distributed import start_distributed
+from training.index_cache import load_on_local_leader
 
 def opened():
     print("opened by", os.environ["RANK"], file=sys.stderr, flush=True)
     return open_mixture(sys.argv[1:]), "and more"
 
-with start_ranks() as ranks:
+with start_distributed() as ranks:
     ranks.sum(1)  # what the first message of all needs is not the index's
     before = private_bytes()
-    data, more = open_once(opened, ranks)
+    data, more = load_on_local_leader(opened, ranks)
     grown = private_bytes() - before
     told = [data[i].where for i in range(0, len(data), len(data) // 99)]
     # a file for each: lines that two ranks print at once may run into each other
@@ -156,13 +156,13 @@ def test_each_machine_opens_for_itself(monkeypatch, nodes, opens):
     monkeypatch.setattr(training.index_cache.os, "unlink", lambda name: None)
     for rank in range(4):
         monkeypatch.setenv("LOCAL_RANK", str(rank % (4 // nodes)))
-        ranks = SimpleNamespace(rank=rank, world_size=4, wait=lambda: None)
+        ranks = SimpleNamespace(rank=rank, world_size=4, barrier=lambda: None)
 
         def data(rank=rank):
             asked.append(str(rank))
             return [str(rank), np.arange(5), array("q", [7, 8])]
 
-        name, numbers, places = open_once(data, ranks)
+        name, numbers, places = load_on_local_leader(data, ranks)
         assert name == asked[-1] and numbers.tolist() == [0, 1, 2, 3, 4]
         assert places.tolist() == [7, 8] and not places.flags.writeable
     assert asked == opens

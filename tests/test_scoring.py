@@ -13,7 +13,7 @@ from tiny import make_runs
 
 import eval as script
 import evaluation.score as score
-from evaluation.results_cache import Journal
+from evaluation.results_cache import ResultsCache
 from model.pretrained.checkpoint import find_model
 
 
@@ -49,7 +49,7 @@ def test_a_file_is_scored(world, monkeypatch, capsys, tmp_path):
     assert out.partition("\n\n")[2].splitlines()[1].split()[-1] == "5"
     written, = (tmp_path / "out" / "scores").glob("sft-step_000006-data.jsonl-*")
     assert sorted(path.name for path in written.iterdir()) == [
-        "answers.jsonl", "journal", "scores.json"]  # and no picture
+        "answers.jsonl", "cache", "scores.json"]  # and no picture
     first = answers(written)[1]
     assert list(first) == ["where", "picture", "question", "truth", "answer", "score", "right",
                            "no_picture", "wrong_picture"]
@@ -100,7 +100,7 @@ def test_report_writes_everything(world, monkeypatch, capsys, tmp_path):
     assert sum(a["right"] for a in told) == round(scores["sft"] * 24)
     for name in ("contact_sheet.png", "loss.png"):
         assert Image.open(tmp_path / name).width > 100
-    assert "this model, picture withheld" in out and "python eval.py --model" in out
+    assert "this model, image withheld" in out and "python eval.py --model" in out
     assert find_model(str(world / "sft")).name == "step_000006"  # nothing in the run was touched
 
 
@@ -119,17 +119,18 @@ def test_benchmarks_are_scored_by_their_own_metric(world, monkeypatch, capsys, t
     """The model's answers are put in its mouth: the colour of the picture decides."""
     rooms = []
 
-    def answer(model, template, processor, prompts, pictures, room):
+    def answer(predictor, prompts, images, room):
         rooms.append(room)
         found = {}
         for i in prompts:
             found[i] = "yes. Answer: A"
-            if pictures[i]:
-                red, green, blue = (processor(score.load_image(pictures[i][0]))[:, 4, 4] > 0)
+            if images[i]:
+                pixels = predictor.processor(score.load_image(images[i][0]))
+                red, green, blue = pixels[:, 4, 4] > 0
                 found[i] = words[3 if red and green else 0 if red else 1 if green else 2]
         return found, {}
 
-    monkeypatch.setattr(score, "answer_batch", answer)
+    monkeypatch.setattr(score.Predictor, "answer_batch", answer)
     files = make(tmp_path)
     folder = next(tmp_path.glob("val*"), tmp_path)
     out, _ = run(monkeypatch, capsys, "--model", world / "sft", "--images", folder, "--data",
@@ -150,11 +151,11 @@ def test_benchmarks_are_scored_by_their_own_metric(world, monkeypatch, capsys, t
         assert f"{100 * expected[0]:.1f}% (" in out
     for condition, fall in details["falls"].items():
         assert fall["low"] <= fall["value"] <= fall["high"], condition
-    assert "this model, picture withheld" in out and "in brackets" in out
+    assert "this model, image withheld" in out and "in brackets" in out
 
 
 def test_a_metric_that_does_not_fit_is_refused_before_anything_is_asked(world, monkeypatch, capsys):
-    monkeypatch.setattr(score, "answer_batch", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(score.Predictor, "answer_batch", lambda *_: pytest.fail("asked"))
     for metric, reason in (("yesno", "neither yes nor no"), ("choice", "none of the options"),
                            ("vqa", "one true answer")):
         with pytest.raises(SystemExit, match=reason):
@@ -163,11 +164,11 @@ def test_a_metric_that_does_not_fit_is_refused_before_anything_is_asked(world, m
 
 
 def test_a_score_that_does_not_fall_is_called_so(world, monkeypatch, capsys):
-    monkeypatch.setattr(score, "answer_batch", lambda model, template, processor, prompts, *_: (
+    monkeypatch.setattr(score.Predictor, "answer_batch", lambda self, prompts, *_: (
         dict.fromkeys(prompts, "It is green"), {}))
     out, _ = run(monkeypatch, capsys, "--model", world / "sft", "--data", world / "data.jsonl")
     for words in ("is withheld", "is another one"):
-        assert f"The score does not fall when the picture {words} (by 0.0" in out
+        assert f"The score does not fall when the image {words} (by 0.0" in out
 
 
 def test_the_words_behind_a_question_can_be_chosen(world, monkeypatch, capsys, tmp_path):
@@ -189,23 +190,23 @@ class Killed(BaseException):
 def test_a_killed_scoring_goes_on_and_ends_the_same(world, monkeypatch, capsys, tmp_path):
     flags = ["--model", world / "sft", "--data", world / "data.jsonl", "--batch_size", "5"]
     out, _ = run(monkeypatch, capsys, *flags, "--report", tmp_path / "whole")
-    answer, asked, stop = score.answer_batch, [], []
+    answer, asked, stop = score.Predictor.answer_batch, [], []
 
-    def counting(model, template, processor, prompts, *rest):
+    def counting(self, prompts, *rest):
         if [len(asked)] == stop:
             raise Killed
         asked.append(len(prompts))
-        return answer(model, template, processor, prompts, *rest)
+        return answer(self, prompts, *rest)
 
-    monkeypatch.setattr(score, "answer_batch", counting)
+    monkeypatch.setattr(score.Predictor, "answer_batch", counting)
     flags += ["--report", tmp_path / "torn"]
     for batches in (3, 7, 12):  # in stage one's answers, the untrained one's, this model's
         stop[:] = [batches]
         with pytest.raises(Killed):
             run(monkeypatch, capsys, *flags)
-    journals = sorted((tmp_path / "torn" / "journal").glob("*.jsonl"))
-    with open(journals[-1], "ab") as file:
-        file.write(b'{"number": 3, "ans')  # torn in the middle of a line
+    caches = sorted((tmp_path / "torn" / "cache").glob("*.jsonl"))
+    with open(caches[-1], "ab") as file:
+        file.write(b'{"index": 3, "ans')  # torn in the middle of a line
     stop.clear()
     resumed, err = run(monkeypatch, capsys, *flags)
     assert resumed.replace("torn", "whole") == out and "broken lines" in err
@@ -223,16 +224,16 @@ def test_what_changed_is_named_and_all_is_asked_anew(world, monkeypatch, capsys,
     data.write_text(lines)
     flags = ["--data", data, "--images", world, "--report", tmp_path / "r", "--dtype", "fp32"]
     run(monkeypatch, capsys, "--model", world / "sft", *flags)
-    journal = tmp_path / "r" / "journal" / "sft.jsonl"
+    cache = tmp_path / "r" / "cache" / "sft.jsonl"
     for change, named in (
         (["--model", world / "pretrain"], "model was {"), (["--batch_size", "5"], "batch_size was"),
         (["--system", "Be kind."], "system was null"), (["--limit", "9"], "questions was"),
         (["--dtype", "bf16"], "dtype was torch.float32, now it is torch.bfloat16"),
         (["--quantize", "int8"], "quantize was null, now it is int8")):
-        before = journal.read_text()
+        before = cache.read_text()
         _, err = run(monkeypatch, capsys, "--model", world / "sft", *flags, *change)
-        assert f"{journal} holds answers to something else: " in err and named in err
-        assert journal.with_name("sft.jsonl.old").read_text() == before
+        assert f"{cache} holds answers to something else: " in err and named in err
+        assert cache.with_name("sft.jsonl.old").read_text() == before
     run(monkeypatch, capsys, "--model", world / "sft", *flags)
     data.write_text(lines.replace("Which", "What"))
     _, err = run(monkeypatch, capsys, "--model", world / "sft", *flags)
@@ -241,28 +242,28 @@ def test_what_changed_is_named_and_all_is_asked_anew(world, monkeypatch, capsys,
     assert "something else" not in err and "24 answers are in" in err
 
 
-def test_a_journal_counts_its_broken_lines(tmp_path, capsys):
+def test_a_results_cache_counts_its_broken_lines(tmp_path, capsys):
     file = tmp_path / "sft.jsonl"
-    journal = Journal(file, {"model": "a"})
-    journal.add({0: "yes\n", 5: "\u4e2d"}, {2: "no picture"})
+    cache = ResultsCache(file, {"model": "a"})
+    cache.add({0: "yes\n", 5: "\u4e2d"}, {2: "no picture"})
     with open(file, "a") as opened:
-        opened.write('{"number": "x"}\n[1]\nnonsense\n{"number": 7, "answer": "good"}\n')
-    again = Journal(file, {"model": "a"})
+        opened.write('{"index": "x"}\n[1]\nnonsense\n{"index": 7, "answer": "good"}\n')
+    again = ResultsCache(file, {"model": "a"})
     assert "3 broken lines" in capsys.readouterr().err
-    assert again.known == {0: "yes\n", 5: "\u4e2d", 7: "good"}
-    assert again.skipped == {2: "no picture"}
+    assert again.answers == {0: "yes\n", 5: "\u4e2d", 7: "good"}
+    assert again.errors == {2: "no picture"}
     assert [again.has(i) for i in (0, 1, 2, 7)] == [True, False, True, True]
-    for wrong in ("", "garbage\n{}\n", '{"about": 3}\n{"number": 0, "answer": "a"}\n'):
+    for wrong in ("", "garbage\n{}\n", '{"key": 3}\n{"index": 0, "answer": "a"}\n'):
         file.write_text(wrong)
-        assert Journal(file, {"model": "a"}).known == {}
-        assert json.loads(file.read_text())["about"] == {"model": "a"}
+        assert ResultsCache(file, {"model": "a"}).answers == {}
+        assert json.loads(file.read_text())["key"] == {"model": "a"}
 
 
 def test_broken_lines_and_pictures_are_counted(world, monkeypatch, capsys, tmp_path):
     file = pope(tmp_path)
     (tmp_path / "val2014" / "COCO_val2014_000000green.jpg").write_bytes(b"no picture")
     file.write_text("{broken\n" + file.read_text())
-    for _ in range(2):  # from the journal the second time
+    for _ in range(2):  # from the cache the second time
         _, err = run(monkeypatch, capsys, "--model", world / "sft", "--data", file, "--images",
                      tmp_path / "val2014", "--report", tmp_path / "r")
         assert f"skipped {file}:1: not JSON" in err and f"skipped {file}:3: cannot read" in err

@@ -35,8 +35,9 @@ from tests.published_data import (
     minimind_parquet,
 )
 from tests.tiny import curve, make_data, make_tokenizer, make_world
+from train_pretrain import load_or_build
+from training.data import matching
 from training.presets import read_flags, resolve
-from training.setup import assemble, matching
 
 # ---------------------------------------------------------------- several data files
 
@@ -191,7 +192,7 @@ def test_a_system_runs_by_its_preset(name, tmp_path, capsys):
     # Each stage once through its data, of which not one sample may be unusable.
     once = ["--epochs", "1", "--max_bad", "0", "--max_length", "512", "--batch_size", "2",
             "--accumulate", "1", "--dtype", "fp32", "--workers", "0"]
-    compare(assemble(resolve(read_flags("", "sft", [*towers, *once]), "sft", {}), None).model,
+    compare(load_or_build(resolve(read_flags("", "sft", [*towers, *once]), "sft", {}), None).model,
             public, eyes)
 
     train_pretrain.main([*towers, *data.pretrain, *once, "--out", str(tmp_path / "pretrain")])

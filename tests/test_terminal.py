@@ -1,9 +1,8 @@
 """Claims: in a real pseudo-terminal lines are edited, completed and remembered, turns may have
-several lines, pictures are blocks of colour; nothing steers the terminal and nothing is written
+several lines; nothing steers the terminal and nothing is written
 that was not asked for; what /save writes is read back as the same sample."""
 
 import contextlib
-import io
 import os
 import select
 import subprocess
@@ -15,14 +14,13 @@ from PIL import Image
 from tiny import ROOT, environment, make_world
 
 import eval as script
-import evaluation.terminal as terminal
 import train_pretrain
 from dataset.chat import Message
 from dataset.images import load_image
 from dataset.readers.formats import open_data
-from evaluation.conversation import Conversation
-from evaluation.terminal_image import MOST_COLUMNS, MOST_ROWS, UPPER_HALF, blocks, colour_bits
 from model.pretrained.checkpoint import find_model
+from training import terminal
+from training.inference import Conversation
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +33,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def parts(world):
     flags = script.read_flags(["--model", str(world / "pretrain"), "--device", "cpu"])
-    return script.load(flags, flags.model)
+    return script.load_model(flags, flags.model)
 
 
 @pytest.fixture
@@ -80,7 +78,7 @@ def test_a_turn_may_have_several_lines(monkeypatch):
 
 def test_nothing_steers_the_terminal():
     wicked = "a\x1b[2J\x07\r\x08\x7f\x9b31m\u202eb\n\t**c** \u4e2d\U0001f431"
-    assert terminal.plain(wicked) == (
+    assert terminal.printable(wicked) == (
         "a\u241b[2J\u2407\u240d\u2408\u2421\ufffd31m\ufffdb\n\t**c** \u4e2d\U0001f431")
 
 
@@ -102,57 +100,7 @@ def test_commands_and_paths_are_completed(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert terminal.completions("/image ~/do") == [f"{tmp_path}/dog.png "]
     for word in ("cat.png", "car\\ two.png", "'car two.png'", "car two.png", "~/cat.png"):
-        assert os.path.isfile(terminal.paths_in(word)[0]), word
-
-
-# ---------------------------------------------------------------- blocks of colour
-
-
-class Stream(io.StringIO):
-    encoding = "utf-8"
-
-    def __init__(self, terminal=True, encoding="utf-8"):
-        super().__init__()
-        self.terminal = terminal
-        Stream.encoding = encoding
-
-    def isatty(self):
-        return self.terminal
-
-
-@pytest.mark.parametrize(("stream", "environ", "bits"), [
-    ({}, {"TERM": "xterm-256color", "COLORTERM": "truecolor"}, 24),
-    ({}, {"TERM": "xterm-256color"}, 8), ({}, {"TERM": "xterm-direct"}, 24),
-    ({}, {"WT_SESSION": "1"}, 24), ({}, {"TERM": "vt100"}, 0), ({}, {}, 0),
-    ({}, {"TERM": "dumb", "COLORTERM": "truecolor"}, 0),
-    ({}, {"TERM": "xterm-256color", "NO_COLOR": "1"}, 0),
-    ({}, {"TERM": "xterm-256color", "NO_COLOR": ""}, 8),
-    ({"terminal": False}, {"TERM": "xterm-256color", "COLORTERM": "truecolor"}, 0),
-    ({"encoding": "ascii"}, {"TERM": "xterm-256color"}, 0)])
-def test_colours_only_where_the_terminal_has_them(stream, environ, bits):
-    assert colour_bits(Stream(**stream), environ) == bits
-
-
-def test_two_pixels_a_character():
-    image = Image.new("RGB", (2, 4))
-    for place, colour in {(0, 0): (255, 0, 0), (0, 1): (0, 255, 0), (1, 0): (8, 8, 8),
-                          (1, 1): (255, 255, 255)}.items():
-        image.putpixel(place, colour)
-    first, second = blocks(image, 24, 2)
-    assert first == ("\x1b[38;2;255;0;0;48;2;0;255;0m\u2580"
-                     "\x1b[38;2;8;8;8;48;2;255;255;255m\u2580\x1b[0m")
-    assert second.count("2;0;0;0") == 4
-    assert blocks(image, 8, 2)[0] == ("\x1b[38;5;196;48;5;46m\u2580"
-                                      "\x1b[38;5;232;48;5;231m\u2580\x1b[0m")
-
-
-@pytest.mark.parametrize(("size", "columns"), [((96, 96), 200), ((96, 96), 10), ((4000, 30), 80),
-                                               ((30, 4000), 80), ((1, 1), 80), ((640, 480), 1)])
-def test_a_picture_is_no_wider_than_the_terminal_and_no_higher_than_a_page(size, columns):
-    lines = blocks(Image.new("RGB", size), 24, columns)
-    widths = {line.count(UPPER_HALF) for line in lines}
-    assert len(widths) == 1 and 1 <= widths.pop() <= min(columns, MOST_COLUMNS)
-    assert 1 <= len(lines) <= MOST_ROWS
+        assert os.path.isfile(terminal.split_paths(word)[0]), word
 
 
 # ---------------------------------------------------------------- saving
@@ -169,7 +117,7 @@ def test_what_is_saved_is_read_back_as_the_same_sample(world, conversation, tmp_
         if conversation.messages[turn].role == "assistant":
             conversation.messages[turn] = Message("assistant", f"answer {turn} <image>")
     told = terminal.command(conversation, f"/save {tmp_path / 'new' / 'talk.json'}")
-    assert "4 turns and 3 pictures" in told
+    assert "4 turns and 3 images" in told
     sample, = open_data(tmp_path / "new" / "talk.json")
     assert list(sample.messages) == conversation.messages == conversation.transcript()
     template, processor = conversation.template, conversation.processor
@@ -212,7 +160,7 @@ def test_image_command_takes_several_and_names_with_spaces(world, conversation):
     Image.new("RGB", (9, 9)).save(spaced)
     terminal.command(conversation, f"/image {world / 'red.png'} {world / 'blue.png'}")
     told = terminal.command(conversation, f"/image {spaced}")
-    assert len(conversation.waiting) == 3 and told.startswith("3 picture")
+    assert len(conversation.waiting) == 3 and told.startswith("3 image")
     with pytest.raises(OSError, match="no_such.png"):
         terminal.command(conversation, "/image no_such.png")
     assert len(conversation.waiting) == len(conversation.sources) == 3
@@ -301,18 +249,17 @@ class Screen:
 def test_a_whole_chat_in_a_terminal(world, tmp_path):
     pytest.importorskip("readline")
     checkpoint = find_model(str(world / "pretrain"))
-    screen = Screen(["--model", checkpoint], tmp_path, COLORTERM="truecolor")
+    screen = Screen(["--model", checkpoint], tmp_path)
     screen.until("you: ")
     screen.type(f"/im\t{world}/re\t\n")  # both are completed
-    seen = screen.until("1 picture(s) go with")
+    seen = screen.until("1 image(s) go with")
     assert f"/image {world}/red.png" in seen
-    assert "\x1b[38;2;220;30;30;48;2;220;30;30m\u2580" in seen, "the picture is red"
     screen.until("you: ")
     screen.type("What \\\ncolour?\n")
     screen.until("...: ")
     screen.until("you: ")
     screen.type("\x1b[A\x1b[A\x1b[A\x1b[D\x1b[D\n")  # three up: the command; the cursor moves
-    assert "2 picture(s)" not in screen.until("1 picture(s) go with")
+    assert "2 image(s)" not in screen.until("1 image(s) go with")
     screen.until("you: ")
     screen.type("half a wo")
     screen.until("half a wo")
@@ -327,10 +274,9 @@ def test_a_whole_chat_in_a_terminal(world, tmp_path):
 
 
 @needs_pty
-def test_no_colour_where_it_is_not_wanted(world, tmp_path):
+def test_a_terminal_gets_no_colour_and_no_picture(world, tmp_path):
     checkpoint = find_model(str(world / "pretrain"))
-    screen = Screen(["--model", checkpoint, "--image", world / "red.png"], tmp_path, NO_COLOR="1",
-                    COLORTERM="truecolor")
+    screen = Screen(["--model", checkpoint, "--image", world / "red.png"], tmp_path)
     seen = screen.until("you: ")
     screen.type("/quit\n")
     assert screen.ends() == 0

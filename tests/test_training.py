@@ -2,6 +2,8 @@
 
 import json
 import math
+from contextlib import contextmanager
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
@@ -10,20 +12,21 @@ from safetensors.torch import load_file
 
 import train_pretrain
 import train_sft
-import training.run
+import training.precision
 from dataset.batching import Batches, collate
 from model.pretrained.checkpoint import newest_checkpoint
 from model.pretrained.load import load_checkpoint, load_language
 from model.pretrained.public_config import read_language_config, write_config
 from model.pretrained.save import save_language
 from tests.tiny import curve, make_world, metrics
-from training.distributed import start_ranks
-from training.log import clock
-from training.loop import backward
-from training.optim import choose_trained, make_optimizer, parameter_groups, schedule
+from train_pretrain import backward, load_or_build
+from training.data import open_training_data
+from training.distributed import start_distributed
+from training.messages import clock
+from training.optim import choose_trainable, make_optimizer, parameter_groups
 from training.precision import choose_dtype
 from training.presets import read_flags, resolve
-from training.setup import assemble, open_training_data
+from training.schedules import SCHEDULES
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +37,9 @@ def world(tmp_path_factory):
 def prepare(flags, stage="pretrain"):
     """-> settings, parts, batches, as the scripts make them."""
     settings = resolve(read_flags("", stage, flags), stage, {})
-    parts = assemble(settings, None)
-    parts.config["lora"] = choose_trained(parts.model, settings, None)
-    data, _ = open_training_data(settings, "captions")
+    parts = load_or_build(settings, None)
+    parts.config["lora"] = choose_trainable(parts.model, settings, None)
+    data, _ = open_training_data(settings, "pretrain")
     batches = Batches(data, parts.template, parts.processor, settings.batch_size,
                       settings.max_length, settings.seed, workers=settings.workers)
     return settings, parts, batches
@@ -63,7 +66,7 @@ def test_one_batch_of_four_equals_four_batches_of_one(world):
     batch.ids = torch.nn.utils.rnn.pad_sequence([i for i, _, _ in rows], True, 0)
     batch.labels = torch.nn.utils.rnn.pad_sequence([x for _, x, _ in rows], True, -100)
     total = batch.supervised
-    with start_ranks() as ranks:
+    with start_distributed() as ranks:
         together = float(backward(parts.model, batch, total, settings, ranks))
         expected = gradients(parts.model)
         parts.model.zero_grad()
@@ -172,7 +175,18 @@ def test_rates_and_decay_by_part(world):
     assert make_optimizer(parts.model, settings).param_groups[2]["lr"] == 0.5
 
 
-def test_schedule_rises_to_one_and_falls_to_a_tenth():
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.1, 0.5])
+def test_a_schedule_gives_shares_of_the_peak(name, warmup_ratio):
+    """In a line up over the warmup, then never above 1 and never 0: each step learns something."""
+    shares = [SCHEDULES[name](step, 100, warmup_ratio) for step in range(1, 101)]
+    warmup = int(100 * warmup_ratio)
+    assert shares[:warmup] == pytest.approx([step / warmup for step in range(1, warmup + 1)])
+    assert all(0 < share <= 1 for share in shares) and max(shares) > 0.99
+
+
+def test_the_cosine_rises_to_one_and_falls_to_a_tenth():
+    schedule = SCHEDULES["cosine"]
     shares = [schedule(step, 100, 0.1) for step in range(1, 101)]
     assert shares[:10] == pytest.approx([i / 10 for i in range(1, 11)])
     assert shares[54] == pytest.approx(0.55) and shares[99] == pytest.approx(0.1)
@@ -180,12 +194,12 @@ def test_schedule_rises_to_one_and_falls_to_a_tenth():
     assert schedule(1, 1, 0.0) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("native, expected", [(True, "bf16"), (False, "fp32")])
-def test_auto_takes_bf16_only_where_the_hardware_multiplies_it(native, expected, monkeypatch):
+@pytest.mark.parametrize("times, expected", [(3.9, "bf16"), (1.0, "fp32"), (0.25, "fp32")])
+def test_auto_takes_bf16_only_where_the_processor_is_faster_in_it(times, expected, monkeypatch):
     cpu = torch.device("cpu")
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert choose_dtype("auto", cpu)[0] == expected
+    monkeypatch.setattr(training.precision, "bf16_speedup", lambda: times)
+    dtype, why = choose_dtype("auto", cpu)
+    assert dtype == expected and f"{times:.1f} times as fast" in why
     for asked in ("bf16", "fp32"):
         assert choose_dtype(asked, cpu) == (asked, "as asked")
 
@@ -211,11 +225,11 @@ def test_a_loss_that_is_not_finite_stops_with_file_and_line(world, tmp_path, mon
     tokenizer.save(tmp_path / "language")
 
     def broken(*arguments):  # after loading, which refuses a file with such a number
-        parts = assemble(*arguments)
+        parts = load_or_build(*arguments)
         parts.model.language.embed_tokens.weight.data[tokenizer.encode("~")[0]] = math.nan
         return parts
 
-    monkeypatch.setattr(training.run, "assemble", broken)
+    monkeypatch.setattr(train_pretrain, "load_or_build", broken)
     lines = Path(world[5]).read_text().splitlines()
     record = json.loads(lines[6])
     record["conversations"][0]["content"] = "~ " + record["conversations"][0]["content"]
@@ -263,3 +277,27 @@ def test_progress_is_told(world, tmp_path, capsys):
     assert "step 1/6  loss " in told and "step 6/6  loss " in told
     assert "next: python train_sft.py --lora --model" in told
     assert [clock(s) for s in (0, 151, 3725)] == ["0:00", "2:31", "1:02:05"]
+
+
+def test_an_error_in_the_loop_ends_the_workers(world, tmp_path, monkeypatch):
+    """A rank that fails leaves without the usual exit, which would end them otherwise."""
+    before, left = set(active_children()), []
+
+    def fail(*_):
+        raise RuntimeError("a fault of the program")
+
+    def summary(*arguments, plain=train_pretrain.record_launch):
+        @contextmanager
+        def note():
+            try:
+                with plain(*arguments):
+                    yield
+            finally:
+                left.extend(set(active_children()) - before)
+        return note()
+
+    monkeypatch.setattr(train_pretrain, "record_launch", summary)
+    monkeypatch.setattr(train_pretrain, "backward", fail)
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        train_pretrain.main([*world, "--workers", "2", "--out", str(tmp_path)])
+    assert left == []

@@ -18,10 +18,10 @@ from tiny import ROOT, environment, make_runs
 
 import eval as script
 import evaluation.score as score
-from evaluation import results_cache as journals
-from evaluation.results_cache import Journal, locked
+from evaluation import results_cache
+from evaluation.results_cache import ResultsCache, locked
 from evaluation.run import result_name
-from training.setup import free_name
+from training.writable import free_name
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +50,16 @@ def run(monkeypatch, capsys):
 def during(monkeypatch):
     """during(n, what): what() is called when the n-th batch is to be answered. Each answer ends
     with a number that no other model has."""
-    answer, asked, calls = score.answer_batch, [], {}
+    answer, asked, calls = score.Predictor.answer_batch, [], {}
 
-    def counting(model, *rest):
+    def counting(predictor, *rest):
         asked.append(None)
         calls.pop(len(asked), lambda: None)()
-        found, skipped = answer(model, *rest)
-        own = model.projector.fc1.weight.sum().item()
+        found, skipped = answer(predictor, *rest)
+        own = predictor.model.projector.fc1.weight.sum().item()
         return {i: f"{text} {own}" for i, text in found.items()}, skipped
 
-    monkeypatch.setattr(score, "answer_batch", counting)
+    monkeypatch.setattr(score.Predictor, "answer_batch", counting)
 
     def during(number, what) -> None:
         asked.clear()
@@ -77,7 +77,7 @@ def kill():
 
 
 def files(directory) -> dict:
-    """{name: bytes} of what a scoring leaves beside its journal"""
+    """{name: bytes} of what a scoring leaves beside its cache"""
     return {path.name: path.read_bytes() for path in Path(directory).iterdir() if path.is_file()}
 
 
@@ -128,7 +128,7 @@ def test_an_older_checkpoint_of_the_run_is_another_model(world, run):
 def test_answers_are_of_the_checkpoint_that_was_loaded(world, run, monkeypatch):
     """The training of --model goes on: while this one loads, a newer checkpoint is saved."""
     shutil.copytree(world / "sft", "sft")
-    newer, load = Path("sft/step_000006"), script.load
+    newer, load = Path("sft/step_000006"), script.load_model
     newer.rename("newer")
 
     def slow(*rest):
@@ -137,11 +137,11 @@ def test_answers_are_of_the_checkpoint_that_was_loaded(world, run, monkeypatch):
             Path("newer").rename(newer)
         return found
 
-    monkeypatch.setattr(script, "load", slow)
+    monkeypatch.setattr(script, "load_model", slow)
     assert "model: sft/step_000003" in run("--model", "sft", "--data", world / "data.jsonl")
-    header = (scores_of("sft-step_000003") / "journal" / "sft.jsonl").read_text().splitlines()[0]
+    header = (scores_of("sft-step_000003") / "cache" / "sft.jsonl").read_text().splitlines()[0]
     manifest = json.loads(Path("sft/step_000003/manifest.json").read_text())
-    assert (json.loads(header)["about"]["model"]["model.safetensors"]
+    assert (json.loads(header)["key"]["model"]["model.safetensors"]
             == manifest["model.safetensors"]["sha256"])
 
 
@@ -188,7 +188,7 @@ def test_any_name_makes_a_directory(data, tmp_path):
 
 
 @pytest.mark.parametrize("where", [[], ["--report", "r"]])
-def test_a_second_process_on_one_journal_is_refused(world, run, during, where):
+def test_a_second_process_on_one_cache_is_refused(world, run, during, where):
     flags = ["--model", world / "sft", "--data", world / "data.jsonl", "--batch_size", "4"]
     again = flags if not where else ["--model", world / "pretrain", *flags[2:]]
     tried = []
@@ -206,7 +206,7 @@ def test_a_second_process_on_one_journal_is_refused(world, run, during, where):
 
 def test_a_lock_ends_with_its_process_also_a_killed_one(world, tmp_path):
     code = ("import sys, time; from evaluation.results_cache import locked\n"
-            "with locked('r/journal'): print('locked', flush=True); time.sleep(600)")
+            "with locked('r/cache'): print('locked', flush=True); time.sleep(600)")
     held = subprocess.Popen([sys.executable, "-c", code], env=environment(), text=True,
                             stdout=subprocess.PIPE)
     try:
@@ -217,13 +217,13 @@ def test_a_lock_ends_with_its_process_also_a_killed_one(world, tmp_path):
             capture_output=True, timeout=120)
         assert second.returncode == 1 and "Traceback" not in second.stderr
         assert second.stderr.splitlines()[-1].startswith(
-            f"eval.py: {Path('r/journal')} is in use: another process is scoring there now.")
-        assert not second.stdout and [path.name for path in Path("r").iterdir()] == ["journal"]
+            f"eval.py: {Path('r/cache')} is in use: another process is scoring there now.")
+        assert not second.stdout and [path.name for path in Path("r").iterdir()] == ["cache"]
     finally:
         held.kill()
         held.wait()
         held.stdout.close()
-    with locked("r/journal"):
+    with locked("r/cache"):
         pass
 
 
@@ -248,25 +248,25 @@ def test_a_disk_without_locks_is_told(monkeypatch, tmp_path, capsys):
     def none_here(file):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(journals, "lock", none_here)
+    monkeypatch.setattr(results_cache, "lock", none_here)
     with locked(tmp_path):
         assert f"{tmp_path} cannot be locked" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------- the file of a journal
+# ---------------------------------------------------------------- the file of the cache
 
 
 @pytest.mark.parametrize("change", ["another", "empty", "gone"])
 @pytest.mark.parametrize("resumed", [False, True])
-def test_a_journal_that_was_replaced_takes_no_answers(tmp_path, change, resumed):
+def test_a_cache_that_was_replaced_takes_no_answers(tmp_path, change, resumed):
     file = tmp_path / "sft.jsonl"
-    ours = Journal(file, {"model": "a", "system": "\u4f60"})
+    ours = ResultsCache(file, {"model": "a", "system": "\u4f60"})
     ours.add({0: "yes"}, {})
     if resumed:
-        ours = Journal(file, {"model": "a", "system": "\u4f60"})
+        ours = ResultsCache(file, {"model": "a", "system": "\u4f60"})
     ours.add({1: "no"}, {2: "no picture"})
     if change == "another":
-        Journal(file, {"model": "b"})
+        ResultsCache(file, {"model": "b"})
     elif change == "empty":
         file.write_bytes(b"")
     else:
@@ -277,8 +277,8 @@ def test_a_journal_that_was_replaced_takes_no_answers(tmp_path, change, resumed)
     assert file.read_bytes() == before and not ours.has(3)
 
 
-def test_a_scoring_whose_journal_was_replaced_ends(world, run, during):
-    during(2, lambda: Path("r/journal/sft.jsonl").write_text('{"about": {}}\n'))
+def test_a_scoring_whose_cache_was_replaced_ends(world, run, during):
+    during(2, lambda: Path("r/cache/sft.jsonl").write_text('{"key": {}}\n'))
     with pytest.raises(SystemExit, match="sft.jsonl was replaced"):
         run("--model", world / "pretrain", "--data", world / "data.jsonl", "--batch_size", "4",
             "--report", "r")
@@ -329,7 +329,7 @@ def test_a_model_trained_anew_replaces_its_scores(world, run):
                 f"{world / 'data.jsonl'} as they were before: model was {{") in err
         assert "They are replaced when this scoring has ended." in err
         after = json.loads((out / "scores.json").read_text())
-        assert after["details"]["scored"]["asked"] != before["details"]["scored"]["asked"]
+        assert after["details"]["scored"]["key"] != before["details"]["scored"]["key"]
         assert after["details"]["scored"]["name"] == before["details"]["scored"]["name"]
         assert not list(out.glob("earlier_*"))
         shutil.rmtree("sft/step_000006")
@@ -337,7 +337,7 @@ def test_a_model_trained_anew_replaces_its_scores(world, run):
 
 
 @pytest.mark.parametrize("text", ['{"sft": 0.5}', '{"sft": 0.', "", "[1]",
-                                  '{"details": {"scored": {"name": 3, "asked": 4}}}'])
+                                  '{"details": {"scored": {"name": 3, "key": 4}}}'])
 def test_scores_that_do_not_say_whose_they_are_are_kept(world, run, text):
     Path("r").mkdir()
     Path("r/scores.json").write_text(text)

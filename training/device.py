@@ -16,10 +16,10 @@ MPS_FROM = (2, 11)
 KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 
 
-def choose_device(wanted: str = "auto") -> torch.device:
-    """wanted: auto, cpu, cuda, cuda:1, mps. auto: the fastest that is there and computes right."""
-    if wanted != "auto":
-        return torch.device(wanted)
+def choose_device(name: str = "auto") -> torch.device:
+    """name: auto, cpu, cuda, cuda:1, mps. auto: the fastest that is there and computes right."""
+    if name != "auto":
+        return torch.device(name)
     if torch.cuda.is_available():
         return torch.device("cuda")
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])

@@ -1,25 +1,27 @@
-"""Several processes that train one model: who am I, and sums over all of us.
+"""Several processes that train one model: who am I, sums over all ranks, and who holds what.
 
-    torchrun's environment variables -> Ranks(rank, world_size, device) -> sums over all ranks
+    torchrun's environment variables -> Distributed(rank, world_size, device)
 
-With `--parallel ddp` every rank holds the whole model, as under PyTorch's DistributedDataParallel,
-but its wrapper is not used. That one averages gradients behind the scenes, in the backward pass of
-every micro-batch, and hangs when one rank's batch has no image and so no gradient for the
-projector. We need less: one sum of all gradients for each optimizer step, after its last
-micro-batch. A rank that has nothing to say about a parameter brings zeros to that sum. What the
-wrapper would gain is that it sends while it still computes; with LoRA or a projector there is
-little to send. `--parallel fsdp`, where every rank holds a share, is in parallel.py.
+`Distributed` is plain data parallelism (--parallel ddp): every rank holds the whole model. PyTorch
+has DistributedDataParallel for this, but it averages gradients in the backward pass of every
+micro-batch, and hangs when one rank's batch has no image and so no gradient for the projector.
+Less is needed here: one sum of all gradients for each optimizer step, after its last micro-batch.
+A rank that has no gradient for a parameter adds zeros. DistributedDataParallel sends while it
+still computes; with LoRA or a projector there is little to send.
 
-A rank that fails tells why, and leaves at once without a word to the others: they may be waiting
-for it in the middle of a sum, and would keep it waiting too. torchrun sees it leave, ends them (30
-seconds for those that do not react) and, with --max_restarts, starts all anew.
+The subclass FSDP (--parallel fsdp, extras/fsdp.py) has the same methods; there each rank holds a
+share of every weight.
+
+A rank that fails prints the reason and exits at once: the others may be waiting for it in the
+middle of a sum, and would keep it waiting too. torchrun notices, ends them (30 seconds for those
+that do not react) and, with --max_restarts, starts all of them anew.
 """
 
 import os
 import sys
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -30,20 +32,30 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from training.device import prepare_device
 
-# Others wait so long for a rank that lives but does not come: it may be rank 0, which is writing
-# a large checkpoint. A rank that has died is noticed within seconds all the same, by torchrun.
-PATIENCE = timedelta(minutes=30)
+# How long the others wait for a rank that lives but does not come: it may be rank 0, which is
+# writing a large checkpoint. A rank that has died is noticed within seconds all the same, by
+# torchrun.
+TIMEOUT = timedelta(minutes=30)
 
 
-@dataclass(frozen=True)
-class Ranks:
-    rank: int  # 0..world_size-1; rank 0 writes the files and speaks
+@dataclass
+class Distributed:
+    """Plain data parallelism: all ranks hold all weights and see different rows."""
+
+    rank: int  # 0..world_size-1; rank 0 writes the files and prints
     world_size: int
     device: torch.device
 
     @property
     def main(self) -> bool:
         return self.rank == 0
+
+    def print(self, text: str) -> None:
+        """Rank 0 prints, the others keep quiet."""
+        if self.main:
+            print(text, flush=True)
+
+    # ------------------------------------------------------------ collectives
 
     def sum(self, *numbers) -> list[float]:
         """Add each number up over all ranks, in float64: token counts stay exact."""
@@ -63,8 +75,44 @@ class Ranks:
         dist.all_gather_object(lists, items)
         return [item for part in lists for item in part]
 
-    def sum_gradients(self, parameters) -> None:
-        """Add every parameter's gradient up over all ranks; afterwards all ranks hold the same.
+    def barrier(self) -> None:
+        """Return when every rank has come this far."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    # ------------------------------------------------------------ the model
+
+    def one_rank_at_a_time(self):
+        """The context in which a rank loads the model; here all ranks load it side by side."""
+        return nullcontext()
+
+    def place_model(self, model, settings) -> None:
+        """Bring the model to this rank's device; every rank starts with the weights of rank 0."""
+        model.to(self.device)
+        if self.world_size > 1:
+            for parameter in model.parameters():
+                dist.broadcast(parameter.data, src=0)
+
+    def check_same_start(self, step: int) -> None:
+        """SystemExit when the ranks do not begin at the same step (and with the same weights)."""
+        lines = self.gather([self.describe_start(step)])
+        if len(set(lines)) > 1:
+            lines = "\n".join(f"  rank {rank}: {line}" for rank, line in enumerate(lines))
+            raise SystemExit(f"the ranks do not start from the same point:\n{lines}\nEvery "
+                             "machine must see the same --out, --model and weights: put them into "
+                             "a directory that all machines share.")
+
+    def describe_start(self, step: int) -> str:
+        return f"step {step}"
+
+    # ------------------------------------------------------------ in a step
+
+    def drop_or_dummy_batch(self, batch):
+        """The batch, or None where all of its rows were unusable: there is nothing to compute."""
+        return batch if batch.where else None
+
+    def all_reduce_gradients(self, parameters: list) -> None:
+        """Sum every parameter's gradient over all ranks; afterwards all ranks hold the same.
 
         One flat float32 buffer: a single message instead of hundreds, and no rounding in bf16.
         """
@@ -79,51 +127,63 @@ class Ranks:
         for parameter, part in zip(parameters, parts):
             parameter.grad.copy_(part.view_as(parameter))
 
-    def copy_from_main(self, parameters) -> None:
-        """Give every rank the weights of rank 0, so that all start from the same point."""
-        if self.world_size > 1:
-            for parameter in parameters:
-                dist.broadcast(parameter.data, src=0)
+    def clip_gradients(self, parameters: list, max_norm: float) -> float:
+        """Scale the gradient down to the length max_norm where it is longer; return its length.
 
-    def wait(self) -> None:
-        """Return when every rank has come this far."""
-        if self.world_size > 1:
-            dist.barrier()
+        The length is that of all gradients of all parameters laid end to end.
+        """
+        return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+
+    def local_tensor(self, tensor):
+        """What this rank holds of a weight or a gradient: here all of it."""
+        return tensor
+
+    # ------------------------------------------------------------ to a file and back
+
+    def full_tensors(self, content):
+        """A state dict, or any nest of dicts and lists, as a checkpoint stores it."""
+        return content
+
+    def load_optimizer(self, optimizer, state: dict) -> None:
+        """Give the optimizer the state that a checkpoint stores."""
+        optimizer.load_state_dict(state)
 
 
 @contextmanager
-def start_ranks():
-    """Read torchrun's environment, connect to the other processes; disconnect at the end.
+def start_distributed(strategy: type[Distributed] = Distributed):
+    """-> Distributed, connected to the other processes of torchrun; disconnected at the end.
 
-    Without torchrun there is one process and nothing to connect to. A bare `torchrun script.py`
-    starts one process too, and then the process group is made all the same.
+    strategy: a subclass, for more than one process. Without torchrun there is one process and
+    nothing to connect to. A bare `torchrun script.py` starts one process too, and then the process
+    group is made all the same.
     """
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = own_gpu(int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count())
+        device = gpu_of_rank(int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count())
     prepare_device(device)
+    distributed = (strategy if world_size > 1 else Distributed)(rank, world_size, device)
     if not dist.is_torchelastic_launched():
-        yield Ranks(rank, world_size, device)
+        yield distributed
         return
     if device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
         # torchrun sets this so that many processes do not fight for the cores. One process alone
         # would train on one core at half speed or less: give each its fair share instead.
         torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE,
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT,
                             store=store_of_this_try(), rank=rank, world_size=world_size)
     try:
-        yield Ranks(rank, world_size, device)
+        yield distributed
     except BaseException as error:
         if world_size > 1 and not (isinstance(error, SystemExit) and error.code in (None, 0)):
-            leave(error, rank)
+            abort(error, rank)
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()
 
 
-def own_gpu(local_rank: int, gpus: int) -> torch.device:
+def gpu_of_rank(local_rank: int, gpus: int) -> torch.device:
     """Each process of a machine has a GPU to itself: nccl refuses two on one."""
     if local_rank >= gpus:
         raise SystemExit(
@@ -151,27 +211,28 @@ def store_of_this_try() -> dist.Store | None:
                          "STORE=1 in the environment of torchrun, on each of them: else a restart "
                          "may wait for ranks of the try before")
     store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]),
-                          is_master=False, timeout=PATIENCE)
+                          is_master=False, timeout=TIMEOUT)
     return dist.PrefixStore(f"try_{environment['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
-def leave(error: BaseException, rank: int) -> None:
-    """Say why this rank fails, and end its process on the spot.
+def abort(error: BaseException, rank: int) -> None:
+    """Print why this rank fails, and end its process on the spot.
 
-    Said while the others are still waiting, so it is the first error on the screen; those that
-    then lose the connection come after it. They stay a little longer before they leave their error
-    for torchrun, which takes the earliest one for the cause: a rank that the system has killed
-    leaves none, and counts from when torchrun finds it gone.
+    The others are still waiting then, so this is the first error on the screen. Those that lose
+    the connection wait a little before they record their own error for torchrun, which takes the
+    earliest one for the cause; a rank that the system has killed records none, and counts from
+    when torchrun finds it gone.
     """
-    plain = isinstance(error, SystemExit)  # its text is written for people
-    told = str(error.code) if plain else "".join(traceback.format_exception(error))
-    print(f"rank {rank} failed: {told}", file=sys.stderr, flush=True)
+    explained = isinstance(error, SystemExit)  # its text is written for people
+    message = str(error.code) if explained else "".join(traceback.format_exception(error))
+    print(f"rank {rank} failed: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    lost = "distributed" in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts
-    if lost and not plain:  # raised by a collective: most likely the echo of another rank's error
+    in_collective = "distributed" in Path(
+        traceback.extract_tb(error.__traceback__)[-1].filename).parts
+    if in_collective and not explained:  # most likely the echo of another rank's error
         time.sleep(3)
     get_error_handler().record_exception(error)
-    # A usual exit would take leave of the process group, which under nccl can wait for the others.
+    # A usual exit destroys the process group, which under nccl can wait for the others.
     os._exit(1)
 
 

@@ -1,20 +1,17 @@
-"""What is trained, how fast: freezing by part, AdamW, and the learning rate of each step.
+"""What is trained, and how fast: freezing by part, parameter groups for AdamW.
 
-    VLM + settings -> parameters that require gradients -> AdamW; step number -> share of the rate
+    VLM + settings -> choose_trainable -> parameter_groups -> AdamW; share of the peak -> lr
 """
-
-import math
 
 import torch
 
-from extras.export.peft import add_peft
 from model.lora import add_lora
 from training.trainable import set_requires_grad
 
 PARTS = ("language", "projector", "vision")
 
 
-def choose_trained(model, settings, lora: dict | None) -> dict | None:
+def choose_trainable(model, settings, lora: dict | None) -> dict | None:
     """Freeze all but the parts that the settings name; return the LoRA settings of the model.
 
     lora: those of the adapters that a checkpoint has brought along, or None. A frozen part gets
@@ -27,7 +24,7 @@ def choose_trained(model, settings, lora: dict | None) -> dict | None:
             raise SystemExit(f"--lora trains adapters in a frozen language model, but "
                              f"--train_language is {language}: leave one of them out")
         try:
-            lora, language = put_adapters(model, settings, lora), "lora"
+            lora, language = open_adapters(model, settings, lora), "lora"
         except ValueError as error:
             raise SystemExit(f"--lora: {error}") from error
     try:
@@ -40,25 +37,27 @@ def choose_trained(model, settings, lora: dict | None) -> dict | None:
     return lora
 
 
-def put_adapters(model, settings, present: dict | None) -> dict:
-    """Put low-rank adapters into the language model, or go on with those that are there."""
-    wanted = {"targets": settings.lora_targets, "rank": settings.lora_rank,
-              "alpha": settings.lora_alpha, "dropout": settings.lora_dropout}
+def open_adapters(model, settings, present: dict | None) -> dict:
+    """Add low-rank adapters to the language model, or go on with those that are there."""
+    lora = {"targets": settings.lora_targets, "rank": settings.lora_rank,
+            "alpha": settings.lora_alpha, "dropout": settings.lora_dropout}
     # A preset alone, whose parameters are only counted, names no directory.
     lora_from = settings.lora_from if "lora_from" in settings else None
     if lora_from and not (present and settings.resume):
         if present:
             raise SystemExit(f"--lora_from {lora_from}: the checkpoint to start from has "
                              "adapters of its own; export it with --to merged first")
-        wanted = add_peft(model.language, lora_from, settings.lora_dropout)
-        for name, value in wanted.items():  # the run says with what it trains
+        from extras.export.peft import add_peft  # here: peft's format is an extra
+
+        lora = add_peft(model.language, lora_from, settings.lora_dropout)
+        for name, value in lora.items():  # the run records with what it trains
             setattr(settings, f"lora_{name}", value)
     elif present is None:
-        add_lora(model.language, **wanted)
-    elif present != wanted:
+        add_lora(model.language, **lora)
+    elif present != lora:
         raise SystemExit(f"the checkpoint has LoRA adapters with {present}, the settings say "
-                         f"{wanted}: give the --lora_* flags of the checkpoint to go on with them")
-    return wanted
+                         f"{lora}: give the --lora_* flags of the checkpoint to go on with them")
+    return lora
 
 
 def parameter_groups(model, settings) -> list[dict]:
@@ -67,19 +66,19 @@ def parameter_groups(model, settings) -> list[dict]:
     Decay pulls weights towards zero. For a norm's scale, whose neutral value is one, and for a
     bias, which no input multiplies, that is harm without use; both have one dimension.
     """
-    rates = {"language": settings.learning_rate, "projector": settings.projector_learning_rate,
+    peaks = {"language": settings.learning_rate, "projector": settings.projector_learning_rate,
              "vision": settings.vision_learning_rate}
     groups = []
     for part in PARTS:
         trained = [p for p in getattr(model, part).parameters() if p.requires_grad]
-        rate = settings.learning_rate if rates[part] is None else rates[part]
+        peak = settings.learning_rate if peaks[part] is None else peaks[part]
         for decay, members in (
             (settings.weight_decay, [p for p in trained if p.ndim > 1]),
             (0.0, [p for p in trained if p.ndim <= 1]),
         ):
             if members:
                 groups.append({"params": members, "weight_decay": decay,
-                               "lr": rate, "peak": rate})
+                               "lr": peak, "peak": peak})
     return groups
 
 
@@ -90,21 +89,8 @@ def make_optimizer(model, settings) -> torch.optim.AdamW:
                              fused=True)
 
 
-def schedule(step: int, steps: int, warmup_ratio: float) -> float:
-    """The share of the peak learning rate for optimizer step 1..steps.
-
-    A straight line up over the first warmup_ratio of the run (Adam's statistics are still noise),
-    then half a cosine down to 10 % of the peak at the last step.
-    """
-    warmup = math.ceil(warmup_ratio * steps)
-    if step <= warmup:
-        return step / warmup
-    done = (step - warmup) / max(1, steps - warmup)  # over 0..1
-    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
-
-
 def set_learning_rate(optimizer, share: float) -> float:
-    """Scale every group's peak rate; return the first group's, the one that metrics.jsonl tells."""
+    """Scale every group's peak; return the first group's learning rate, for metrics.jsonl."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * share
     return optimizer.param_groups[0]["lr"]

@@ -156,7 +156,8 @@ PRESETS = {
         language="Qwen/Qwen-7B-Chat", vision="openai/clip-vit-large-patch14",
         template="qwen", image_token="<|extra_0|>", system="你是一位图像理解助手。",
         lora_rank=128, lora_alpha=32.0, lora_dropout=0.1,
-        lora_targets=("c_attn", "w1", "w2"),  # q, k and v in one; up_proj; gate_proj
+        # Published as c_attn (q, k and v in one matrix), w1 and w2.
+        lora_targets=("q_proj", "k_proj", "v_proj", "up_proj", "gate_proj"),
         pretrain=replace(QWEN7B, learning_rate=1e-4, projector_learning_rate=None, lora=False,
                          epochs=1),
         sft=QWEN7B,

@@ -1,11 +1,10 @@
-"""What a run is and what came of it, for whoever finds its directory a year later.
+"""What a run computes and how it went, written into its directory.
 
     settings, data, code, machine -> describe -> run.json of each checkpoint
     describe + when each launch began and how it ended -> OUT/run.json
-    Progress + metrics.jsonl + evaluations.jsonl -> summarise -> OUT/summary.json
+    TrainerState + metrics.jsonl + evaluations.jsonl -> summarise -> OUT/summary.json
 
-A run that is killed and resumed has several launches. One without an end was killed: nobody was
-left to write it down.
+A run that is killed and resumed has several launches. One without an end was killed.
 """
 
 import json
@@ -24,38 +23,42 @@ import torch
 from model.pretrained.files import write_json
 from model.pretrained.hub import ROOT
 from training.distributed import cores
+from training.errors import NotFinite
 
 # What a run writes beside its checkpoints; a new run in the same OUT moves them aside.
 FILES = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "run.json",
          "summary.json", "tensorboard", "answers.jsonl", "held_out", "report.html", "scores.json")
 
 
-def describe(settings, stage: str, ranks, about_data: dict) -> dict:
-    """All that decides what a run computes. Each checkpoint carries it along."""
-    return {"stage": stage, "settings": vars(settings), "processes": ranks.world_size,
-            "data": about_data, "commit": commit(),
+def describe(settings, stage: str, distributed, data_facts: dict, changes: list = ()) -> dict:
+    """All that decides what a run computes; each checkpoint holds it.
+
+    changes: of the settings, since the run began: resume.changes's."""
+    return {"stage": stage, "settings": vars(settings), "changes": list(changes),
+            "processes": distributed.world_size,
+            "data": data_facts, "commit": commit(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "safetensors": safetensors.__version__,
                          "tokenizers": tokenizers.__version__},
-            "machine": machine(ranks.device)}
+            "machine": machine(distributed.device)}
 
 
 def commit() -> str | None:
     """The version of this code, when it lies in a git repository."""
     try:
-        told = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT,
-                              capture_output=True, text=True, check=True)
+        described = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"],
+                                   cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return told.stdout.strip()
+    return described.stdout.strip()
 
 
 def machine(device: torch.device) -> dict:
     """Rank 0's machine. Memory in bytes, as built in: a container may grant less."""
     gpu = None
     if device.type == "cuda":
-        about = torch.cuda.get_device_properties(device)
-        gpu = {"name": about.name, "memory": about.total_memory}
+        properties = torch.cuda.get_device_properties(device)
+        gpu = {"name": properties.name, "memory": properties.total_memory}
     return {"cpu": processor_name(), "cores": cores(), "memory": physical_memory(), "gpu": gpu,
             "os": platform.platform()}
 
@@ -77,20 +80,27 @@ def physical_memory() -> int | None:
 
 
 @contextmanager
-def launch(out, facts: dict, progress, steps: int, enabled: bool):
-    """Keep OUT/run.json while a run goes on: written at its start, and again at its end with how
-    it ended, an error included. Only rank 0 is `enabled`.
+def record_launch(out, facts: dict, state, steps: int, distributed):
+    """Write OUT/run.json when training starts, and again when it ends with how it ended, an error
+    included. Rank 0 writes.
 
-    progress: of the training loop, which moves it on.
+    state: the training loop's, which it updates. A step whose loss was not finite is recorded as
+    "not_finite_step", since a resume looks for it.
     """
-    if not enabled:
-        yield
+    if not distributed.main:
+        try:
+            yield
+        except SystemExit as error:
+            if not_finite_step(error):
+                distributed.barrier()  # torchrun ends rank 0 when one leaves: let it write
+            raise
         return
     path, launches = Path(out) / "run.json", []
-    if progress.step and path.exists():
+    if state.step and path.exists():
         launches = json.loads(path.read_text(encoding="utf-8")).get("launches", [])
-    now = {"started": clock_time(), "first_step": progress.step + 1, "ended": None,
-           "last_step": None, "outcome": None, "processes": facts["processes"],
+    now = {"started": clock_time(), "first_step": state.step + 1, "ended": None,
+           "last_step": None, "outcome": None, "not_finite_step": None,
+           "processes": facts["processes"],
            "commit": facts["commit"], "machine": facts["machine"]}
 
     def write() -> None:
@@ -99,50 +109,58 @@ def launch(out, facts: dict, progress, steps: int, enabled: bool):
         os.replace(path.with_suffix(".partial"), path)
 
     def end(outcome: str) -> None:
-        now.update(ended=clock_time(), last_step=progress.step, outcome=outcome)
+        now.update(ended=clock_time(), last_step=state.step, outcome=outcome)
         write()
 
     write()
     try:
         yield
     except (Exception, SystemExit, KeyboardInterrupt) as error:
-        with suppress(OSError):  # on a full disk: what is to be told is the error itself
+        now["not_finite_step"] = not_finite_step(error)
+        with suppress(OSError):  # on a full disk; the error itself matters more
             end(f"{type(error).__name__}: {error}".strip())
+        if now["not_finite_step"]:
+            distributed.barrier()
         raise
-    end("finished" if progress.step >= steps else f"stopped before step {steps}")
+    end("finished" if state.step >= steps else f"stopped before step {steps}")
+
+
+def not_finite_step(error: BaseException) -> int | None:
+    """The step whose loss was not finite, when that is what has ended the run: on all ranks."""
+    return error.__cause__.step if isinstance(error.__cause__, NotFinite) else None
 
 
 def clock_time() -> str:
     return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
-def summarise(out, progress, wall_seconds: float, ranks) -> dict | None:
-    """The whole run in figures, earlier launches included; None but on rank 0. All ranks call it.
+def summarise(out, state, wall_seconds: float, distributed) -> dict | None:
+    """The whole run in numbers, earlier launches included; None but on rank 0. All ranks call it.
 
-    Tokens and seconds come from metrics.jsonl, where every step is written down once, whichever
-    launch made it. Memory (bytes) and wall time are of this launch: nobody knows what a killed
-    one had used.
+    Tokens and seconds come from metrics.jsonl, where every step stands once, whichever launch made
+    it. Memory (bytes) and wall time are of this launch alone.
     """
-    memory, gpu_memory = peak_memory(ranks)
-    if not ranks.main:
+    memory, gpu_memory = peak_memory(distributed)
+    if not distributed.main:
         return None
     metrics, evaluations = (read_lines(Path(out) / name) for name in FILES[:2])
     seconds = sum(line["seconds"] for line in metrics)
+    losses = [line["loss"] for line in metrics if line["loss"] is not None]
     best = min((e for e in evaluations if e["eval_loss"] is not None),
                key=lambda e: e["eval_loss"], default={})
     summary = {
-        "steps": progress.step, "samples_trained": progress.rows,
-        "samples_skipped": progress.bad, "skipped_why": progress.skipped,
-        "tokens": progress.positions,
+        "steps": state.step, "samples_trained": state.samples,
+        "samples_skipped": state.skipped, "skipped_why": state.skip_reasons,
+        "tokens": state.tokens,
         "tokens_supervised": sum(line["supervised_tokens"] for line in metrics),
-        "tokens_padding": progress.positions - progress.useful,
-        "tokens_useful_share": round(progress.useful / max(1, progress.positions), 4),
-        "tokens_per_second": round(progress.useful / seconds, 1) if seconds else None,
+        "tokens_padding": state.tokens - state.non_padding_tokens,
+        "tokens_useful_share": round(state.non_padding_tokens / max(1, state.tokens), 4),
+        "tokens_per_second": round(state.non_padding_tokens / seconds, 1) if seconds else None,
         "training_seconds": round(seconds, 3), "wall_seconds": round(wall_seconds, 3),
         "peak_memory": memory, "peak_gpu_memory": gpu_memory,
-        "overflow_steps": progress.overflows,  # skipped, with fp16
-        "last_loss": metrics[-1]["loss"] if metrics else None,
-        "best_loss": min((line["loss"] for line in metrics), default=None),
+        "overflow_steps": state.overflows,  # skipped, with fp16
+        "last_loss": losses[-1] if losses else None,
+        "best_loss": min(losses, default=None),
         "best_eval_loss": best.get("eval_loss"), "best_eval_step": best.get("step"),
         "last_evaluation": evaluations[-1] if evaluations else None,
     }
@@ -150,7 +168,7 @@ def summarise(out, progress, wall_seconds: float, ranks) -> dict | None:
     return summary
 
 
-def peak_memory(ranks) -> tuple[int | None, int | None]:
+def peak_memory(distributed) -> tuple[int | None, int | None]:
     """Most bytes that any one rank's process ever held, and any one GPU (None without GPUs).
 
     The processes that prepare data are not in it.
@@ -162,10 +180,19 @@ def peak_memory(ranks) -> tuple[int | None, int | None]:
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     except ImportError:
         own = 0
-    cuda = ranks.device.type == "cuda"
-    gpu = torch.cuda.max_memory_allocated(ranks.device) if cuda else 0
-    told = ranks.gather([(own, gpu)])
-    return tuple(max(column) or None for column in zip(*told))
+    cuda = distributed.device.type == "cuda"
+    gpu = torch.cuda.max_memory_allocated(distributed.device) if cuda else 0
+    peaks = distributed.gather([(own, gpu)])
+    return tuple(max(column) or None for column in zip(*peaks))
+
+
+def read_object(path: Path) -> dict:
+    """{} where there is no such file, or no object in it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -1,35 +1,37 @@
-"""Asked to stop (Ctrl-C, a preempted machine, a full queue): finish the step, save, go.
+"""Ctrl-C, a preempted machine, a full queue: finish the step, save, end with exit status 0.
 
-    SIGINT or SIGTERM -> stop.asked -> the loop, at the end of its step -> checkpoint -> exit 0
+    SIGINT or SIGTERM -> stop_requested() -> the loop, at the end of its step -> checkpoint
 
-A second signal ends the process at once, as it would have without us: the last checkpoint is good.
+A second signal ends the process at once, as it would have without this module: the last checkpoint
+is good.
 """
 
 import os
 import signal
 from contextlib import contextmanager
-from dataclasses import dataclass
+
+_received: list[int] = []  # signals, on the rank that got them alone
 
 
-@dataclass
-class Stop:
-    asked: str | None = None  # the signal's name; only on the rank that got it
+def stop_requested() -> bool:
+    return bool(_received)
 
 
 @contextmanager
-def listen():
-    """-> Stop, which is told of signals while the block runs."""
-    stop = Stop()
+def handle_signals():
+    """While the block runs, the first signal only asks the loop to stop."""
+    _received.clear()
 
     def note(number: int, frame) -> None:
-        if stop.asked:
+        if _received:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        stop.asked = signal.Signals(number).name
+        _received.append(number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _received.clear()

@@ -1,62 +1,61 @@
-"""The loss on samples that are never trained on: does the model learn, and does it look?
+"""The loss on samples that are never trained on: does the model learn, and does it use the image?
 
     --eval_data FILE                     its first --eval_samples N, or all
     --data emoji                         the scenes that follow the last one of the training
     other --data with --eval_samples N   its last N samples, which training then leaves out
 
-    held-out samples -> batches, with their own pictures and with another sample's
+    held-out samples -> batches, with their own images and with another sample's
                      -> mean loss of a supervised token, over all ranks -> evaluations.jsonl
 
-A falling training loss can mean that answers are learned by heart; then the held-out loss rises.
-And both can fall while the model only learns how answers usually sound. A model that looks is
-worse off with a wrong picture: the gap between the two losses is what the picture tells it.
+A falling training loss can mean that answers are memorised; then the held-out loss rises. And both
+can fall while the model only learns how answers usually sound. A model that uses the image is
+worse off with a wrong one: the gap between the two losses is what the image contributes.
 
 Which samples are set apart follows from the files and N alone, so it is the same after a resume
 and on any number of ranks: of several files each gives its last ones, as many as its share of the
-samples. They are apart as samples; where a picture has several rows, another may be trained on.
+samples. They are apart as samples; where an image has several rows, another may be trained on.
 A measurement draws no random numbers and changes no weight: training goes on as if there were none.
 """
 
 from dataclasses import replace
 
 import torch
-from torch.utils.data import Subset
 
 from dataset.batching import Batches
 from dataset.readers.formats import BadSample
-from extras.fsdp import to_compute
-from training.loop import forward
-from training.setup import open_files
-
-EMOJI_SAMPLES = 256  # scenes, when --eval_samples does not say how many
+from training.precision import autocast
 
 
-class HeldOut:
-    """The held-out samples, ready to be measured as often as wanted."""
+class Validator:
+    """The held-out samples, ready to be measured as often as needed."""
 
-    def __init__(self, data, make_batches, answers=None):
-        """data: len() and [i] -> Sample. make_batches: data -> Batches for this rank.
-        answers: an Answers that asks some of them, see answers.py."""
-        self.data, self.answers = data, answers
-        self.right, self.wrong = make_batches(data), make_batches(WrongPictures(data))
+    def __init__(self, data, make_batches):
+        """data: len() and [i] -> Sample. make_batches: data -> Batches for this rank."""
+        self.loader, self.shuffled = make_batches(data), make_batches(ShuffledImages(data))
 
-    def losses(self, model, settings, ranks) -> dict:
-        """-> what stands in a line of evaluations.jsonl, but for the step. All ranks call it."""
-        right, rows, pictures, bad = mean_loss(model, self.right, settings, ranks)
-        wrong = mean_loss(model, self.wrong, settings, ranks)[0] if pictures else None
-        return {"eval_loss": right, "eval_loss_wrong_picture": wrong, "samples": rows,
-                "skipped": bad}
+    @property
+    def loaders(self) -> list[Batches]:
+        return [self.loader, self.shuffled]
+
+    def losses(self, model, settings, distributed) -> dict:
+        """-> a line of evaluations.jsonl, but for the step. All ranks call it."""
+        loss, samples, images, skipped = mean_loss(model, self.loader, settings, distributed)
+        wrong = mean_loss(model, self.shuffled, settings, distributed)[0] if images else None
+        return {"eval_loss": loss, "eval_loss_wrong_picture": wrong, "samples": samples,
+                "skipped": skipped}
 
 
-class WrongPictures:
-    """The same samples, each with the pictures of those that follow it, in a circle.
+class ShuffledImages:
+    """The same samples, each with the images of those that follow it, in a circle.
 
-    Text without pictures stays as it is, so that both losses are over the same tokens. When there
-    is no other picture at all, a sample with pictures raises BadSample.
+    Text without images stays as it is, so that both losses are over the same tokens. When there
+    is no other image at all, a sample with images raises BadSample.
     """
 
-    def __init__(self, data):
-        self.data = data
+    def __init__(self, data, may_lend=lambda sample, other: True):
+        """data: len() and [i] -> Sample, or an evaluation's question. may_lend: whether a sample
+        may get the images of the other one."""
+        self.data, self.may_lend = data, may_lend
 
     def __len__(self) -> int:
         return len(self.data)
@@ -70,50 +69,34 @@ class WrongPictures:
                 following = self.data[(i + step) % len(self)]
             except BadSample:
                 continue
-            others += [image for image in following.images if image not in sample.images]
+            if self.may_lend(sample, following):
+                others += [image for image in following.images if image not in sample.images]
         if len(others) < len(sample.images):
             raise BadSample(sample.where, "no other picture to show in the place of its own")
         return replace(sample, images=tuple(others[:len(sample.images)]))
 
 
 @torch.no_grad()
-def mean_loss(model, batches: Batches, settings, ranks) -> tuple[float | None, int, int, int]:
-    """-> mean loss of a supervised token (None without any), samples, pictures, and samples that
+def mean_loss(model, loader: Batches, settings, distributed) -> tuple[float | None, int, int, int]:
+    """-> mean loss of a supervised token (None without any), samples, images, and samples that
     could not be used; over all ranks. Divided once, so each token weighs the same, as in training.
     """
-    total = tokens = rows = pictures = skipped = 0
+    total = tokens = samples = images = skipped = 0
     model.eval()  # no dropout: it would be noise, and draw from the generator of the training
     try:
-        for batch, bad in batches.epoch(0):  # always the same order, so always the same batches
+        for batch, bad in loader.epoch(0):  # always the same order, so always the same batches
             skipped += len(bad)
-            batch = to_compute(batch, settings)
+            batch = distributed.drop_or_dummy_batch(batch)
             if not batch:
                 continue
-            loss, count = forward(model, batch, settings, ranks, batches.features)
+            batch = batch.to(distributed.device, non_blocking=True)
+            with autocast(settings.dtype, distributed.device):
+                images = batch.pixels if batch.features is None else batch.features
+                loss, count = model(batch.ids, batch.labels, images, batch.order)
             total, tokens = total + float(loss), tokens + int(count)
-            rows += len(batch.where)
-            pictures += 0 if batch.order is None else len(batch.order)
+            samples += len(batch.where)
+            images += 0 if batch.order is None else len(batch.order)
     finally:
         model.train()
-    total, tokens, *counts = ranks.sum(total, tokens, rows, pictures, skipped)
+    total, tokens, *counts = distributed.sum(total, tokens, samples, images, skipped)
     return total / tokens if tokens else None, *map(int, counts)
-
-
-def open_held_out(settings, kind: str, data):
-    """-> the held-out samples, or None when nothing is measured.
-
-    kind: the half of the embedded world. data: what is trained on.
-    """
-    if not settings.eval_every or settings.overfit:
-        return None
-    if settings.eval_data:
-        found = open_files("eval_data", settings)
-        return Subset(found, range(min(settings.eval_samples or len(found), len(found))))
-    if settings.data == "emoji":
-        from dataset.emoji.world import EmojiData  # here: other data has no use for it
-
-        number = settings.eval_samples or EMOJI_SAMPLES
-        # Not the test scenes: who looks at them while training chooses what suits them.
-        following = range(len(data), len(data) + number)
-        return Subset(EmojiData(kind, following.stop), following)
-    return data.set_apart()

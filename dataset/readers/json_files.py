@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.sample import TEXT_KEYS, BadSample, Sample, shown, to_sample
+from dataset.sample import TEXT_KEYS, BadSample, Sample, refuse_unread, shown, to_sample
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors put it in front of a text
 WINDOW = 1 << 20  # characters of a file that JsonWalk holds at a time
@@ -80,6 +80,10 @@ class JsonData:
     def __getitem__(self, i: int) -> Sample:
         return self.sample(i)
 
+    def sizes(self, numbers: np.ndarray) -> np.ndarray:
+        """Bytes of these records: about how long their texts are, known without reading them."""
+        return np.asarray(self.pieces.sizes)[numbers]
+
     def sample(self, i: int, draw: int = 0) -> Sample:
         """draw: which of several captions, see records.py."""
         i = range(len(self))[i]  # IndexError past the end, which is what ends a for loop
@@ -115,6 +119,9 @@ class CocoData:
     def __getitem__(self, i: int) -> Sample:
         return self.sample(i)
 
+    def sizes(self, numbers: np.ndarray) -> np.ndarray:
+        return np.asarray(self.annotations.sizes)[numbers]
+
     def sample(self, i: int, draw: int = 0) -> Sample:
         i = range(len(self))[i]
         return to_sample(self.record(i), self.images_dir, self.annotations.where(i), i, draw)
@@ -134,6 +141,7 @@ class CocoData:
         if not isinstance(image.get("file_name"), str):
             raise BadSample(where, f"image {number} has no 'file_name' "
                                    f"({self.images.where(self.order[place])})")
+        refuse_unread(annotation, ("caption",), where, [Path(image["file_name"])])
         return {"caption": annotation["caption"], "image": [image["file_name"]]}
 
 

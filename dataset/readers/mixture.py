@@ -74,6 +74,19 @@ class Mixture:
         part, row = self._find(i)
         return f"{part.file}, sample {row + 1}"
 
+    def sizes(self, numbers: np.ndarray) -> np.ndarray | None:
+        """Bytes of these samples' records; None where a file does not tell them unread."""
+        if not all(hasattr(part.data, "sizes") for part in self.parts):
+            return None
+        found = np.zeros(len(numbers), np.int64)
+        part_of = np.searchsorted(self.ends, numbers, side="right")
+        for number in np.unique(part_of):
+            part, its = self.parts[number], part_of == number
+            places = numbers[its] - (self.ends[number] - len(part))
+            every = isinstance(part.rows, range)
+            found[its] = part.data.sizes(part.rows.start + places if every else part.rows[places])
+        return found
+
     def _find(self, i: int) -> tuple[Part, int]:
         i = range(len(self))[i]  # IndexError past the end, which is what ends a for loop
         number = bisect.bisect_right(self.ends, i)

@@ -4,7 +4,7 @@
 
 A row of JSON Lines is found by its place in the file, so any order costs the same. A row of a
 Parquet file comes with its row group, megabytes to decode. Were rows drawn from a whole file of
-4 GB, each window of batching.py would find some of its rows in every group and pass through all
+4 GB, each stretch of batching.py would find some of its rows in every group and pass through all
 4 GB. So a large file's groups are shuffled first, then joined to pools, and the rows of a pool are
 shuffled together:
 
@@ -12,10 +12,11 @@ shuffled together:
     shuffled   e  b  f  a  d  c
     pools      [e  b  f] [a  d  c]   the rows of e, b and f in any order, then those of a, d and c
 
-A window then passes through a pool or two. WebDataset's shards and shuffle buffer do the same.
+A stretch of this order, which one worker reads for itself, then passes through a pool or two.
+WebDataset's shards and shuffle buffer do the same.
 Rows of other files keep the random places that they drew; and Parquet data that is no larger than
 a pool is shuffled as a whole. A single group that is larger than a pool is a pool of its own, and
-each window passes through all of it: `python -m extras.check_data` says so, and what to do.
+each stretch passes through all of it: `python -m extras.check_data` says so, and what to do.
 """
 
 from itertools import pairwise
@@ -24,9 +25,9 @@ import numpy as np
 
 from dataset.readers.parquet import ParquetData, wanted_bytes
 
-POOL = 1 << 27  # bytes of row groups that are shuffled together: not a second to pass through
-HELD = 1 << 26  # bytes of rows that a window may hold
-FEWEST = 8  # blocks of a window, however large the rows are: they have to be sorted by length
+POOL = 1 << 25  # bytes of row groups that are shuffled together: a tenth of a second to read
+HELD = 1 << 27  # bytes of rows that all workers of a rank may hold: 64 MB for each of two
+FEWEST = 8  # blocks, however large the rows are: they have to be sorted by length
 
 
 def epoch_order(data, rng: np.random.Generator) -> np.ndarray:
@@ -76,8 +77,16 @@ def row_groups(data) -> list[tuple[np.ndarray, int]]:
     return groups
 
 
-def blocks_in_window(data, block_rows: int, most: int) -> int:
-    """How many blocks are sorted together: as many as `most`, fewer where the rows bring their
-    pictures along as bytes and would fill the memory."""
+def blocks_in_window(data, block_rows: float, most: int) -> int:
+    """How many blocks, of so many rows for a rank, are read together: as many as `most`, fewer
+    where the rows bring their pictures along as bytes and would fill the memory."""
     held = sum(size for _, size in row_groups(data)) / len(data) * block_rows  # of a block
     return most if held == 0 else min(most, max(FEWEST, int(HELD / held)))
+
+
+def by_size(data, numbers: np.ndarray) -> np.ndarray | None:
+    """The same samples, those with short records first; None where no index tells their sizes."""
+    sizes = data.sizes(numbers) if hasattr(data, "sizes") else None
+    # One number of size and place: sorted, equal sizes stand alike on every machine.
+    return None if sizes is None else numbers[np.sort(
+        sizes.astype(np.int64) << 32 | np.arange(len(numbers))) & 0xFFFFFFFF]

@@ -18,8 +18,18 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dataset.sample import PICTURE_KEYS, TAGS, TEXT_KEYS, BadSample, Sample, to_sample
+from dataset.sample import (
+    PICTURE_KEYS,
+    TAGS,
+    TEXT_KEYS,
+    BadSample,
+    Sample,
+    holds_media,
+    kinds_of,
+    to_sample,
+)
 
+LETTERS = tuple("ABCDEFGHIJabcdefghij")  # columns of a multiple choice's options
 SLICE = 1 << 24  # bytes of a row group that are held decoded; pyarrow needs several times as much
 SLOW = 1 << 26  # bytes of a row group that are too many to pass through for one row
 # What pyarrow raises for a damaged file; a size that was misread asks for all memory.
@@ -34,14 +44,17 @@ class ParquetData:
         """columns: read those of these names, for `record`; None: what samples are made of."""
         try:
             with pq.ParquetFile(file) as parquet:
-                self.metadata, names = parquet.metadata, parquet.schema_arrow.names
+                self.metadata, schema = parquet.metadata, parquet.schema_arrow
         except UNREADABLE as error:
             raise ValueError(f"{file}: not readable as Parquet: {error}; is the download complete?"
                              ) from error
         self.file, self.images_dir = file, images_dir
         # Only these are read: ratings, embeddings and whatever else stands there costs nothing.
-        wanted = columns or (*TEXT_KEYS, *PICTURE_KEYS, *TAGS)
+        # What seems to hold pictures or options is read too, so that its rows can be refused.
+        wanted, names = columns or (*TEXT_KEYS, *PICTURE_KEYS, *TAGS), schema.names
         self.columns = [name for name in wanted if name in names]
+        self.columns += [field.name for field in schema if field.name not in wanted
+                         and needs_a_look(field, self.metadata)]
         texts = set(self.columns) & set(TEXT_KEYS)
         if columns is None and (
                 not texts or len(texts & {"prompt", "completion"}) == 1 == len(texts)):
@@ -124,6 +137,36 @@ class GroupReader:
         if batch is None:
             raise ValueError(f"row group {self.group} ends before this row")
         return batch
+
+
+def needs_a_look(field: pa.Field, metadata: pq.FileMetaData) -> bool:
+    """Whether a column that nobody asked for may hold what refuse_unread refuses: by its name, its
+    type, or the least and the largest of its values, which the footer tells. Reads no row."""
+    if kinds_of(field.name) & {"picture", "film", "file", "options"} or field.name in LETTERS:
+        return True
+    kind = field.type
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+    if pa.types.is_struct(kind):  # as the datasets library stores a picture
+        return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
+    binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    if not (binary or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        return False
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    return any(may_be_media(group.column(c), binary) for group in groups
+               for c in range(group.num_columns)
+               if group.column(c).path_in_schema.split(".")[0] == field.name)
+
+
+def may_be_media(chunk: pq.ColumnChunkMetaData, binary: bool) -> bool:
+    found = chunk.statistics
+    if found is not None and found.null_count == chunk.num_values:
+        return False
+    ends = (found.min, found.max) if found is not None and found.has_min_max else ()
+    # Writers leave long values out, or cut them at 64 bytes. Long texts are no names of files.
+    if not ends or any(60 < len(end) < 65 and " " not in str(end) for end in ends):
+        return binary or chunk.total_uncompressed_size < 1000 * chunk.num_values
+    return any(holds_media(end, None) for end in ends)
 
 
 def wanted_bytes(about: pq.RowGroupMetaData, columns: list[str]) -> int:

@@ -36,8 +36,10 @@ from model.pretrained.checkpoint import (
 )
 from model.pretrained.files import write_json
 from model.pretrained.load import load_checkpoint
+from model.pretrained.meta_device import meta_device
 from model.pretrained.save import save_model
 from model.projector import Projector
+from training.writable import check_directory
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -86,7 +88,7 @@ def account_for_all(model) -> None:
     """In every form: ValueError with the name of a tensor that none of our classes has, because
     nothing could read it back."""
     config = model.config
-    with torch.device("meta"):
+    with meta_device():
         known = Projector(config.projector).state_dict()
     account_for(model, known, "this model cannot be exported", "Known are both towers as their "
                 f"config.json describes them, and --projector {config.projector.kind}: "
@@ -188,6 +190,7 @@ def main(arguments=None) -> None:
     flags = read_flags(arguments)
     out = Path(flags.out)
     try:
+        check_directory("--out", flags.out)
         checkpoint = find_model(flags.model)
         refuse_quantized(checkpoint, "export")
         there = out.exists() and any(out.iterdir())

@@ -8,6 +8,13 @@ family publishes them, each with the path through its own wrapper in front:
 
     layers.0.self_attn.q_proj  .lora_a                                        ours
     base_model.model.model.layers.0.self_attn.q_proj  .lora_A.weight          peft's
+
+Where one published matrix is several layers here (Qwen-7B's c_attn: q, k and v), each of these has
+an adapter of its own. On the published matrix they are one adapter of a higher rank:
+
+    A = | A_q |     B = | B_q         |
+        | A_k |         |     B_k     |      B A x = (B_q A_q x, B_k A_k x, B_v A_v x)
+        | A_v |         |         B_v |
 """
 
 import re
@@ -18,9 +25,10 @@ from torch import nn
 
 from extras.export.transformers import same_names
 from model.language import LanguageModel
-from model.lora import LoRALinear, add_lora, linear_names, published_names
+from model.lora import LoRALinear, add_lora, linear_names
 from model.pretrained.families import family_of
 from model.pretrained.files import all_tensors, read_json
+from model.pretrained.meta_device import meta_device
 
 TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 # What changes the arithmetic, and the only value with which it is ours.
@@ -34,39 +42,49 @@ BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva")
 def peft_adapter(language: nn.Module, lora: dict, base: str) -> tuple[dict, dict]:
     """-> adapter_config.json, {peft's name: tensor}. lora: config.json's, as add_lora got it.
 
-    ValueError: adapters on a part of a matrix that the family publishes as one, or a tensor that
-    is neither the base's nor of an adapter: peft cannot hold it.
+    All adapters of a file have one rank; those on a single layer are filled up with zeros where
+    others need a higher one. ValueError: a tensor that is neither the base's nor of an adapter:
+    peft has no place for it.
     """
     adapters = {name: language.get_submodule(name) for name in linear_names(language, LoRALinear)}
-    every, tensors = published_layers(language), {}
-    with torch.device("meta"):
-        base_names = LanguageModel(language.config).state_dict()
-    same_names(language.state_dict(), base_names, "this model is no adapter on its base",
+    with meta_device():
+        places = LanguageModel(language.config).state_dict()
+    same_names(language.state_dict(), places, "this model is no adapter on its base",
                "An adapter is lora_a and lora_b of linear layers of the base. Use --to merged",
                [f"{name}.{half}" for name in adapters for half in ("lora_a", "lora_b")])
-    for public, ours in every.items():
-        adapted = [adapters[name] for name in ours if name in adapters]
-        if not adapted:
-            continue
-        if len(adapted) < len(ours) or any(a.lora_a is not adapted[0].lora_a for a in adapted):
-            raise ValueError(f"the adapters on {', '.join(ours)} have an A each, and {public}, the "
-                             "one matrix that these are in the published model, has one for all: "
-                             f"train with --lora_targets {public.rsplit('.', 1)[-1]}, or use "
-                             "--to merged")
-        name = f"base_model.model.{public}"
-        tensors[f"{name}.lora_A.weight"] = adapted[0].lora_a.detach()
-        tensors[f"{name}.lora_B.weight"] = torch.cat([a.lora_b.detach() for a in adapted])
-    names = {TENSOR.fullmatch(name)[1] for name in tensors}
+    every = published_layers(language)
+    adapted = {public: ours for public, ours in every.items() if adapters.keys() & set(ours)}
+    several = max(map(len, adapted.values()))
+    rank, tensors = lora["rank"] * several, {}
+    for public, ours in adapted.items():
+        rows = [len(language.get_submodule(name).weight) for name in ours]
+        A = torch.zeros(rank, language.get_submodule(ours[0]).weight.shape[1])
+        B = torch.zeros(sum(rows), rank)
+        for number, name in enumerate(ours):
+            if name in adapters:
+                columns = slice(number * lora["rank"], (number + 1) * lora["rank"])
+                start = sum(rows[:number])
+                A[columns] = adapters[name].lora_a.detach()
+                B[start:start + rows[number], columns] = adapters[name].lora_b.detach()
+        tensors[f"base_model.model.{public}.lora_A.weight"] = A
+        tensors[f"base_model.model.{public}.lora_B.weight"] = B
+    # alpha / rank, the scale of the arithmetic, stays what it was.
     return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
-            "r": lora["rank"], "lora_alpha": lora["alpha"], "lora_dropout": lora["dropout"],
-            "target_modules": short(names, every), "bias": "none", "fan_in_fan_out": False,
+            "r": rank, "lora_alpha": lora["alpha"] * several, "lora_dropout": lora["dropout"],
+            "target_modules": short(set(adapted), every), "bias": "none", "fan_in_fan_out": False,
             "use_rslora": False, "use_dora": False, "inference_mode": True}, tensors
 
 
 def published_layers(language: nn.Module) -> dict[str, list[str]]:
     """{the family's name: our names} of every linear layer, adapted or not."""
-    with torch.device("meta"):
-        return published_names(type(language)(language.config))
+    with meta_device():
+        plain = type(language)(language.config)
+    table, names = family_of(language.config.model_type).public, {}
+    for ours in linear_names(plain):
+        number = re.search(r"(?<=layers\.)\d+", ours)
+        public = table.get(re.sub(r"(?<=layers\.)\d+", "{}", ours), ours)
+        names.setdefault(public.format(number and number[0]), []).append(ours)
+    return names
 
 
 def short(names: set[str], every) -> list[str]:
@@ -102,7 +120,8 @@ def add_peft(language: nn.Module, directory, dropout: float = 0.0) -> dict:
     every = published_layers(language)
     pairs = read_pairs(all_tensors(directory / "adapter_model.safetensors"), every, language,
                        directory)
-    targets = short(set(pairs), every)
+    layers = {name for public in pairs for name in every[public]}
+    targets = short(layers, [name for ours in every.values() for name in ours])
     add_lora(language, targets, rank, alpha, dropout)
     for public, pair in pairs.items():
         layers = [language.get_submodule(name) for name in every[public]]
@@ -113,8 +132,8 @@ def add_peft(language: nn.Module, directory, dropout: float = 0.0) -> dict:
                 actual = tuple(pair[half].shape) if half in pair else "missing"
                 raise ValueError(f"{directory}: lora_{half} of {public} is {actual}; rank {rank} "
                                  f"and this model ask for {shape}")
-        layers[0].lora_a.data.copy_(pair["A"])  # stacked layers share it
         for layer, part in zip(layers, pair["B"].split([len(each.lora_b) for each in layers])):
+            layer.lora_a.data.copy_(pair["A"])
             layer.lora_b.data.copy_(part)
     return {"targets": targets, "rank": rank, "alpha": alpha, "dropout": dropout}
 

@@ -20,6 +20,7 @@ from torch import nn
 from model.config import LanguageConfig, VisionConfig
 from model.language import LanguageModel
 from model.lora import LoRALinear, linear_names
+from model.pretrained.meta_device import meta_device
 from model.pretrained.public_config import write_config
 from model.pretrained.save import optional_parts, public_tensors
 from model.vision import VisionTransformer
@@ -95,7 +96,7 @@ def account_for(vlm: VLM, projector: Iterable[str], refusal: str, takes: str) ->
     their config describes; LoRA adapters count as the layers that they are merged into. refusal,
     takes: what the message says before the name and behind it.
     """
-    with torch.device("meta"):
+    with meta_device():
         towers = {"language": LanguageModel(vlm.language.config),
                   "vision": VisionTransformer(vlm.vision.config)}
     known = [f"{part}.{name}" for part, tower in towers.items() for name in tower.state_dict()]
@@ -145,7 +146,7 @@ def llava_language(language: LanguageModel, rows: int) -> LanguageModel:
 
 
 def filled(kind, config: LanguageConfig | VisionConfig, state: dict) -> nn.Module:
-    with torch.device("meta"):
+    with meta_device():
         model = kind(config)
     same_names(state, model.state_dict(), "this model cannot be expressed as a "
                f"{config.model_type}", "Its config.json does not describe it")

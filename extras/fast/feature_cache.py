@@ -1,73 +1,191 @@
-"""--cache_features DIR: run a frozen vision tower once for each picture, not once an epoch.
+"""--cache_features DIR: run a frozen vision tower once for each image, not once an epoch.
 
-    Batch: pixels (N,3,H,W) of pictures that are new, features (F,P,Dv) of those that were found
+    image -> its content -> key -> DIR/3f/a1c8... -> features (P,Dv), or None: not there yet
+
+    Batch: pixels (N,3,H,W) of new images, features (F,P,Dv) of those that were found
         -> the tower sees the new ones, they are kept -> Batch: features (N+F,P,Dv) alone
 
-Reading is the data workers' part (dataset/batching.py, extras/fast/feature_files.py): a picture
-whose features are there is not even decoded. Writing is the loop's, since only it has the model.
+A frozen tower computes the same features of the same image in every epoch and in every run, so from
+the second time on neither the image is decoded nor the tower run. Reading is the data workers' part
+(dataset/batching.py): an image whose features are there is not even decoded. Writing is the
+training process's, since only it has the model. Each image has a file of its own; whoever deletes
+some of them, or all, at any time, costs a run nothing but the work of computing them again.
 
-The files hold the numbers of the run's --dtype: in fp32 what the tower says, to the last bit; in
-bf16 and fp16 what the projector's first product would have rounded it to anyway. (A projector with
-a norm in front, norm_mlp, reads float32 without this; there the rounding can be seen in the loss.)
+A key is the sha256 of the image's content together with all that decides its features: the tower's
+weights, the image processor, the dtype. So a file can be missing, but never be the wrong one: a
+changed image, another tower or another size has other keys.
+
+The files hold features in the run's --dtype: in fp32 exactly what the tower computes; in bf16 and
+fp16 what the projector's first product would have rounded it to anyway. (A projector with a norm
+in front, norm_mlp, reads float32 without this; there the rounding can be seen in the loss.)
 """
 
 import hashlib
+import os
+import sys
+import time
+import zlib
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
+import safetensors.torch
 import torch
+from PIL import Image
 
-from dataset.batching import Batch
-from extras.fast.feature_files import FeatureFiles
-from training.precision import NUMBERS
+from dataset.batching import Batch, Batches
+from training.precision import NUMBERS, autocast
+
+STALE = 3600  # seconds after which a file that was begun is taken to be a killed run's
 
 
-def open_features(model, processor, settings, ranks) -> FeatureFiles | None:
-    """The files of --cache_features; None without it. Raises SystemExit where they would lie."""
-    wanted = settings.cache_features
-    if not wanted:
-        return None
+def open_feature_cache(model, processor, settings, distributed) -> "FeatureCache":
+    """The files of --cache_features. SystemExit where their features would be wrong."""
+    directory = settings.cache_features
     if settings.train_vision:
-        raise SystemExit(f"--cache_features {wanted}: with --train_vision the tower learns, and "
-                         "what it saw in the last epoch is not what it sees now; leave one out")
-    if settings.parallel == "fsdp" and ranks.world_size > 1:
-        raise SystemExit(f"--cache_features {wanted}: under --parallel fsdp the ranks run the "
-                         "tower together, and one that found its pictures on disk would leave the "
+        raise SystemExit(f"--cache_features {directory}: with --train_vision the tower learns, and "
+                         "its features of the last epoch are not those of now; leave one out")
+    if settings.parallel == "fsdp" and distributed.world_size > 1:
+        raise SystemExit(f"--cache_features {directory}: under --parallel fsdp the ranks run the "
+                         "tower together, and one that found its images on disk would leave the "
                          "others waiting; use --parallel ddp, or leave the cache out")
-    seen_by = looker(model.vision, processor, settings.dtype)
-    return FeatureFiles(wanted, seen_by, settings.cache_gb * 1e9, ranks.world_size)
+    fingerprint = tower_fingerprint(model.vision, processor, settings.dtype)
+    return FeatureCache(directory, fingerprint, settings.cache_gb * 1e9, distributed.world_size)
 
 
-def looker(vision, processor, dtype: str) -> str:
-    """All that decides what is seen in a picture, as text: the sha256 of the weights, the facts
-    of the tower, the steps of the image processor, the kind of number."""
+def tower_fingerprint(vision, processor, dtype: str) -> str:
+    """All that decides an image's features, as text: the sha256 of the weights, the facts of the
+    tower, the steps of the image processor, the dtype."""
     digest = hashlib.sha256()
     for name, tensor in vision.state_dict().items():
-        numbers = tensor.detach().cpu().contiguous().view(torch.uint8)
-        digest.update(name.encode() + numbers.numpy().tobytes())
+        content = tensor.detach().cpu().contiguous().view(torch.uint8)
+        digest.update(name.encode() + content.numpy().tobytes())
     return f"{digest.hexdigest()} {vision.config} {processor} {dtype}"
 
 
-def look(model, batch: Batch, files: FeatureFiles, dtype: str) -> Batch:
-    """The batch with the features of all its pictures; those that are new are written to disk."""
+class CachedBatches(Batches):
+    """Batches that come with the features of all their images, on the model's device."""
+
+    def load(self, micro_batches):
+        for batch, bad in super().load(micro_batches):
+            yield with_cached_features(self.model, batch, self.features, self.dtype), bad
+
+    def __getstate__(self) -> dict:  # a worker gets a copy, and has no use for the model
+        return {**self.__dict__, "model": None}
+
+
+def use_cache(loader: Batches, cache: "FeatureCache", model, dtype: str) -> Batches:
+    loader.__class__ = CachedBatches
+    loader.features, loader.model, loader.dtype = cache, model, dtype
+    return loader
+
+
+@torch.no_grad()
+def with_cached_features(model, batch: Batch, cache: "FeatureCache", dtype: str) -> Batch:
+    """The batch with the features of all its images; those that are new are written to disk."""
+    device = next(model.parameters()).device
     if batch.pixels is None:
-        files.found += 0 if batch.features is None else len(batch.features)
+        cache.found += 0 if batch.features is None else len(batch.features)
         return batch
-    # Rounded before they are used, so that it makes no difference whether they were found.
-    features = model.vision_features(batch.pixels).to(NUMBERS[dtype])  # (N,P,Dv)
+    batch = batch.to(device, non_blocking=True)
+    with autocast(dtype, device):
+        # Rounded before they are used, so that it makes no difference whether they were found.
+        features = model.vision_features(batch.pixels).to(NUMBERS[dtype])  # (N,P,Dv)
     for key, each in zip(batch.keys, features, strict=True):
         if key:
-            files.write(key, each)
-    files.computed += len(features)
+            cache.write(key, each)
+    cache.computed += len(features)
     if batch.features is not None:
-        files.found += len(batch.features)
+        cache.found += len(batch.features)
         features = torch.cat([features, batch.features])
     return replace(batch, pixels=None, features=features, keys=())
 
 
-def told(files: FeatureFiles, ranks) -> str:
-    """What the cache was worth, over all ranks and since the start of this process."""
-    found, computed, written = map(int, ranks.sum(files.found, files.computed, files.written))
-    full = "" if written == computed else (f"; {computed - written:,} were not kept, --cache_gb is "
-                                           "used up or the disk is full")
-    return (f"features  of {found + computed:,} pictures {found:,} were found in "
-            f"{files.directory}, {computed:,} computed{full}")
+class FeatureCache:
+    """The features in one directory, as one tower computes them.
+
+    fingerprint: distinguishes this tower, processor and dtype from others. limit: bytes that the
+    directory may hold; when they are used up, what is there is read and nothing more is written.
+    Several processes may share a directory: each of `writers` has its share of the room.
+    """
+
+    def __init__(self, directory, fingerprint: str, limit: float, writers: int = 1):
+        self.directory, self.fingerprint = Path(directory), fingerprint
+        self.room = max(0, limit - self.used()) / writers
+        self.found = self.computed = self.written = 0  # images, in this process
+
+    def used(self) -> int:
+        """Bytes that are in the directory; what a killed run left half written is deleted."""
+        total = 0
+        for file in self.directory.glob("??/*"):
+            try:
+                stat = file.stat()
+                if file.suffix == ".partial" and time.time() - stat.st_mtime > STALE:
+                    file.unlink()
+                else:
+                    total += stat.st_size
+            except FileNotFoundError:  # another process has just deleted it
+                continue
+        return total
+
+    def key(self, image) -> str:
+        """image: bytes of an image file, a path to one, or a PIL image. OSError: cannot be read."""
+        digest = hashlib.sha256(self.fingerprint.encode())
+        if isinstance(image, Image.Image):
+            digest.update(f"{image.mode} {image.size} ".encode() + image.tobytes())
+        elif isinstance(image, bytes):
+            digest.update(image)
+        elif not os.path.isfile(image):  # opening a pipe would wait for ever
+            raise OSError(f"there is no file {image}")
+        else:
+            with open(image, "rb") as file:
+                while piece := file.read(1 << 20):
+                    digest.update(piece)
+        return digest.hexdigest()
+
+    def path(self, key: str) -> Path:
+        return self.directory / key[:2] / key[2:]  # 256 directories: one would be very long
+
+    def read(self, key: str) -> torch.Tensor | None:
+        """-> features (P,Dv), or None where there are none, or none that are whole."""
+        try:
+            content = self.path(key).read_bytes()
+        except OSError:
+            return None
+        # A machine that loses its power can leave a file of the right length and of zeros.
+        if len(content) < 4 or zlib.crc32(content[4:]).to_bytes(4, "little") != content[:4]:
+            print(f"{self.path(key)} is torn: its features are computed again", file=sys.stderr)
+            return None
+        return safetensors.torch.load(content[4:])["features"]
+
+    def write(self, key: str, features: torch.Tensor) -> None:
+        """features (P,Dv). Under another name first: no process ever reads half of a file."""
+        content = safetensors.torch.save({"features": features.detach().cpu().contiguous()})
+        content = zlib.crc32(content).to_bytes(4, "little") + content
+        if len(content) > self.room:
+            self.room = 0  # later ones are not smaller
+            return
+        path = self.path(key)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(content)
+            os.replace(partial, path)
+        except OSError as error:  # a full disk is no reason to stop a training
+            print(f"cannot keep features in {self.directory}: {error}; from here on they are "
+                  "computed and not kept", file=sys.stderr)
+            with suppress(OSError):
+                partial.unlink()
+            self.room = 0
+            return
+        self.room -= len(content)
+        self.written += 1
+
+    def summary(self, distributed) -> str:
+        """What the cache saved, over all ranks and since the start of this process."""
+        found, computed, written = map(int, distributed.sum(self.found, self.computed,
+                                                            self.written))
+        full = "" if written == computed else (f"; {computed - written:,} were not kept, "
+                                               "--cache_gb is used up or the disk is full")
+        return (f"features  of {found + computed:,} pictures {found:,} were found in "
+                f"{self.directory}, {computed:,} computed{full}")

@@ -8,7 +8,7 @@ Every tensor is accounted for on both sides: one that is needed and missing, one
 nobody knows, one of another shape or of no finite fractions raises with its name. What a file
 holds and is knowingly left alone is listed as the family's `unread`.
 
-The files are memory-mapped and a model is built on the device "meta", so a tensor goes straight
+The files are memory-mapped and a model is built under meta_device, so a tensor goes straight
 from the file to where it belongs: there is never a second copy of the weights.
 """
 
@@ -39,6 +39,7 @@ from model.pretrained.files import (
     with_filename,
 )
 from model.pretrained.hub import ROOT, resolve
+from model.pretrained.meta_device import meta_device
 from model.pretrained.public_config import (
     read_language_config,
     read_vision_config,
@@ -76,7 +77,7 @@ def load_vision(name, dtype: torch.dtype | None = torch.float32, feature_layer: 
         config = read_vision_config(public, feature_layer, features)
     family = VISION_FAMILIES[config.model_type]
     if feature_layer != -1:
-        with torch.device("meta"):
+        with meta_device():
             whole = VisionTransformer(replace(config, feature_layer=-1))
         family = replace(family, unread=(*family.unread, *(
             name.removeprefix(family.prefix) for name in public_names(whole, family))))
@@ -95,7 +96,7 @@ def read_public(directory: Path) -> dict:
 
 def load_tensors(kind: type, config, source: Path, family: Family, dtype: torch.dtype | None):
     """A model of this kind and config, with the tensors of the weight files of source."""
-    with torch.device("meta"):
+    with meta_device():
         model = kind(config)
     files = tensor_files(source)
     expected, prefix = public_names(model, family), family.prefix
@@ -181,7 +182,7 @@ def load_tower(part: str, expected: LanguageConfig | VisionConfig, config: dict,
     """The tower `part`: empty where our own file holds every weight of it, else out of the public
     files that the checkpoint refers to, which must be those that it was trained with."""
     quantized = part == "language" and config.get("quantize")
-    with torch.device("meta"):
+    with meta_device():
         model = (LanguageModel if part == "language" else VisionTransformer)(expected)
         if quantized:
             from extras.fast.quantize import quantize  # here: only quantized checkpoints need it

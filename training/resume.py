@@ -1,0 +1,226 @@
+"""Where a run starts, and what it writes so that it can be resumed from there.
+
+    flags -> read_settings -> settings, and the checkpoint to start from
+    --out, checkpoint -> restore -> TrainerState, and the optimizer as it was
+    ModelBundle, optimizer, TrainerState -> save -> OUT/step_NNNNNN
+"""
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from model.pretrained.checkpoint import (
+    CorruptCheckpointError,
+    checkpoints,
+    find_model,
+    flush_to_disk,
+    newest_whole,
+    read_config,
+    read_run,
+    refuse_quantized,
+    save_checkpoint,
+    step_of,
+)
+from model.pretrained.pickle_loader import load_plain
+from training.errors import StopTraining
+from training.presets import read_flags, resolve
+from training.run_metadata import FILES, read_object
+from training.settings import BENDING, CHANGEABLE
+from training.state import TrainerState
+from training.writable import check_directory, free_name
+
+
+@dataclass(frozen=True)
+class Start:
+    stage: str  # "pretrain" or "sft": which recipe of the preset counts
+    arguments: list[str]  # of the command line
+    checkpoint: Path | None  # to start from; None: the public towers and a new projector
+
+
+def read_settings(stage: str, description: str, arguments=None, start_from=()) -> tuple:
+    """-> the settings of the run, and its Start.
+
+    description: the script's docstring, for --help. arguments: if not those of the command line.
+    start_from: runs whose newest checkpoint is taken when no flag says otherwise.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    flags = read_flags(description, stage, arguments)
+    if "list_presets" in flags:
+        from extras.preset_list import list_presets  # here: it builds models to count them
+
+        print(list_presets())
+        sys.exit(0)
+    try:
+        check_directory("--out", flags.out)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    try:
+        checkpoint, earlier = find_start(flags, start_from)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"cannot start: {error}") from error
+    settings = resolve(flags, stage, earlier)
+    if settings.log:
+        from extras.trackers import check_installed  # here: a tracker is an extra
+
+        check_installed(settings.log)
+    return settings, Start(stage, arguments, checkpoint)
+
+
+def find_start(flags, start_from=()) -> tuple[Path | None, dict]:
+    """-> the checkpoint to load, or None, and the settings that it brings: all of its run's to
+    resume, the model's facts alone to train on."""
+    try:
+        checkpoint = newest_whole(flags.out) if flags.resume else None
+    except CorruptCheckpointError as error:
+        raise SystemExit(f"{error}. Without --resume the run starts anew.") from error
+    if checkpoint:
+        return checkpoint, settings_of_run(flags, checkpoint)
+    if flags.model == "none" or (flags.model is None and not start_from):
+        return None, {}
+    try:
+        checkpoint = find_model(flags.model, runs=start_from)
+        refuse_quantized(checkpoint, "train on from")
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"{error}; or --model none to start from the public towers") from error
+    if Path(flags.out).resolve() in checkpoint.resolve().parents:
+        raise SystemExit(f"the new run would write beside its own start, {checkpoint}: "
+                         "give another --out, or --resume to go on with that run")
+    return checkpoint, model_facts(flags, checkpoint)
+
+
+def settings_of_run(flags, checkpoint: Path) -> dict:
+    """The settings of the run to resume; SystemExit where a flag would make it another run."""
+    run = read_object(Path(flags.out) / "run.json")
+    earlier = {**template_facts(read_config(checkpoint)), **read_run(checkpoint)["settings"],
+               # Changed after this checkpoint was saved: that still holds.
+               **{name: value for name, value in run.get("settings", {}).items()
+                  if name in BENDING}}
+    stops = [launch.get("not_finite_step") or 0 for launch in run.get("launches", [])]
+    allowed = CHANGEABLE
+    if max(stops, default=0) > step_of(checkpoint):  # a loss that was not finite stopped it
+        allowed += BENDING
+    for name, value in vars(flags).items():
+        if name not in allowed and value is not None and value != earlier.get(name):
+            raise SystemExit(f"--{name} {value}: the run to resume, {checkpoint}, was started with "
+                             f"{earlier.get(name)}. Leave the flag out, or start a new run with "
+                             "another --out.")
+    return earlier
+
+
+def model_facts(flags, checkpoint: Path) -> dict:
+    """What a checkpoint says about its model, for a new run that begins with it."""
+    if flags.init_projector:
+        raise SystemExit(f"--init_projector {flags.init_projector}: {checkpoint} brings its own "
+                         "projector; --model none starts from the public towers")
+    config, run = read_config(checkpoint), read_run(checkpoint)
+    facts = {"preset": run["settings"]["preset"], "system": config["system"] or "",
+             **template_facts(config)}
+    for name in ("projector", "pixel_shuffle", "vision_layer", "features"):
+        facts[name] = config[name]
+        if getattr(flags, name) not in (None, facts[name]):
+            raise SystemExit(f"--{name} {getattr(flags, name)}: {checkpoint} was trained with "
+                             f"{facts[name]}, and its projector fits nothing else")
+    for part, reference in config["bases"].items():
+        facts[part] = reference["name"]
+    if config["lora"]:
+        facts.update({f"lora_{name}": value for name, value in config["lora"].items()})
+    return facts
+
+
+def template_facts(config: dict) -> dict:
+    return {"template": config["template"], "image_token": config["image_token"]}
+
+
+def changes(settings, checkpoint: Path | None) -> list[dict]:
+    """What of BENDING was changed since the run began, for run.json: each with the first step that
+    was made with it. The last ones are those of this very resume."""
+    if not (settings.resume and checkpoint):
+        return []
+    run = read_run(checkpoint)
+    return run.get("changes", []) + [
+        {"from_step": run["step"] + 1, "setting": name, "before": run["settings"][name],
+         "now": getattr(settings, name)} for name in BENDING
+        if name in run["settings"] and run["settings"][name] != getattr(settings, name)]
+
+
+def restore(settings, checkpoint: Path | None, optimizer, data_facts: dict,
+            distributed) -> TrainerState:
+    """Resume: load the optimizer and return how far the run had come.
+
+    Otherwise move what an earlier run left in OUT aside: nobody's training is overwritten.
+    """
+    out = Path(settings.out)
+    distributed.barrier()  # every rank has looked for its start by now
+    if not (settings.resume and checkpoint and checkpoint.parent == out):
+        if distributed.main:
+            move_aside(out)
+        distributed.barrier()
+        return TrainerState()
+    run = read_run(checkpoint)
+    if run["data"] != data_facts:
+        raise SystemExit(f"cannot go on: {checkpoint} was made on {run['data']}, this is "
+                         f"{data_facts}: the data order would not go on where it stopped")
+    if distributed.main:  # torn ones are kept to be looked at, where nobody resumes from them
+        for torn in [path for path in checkpoints(out) if step_of(path) > step_of(checkpoint)]:
+            torn.rename(free_name(out, f"torn_{torn.name}"))
+    with distributed.one_rank_at_a_time():
+        try:
+            saved = load_training_state(checkpoint)
+        except ValueError as error:
+            raise SystemExit(f"cannot go on: {error}") from error
+        peaks = [group["peak"] for group in optimizer.param_groups]
+        distributed.load_optimizer(optimizer, saved["optimizer"])
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["peak"] = peak  # the settings', which may have changed since
+    state = TrainerState(**saved["trainer"])
+    if changes(settings, checkpoint) != run.get("changes", []):
+        # With another dtype or learning rate the loss scale is searched for anew: it may have
+        # fallen to 1 before the run stopped.
+        fresh = TrainerState()
+        state.loss_scale, state.growth_tracker = fresh.loss_scale, fresh.growth_tracker
+    return state
+
+
+def load_training_state(checkpoint: Path) -> dict:
+    """-> {"trainer": fields of TrainerState, "optimizer": its state_dict}. As data: no code runs.
+    """
+    return load_plain(checkpoint / "training_state.pt")
+
+
+def move_aside(out: Path) -> None:
+    written = [out / name for name in FILES]
+    if checkpoints(out) or any(path.exists() for path in written):
+        earlier = free_name(out, "earlier")
+        earlier.mkdir()
+        for path in [*checkpoints(out), *written]:
+            if path.exists():
+                path.rename(earlier / path.name)
+        print(f"an earlier run was moved to {earlier}")
+
+
+def save(bundle, optimizer, state: TrainerState, settings, facts: dict, distributed) -> None:
+    """Write OUT/step_NNNNNN. Every rank calls it, since under fsdp each holds a share of what is
+    written; rank 0 writes. facts: run_metadata.describe's.
+
+    All ranks learn whether the files are there, and go on, or raise StopTraining.
+    """
+    names, problem = bundle.saved_names(), None
+    tensors = distributed.full_tensors(
+        {name: p for name, p in bundle.model.named_parameters() if name in names})
+    training_state = {"trainer": asdict(state),
+                      "optimizer": distributed.full_tensors(optimizer.state_dict())}
+    if distributed.main:
+        try:
+            metrics = Path(settings.out) / "metrics.jsonl"
+            if metrics.exists():  # first the lines of its steps, then the checkpoint
+                flush_to_disk(metrics)
+            save_checkpoint(settings.out, state.step, tensors, bundle.config,
+                            {"step": state.step, **facts},
+                            (bundle.template.tokenizer, bundle.processor), training_state,
+                            settings.keep, settings.full_checkpoint)
+        except OSError as error:
+            problem = error
+    # Also a barrier: else a rank could be gone, or far ahead, before the files are there.
+    if distributed.sum(problem is not None) != [0.0]:
+        raise StopTraining(f"{problem or 'rank 0 could not save'}. The older checkpoints are as "
+                           "they were; make room, then go on with --resume.") from problem

@@ -1,0 +1,182 @@
+"""Every setting of a run, one row each: its flag, help, type, range, default, and what a resume may
+do with it.
+
+Flags, checks, run.json, presets and resumes iterate over SETTINGS; nothing else lists them.
+"""
+
+from argparse import ArgumentTypeError, BooleanOptionalAction
+from dataclasses import dataclass
+from typing import Any
+
+from dataset.chat import FAMILIES
+from training.preset_table import PRESETS
+from training.schedules import SCHEDULES
+
+# What may be changed where a run is resumed.
+FIXED = "fixed"  # nothing: it would be another run
+FREE = "free"  # no step computes anything else because of it
+# It bends the curve, and is the way out of a loss that is not finite: it may change where a run is
+# resumed from before a step at which that had stopped it, and nowhere else.
+BENDS = "bends"
+
+
+def projector_kind(name: str) -> str:
+    from model.projector import PROJECTORS  # here: reading flags needs no torch
+
+    if name not in PROJECTORS:
+        raise ArgumentTypeError(f"{name!r}; there are {', '.join(PROJECTORS)}")
+    return name
+
+
+TRACKERS = ("tensorboard", "wandb", "swanlab", "trackio")  # extras/trackers.py
+
+PRESET = object()  # the default stands in the preset (preset_table.py)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row of SETTINGS. above, at_least, below: the range; None: no limit."""
+
+    name: str
+    help: str
+    type: Any = str  # bool: the flag has a --no- form
+    default: Any = PRESET  # {"stage": value} where the two stages differ
+    choices: Any = None
+    metavar: str | None = None
+    several: bool = False  # takes one value or more
+    above: float | None = None
+    at_least: float | None = None
+    below: float | None = None
+    on_resume: str = FIXED
+
+    def add_to(self, parser, stage: str) -> None:
+        """The flag. Not given: None, so that the preset can fill it in."""
+        default = self.default[stage] if isinstance(self.default, dict) else None
+        if self.type is bool:
+            parser.add_argument(f"--{self.name}", action=BooleanOptionalAction, default=default,
+                                help=self.help)
+            return
+        parser.add_argument(f"--{self.name}", help=self.help, type=self.type, default=default,
+                            choices=self.choices, metavar=self.metavar,
+                            nargs="+" if self.several else None)
+
+    def check(self, value) -> None:
+        """SystemExit for a number that no run can use. None is no number: nothing is said."""
+        if value is None:
+            return
+        if self.above is not None and not value > self.above:
+            raise SystemExit(f"--{self.name} {value}: expected a number above {self.above:g}")
+        if self.at_least is not None and not value >= self.at_least:
+            expected = "0 or more" if self.at_least == 0 else f"at least {self.at_least:g}"
+            raise SystemExit(f"--{self.name} {value}: expected {expected}")
+        if self.below is not None and not value < self.below:
+            raise SystemExit(f"--{self.name} {value}: a share, so expected below {self.below:g}")
+
+
+SETTINGS = (
+    Setting("preset", "named settings that all other flags override (default: emoji, or the preset "
+            "of the checkpoint to start from)", default=None, choices=PRESETS, on_resume=FREE),
+    Setting("model", "checkpoint, or run, to start from; none: the public towers and a new "
+            "projector (default: none in stage one, the newest in out/pretrain in stage two)",
+            default=None, metavar="DIR", on_resume=FREE),
+    # The model.
+    Setting("language", "language model: a directory or a name on the hub", on_resume=FREE),
+    Setting("vision", "vision tower: a directory or a name on the hub", on_resume=FREE),
+    Setting("vision_layer", "whose features are used: -1 the last layer's, -2 ...", int),
+    Setting("features", "what of an image is used: all patches, the class token alone, or the "
+            "patches' mean", choices=("patches", "class", "pooled")),
+    Setting("projector", "what joins the two towers", projector_kind),
+    Setting("init_projector", "begin with the projector of this .safetensors, .bin or .pth, by "
+            "LLaVA's, transformers' or MiniMind-V's names", default=None, metavar="FILE"),
+    Setting("pixel_shuffle", "n: n x n patches become one token", int, above=0),
+    Setting("template", "whose chat template (default: the language model's)", choices=FAMILIES),
+    Setting("image_token", "token, or text, that holds an image token's position (default: the "
+            "template's own)", metavar="TEXT"),
+    Setting("system", 'system turn of conversations that have none; "" for no system turn'),
+    # The data.
+    Setting("data", "training file, or emoji for the embedded world; several are mixed, and FILE:2 "
+            "comes twice in an epoch", metavar="FILE", several=True),
+    Setting("images", "directory that the file's image names are relative to"),
+    Setting("fast_images", "decode large JPEGs at a half, a quarter or an eighth and resize "
+            "faster: slightly other pixels (default: as the tower's files say, exactly)", bool,
+            default=None),
+    Setting("cache_features", "keep the frozen vision tower's features of each image there, and "
+            "read them when the image comes again; may be deleted at any time", default=None,
+            metavar="DIR", on_resume=FREE),
+    Setting("cache_gb", "how large that directory may grow (default: 10)", float, default=10.0,
+            above=0, on_resume=FREE),
+    # The run.
+    Setting("out", "directory of this run (default: %(default)s)",
+            default={"pretrain": "out/pretrain", "sft": "out/sft"}, on_resume=FREE),
+    Setting("resume", "go on from the newest checkpoint in --out, with that run's settings", bool,
+            default={"pretrain": False, "sft": False}, on_resume=FREE),
+    Setting("steps", "optimizer steps; wins over --epochs", int, at_least=1, on_resume=FREE),
+    Setting("epochs", "times through the data", float, above=0, on_resume=FREE),
+    Setting("batch_size", "conversations in a micro-batch, on each process", int, above=0,
+            on_resume=FREE),
+    Setting("accumulate", "micro-batches in an optimizer step", int, above=0, on_resume=FREE),
+    Setting("max_length", "tokens of a conversation, images included", int, above=0),
+    # The optimizer.
+    Setting("learning_rate", "peak, for every part without its own", float, above=0,
+            on_resume=BENDS),
+    Setting("projector_learning_rate", "peak, for the projector", float, above=0, on_resume=BENDS),
+    Setting("vision_learning_rate", "peak, for the vision tower", float, above=0, on_resume=BENDS),
+    Setting("weight_decay", "for matrices; norms and biases have none", float, at_least=0),
+    Setting("warmup_ratio", "share of the steps in which the learning rate rises", float,
+            at_least=0, below=1, on_resume=BENDS),
+    Setting("schedule", "how the learning rate falls after the warmup (default: cosine)",
+            default="cosine", choices=SCHEDULES),
+    Setting("clip", "longest gradient; longer ones are scaled down to it", float, above=0,
+            on_resume=BENDS),
+    Setting("dtype", "of the matrix products; auto: bf16 where the hardware multiplies it "
+            "natively, else fp16 on CUDA, fp32 on a processor",
+            choices=("auto", "bf16", "fp16", "fp32"), on_resume=BENDS),
+    Setting("checkpointing", "keep each block's input alone for the backward pass and compute the "
+            "block again there: less memory, a third more time", bool, on_resume=FREE),
+    Setting("parallel", "with several processes: each holds the whole model, or a share of it "
+            "(default: ddp)", default="ddp", choices=("ddp", "fsdp"), on_resume=FREE),
+    Setting("seed", "of new weights, data order, dropout (default: 0)", int, default=0),
+    # Checkpoints and workers.
+    Setting("save_every", "steps between checkpoints", int, above=0, on_resume=FREE),
+    Setting("keep", "newest checkpoints that are kept", int, above=0, on_resume=FREE),
+    Setting("log_samples", "write where each step's samples stand to OUT/samples.jsonl "
+            "(default: no)", bool, default=False, on_resume=FREE),
+    Setting("workers", "processes that prepare data (default: 2)", int, default=2, at_least=0,
+            on_resume=FREE),
+    Setting("max_bad", "share of unusable samples that stops the run (default: 0.01)", float,
+            default=0.01, at_least=0, on_resume=FREE),
+    # What is trained.
+    Setting("train_projector", "train the projector", bool),
+    Setting("train_language", "of the language model: all, none, its last:N or first:N layers, or "
+            "both, as in first:1+last:1"),
+    Setting("train_vision", "train the vision tower", bool),
+    Setting("lora", "train low-rank adapters in a frozen language model", bool),
+    Setting("lora_rank", "width of the adapters", int, above=0),
+    Setting("lora_alpha", "adapters add alpha / rank times their product", float),
+    Setting("lora_dropout", "share of an adapter's input that is dropped", float, at_least=0,
+            below=1),
+    Setting("lora_targets", "names of the linear layers that get an adapter", several=True),
+    # What is measured and shown.
+    Setting("eval_every", "steps between measurements of the loss on held-out samples (default: "
+            "0, never)", int, default=0, at_least=0, on_resume=FREE),
+    Setting("eval_data", "held-out samples; without it the emoji world has its own, and other "
+            "--data needs --eval_samples", default=None, metavar="FILE", on_resume=FREE),
+    Setting("eval_samples", "of --eval_data the first so many; without it the last so many of "
+            "--data, which are then never trained on", int, default=None, at_least=1),
+    Setting("eval_answers", "at each measurement also answer the first question of N held-out "
+            "samples, for OUT/report.html (default: 8; 0: none)", int, default=8, metavar="N",
+            at_least=0, on_resume=FREE),
+    Setting("overfit", "train on the first N samples only, over and over: the first thing to try "
+            "when a loss looks wrong (200 steps, if nothing else is said)", int, default=None,
+            metavar="N", at_least=1),
+    Setting("log", "show the figures of metrics.jsonl and evaluations.jsonl there too "
+            "(requirements-extra.txt)", default=None,
+            choices=TRACKERS, on_resume=FREE),
+    Setting("lora_from", "begin with the adapters of a peft directory; it says their rank, alpha "
+            "and targets", default=None, metavar="DIR"),
+    Setting("full_checkpoint", "copy the public towers into each checkpoint instead of referring "
+            "to them", bool, default=False, on_resume=FREE),
+)
+
+CHANGEABLE = tuple(s.name for s in SETTINGS if s.on_resume == FREE)
+BENDING = tuple(s.name for s in SETTINGS if s.on_resume == BENDS)
