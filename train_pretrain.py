@@ -15,12 +15,11 @@ from functools import partial
 
 import torch
 
-from model.config import VLMConfig
-from model.language import LanguageModel
-from model.pretrained.checkpoint import find_base, own_names
-from model.projector import Projector
-from model.vision import VisionTransformer
-from model.vlm import VLM
+from model.config import ProjectorConfig, VLMConfig
+from model.pretrained.checkpoint import own_names
+from model.pretrained.hub import resolve
+from model.pretrained.load import load_language, load_vision
+from model.vlm import build_model
 from training.bundle import (
     ModelBundle,
     checkpoint_config,
@@ -91,22 +90,19 @@ def load_or_build(settings, checkpoint) -> ModelBundle:
 
 def build(settings) -> ModelBundle:
     """Two public towers and, between them, a new projector."""
-    directories = find_base(settings.language), find_base(settings.vision)
+    directories = resolve(settings.language), resolve(settings.vision)
     # Each weight in the dtype of its file; cast_weights decides once it is known what is trained.
-    language = LanguageModel.from_pretrained(str(directories[0]), None)
-    vision = VisionTransformer.from_pretrained(
-        str(directories[1]), None, feature_layer=settings.vision_layer, features=settings.features)
+    language = load_language(directories[0], None)
+    vision = load_vision(directories[1], None, settings.vision_layer, settings.features)
     template, processor = make_inputs(settings, language.config, vision.config, *directories)
-    projector = Projector(settings.projector, vision.config.hidden_size,
-                          language.config.hidden_size, settings.pixel_shuffle,
-                          embedding_rms(language))
+    projector = ProjectorConfig(settings.projector, vision.config.hidden_size,
+                                language.config.hidden_size, settings.pixel_shuffle)
+    config = VLMConfig(language.config, vision.config, projector, template.image_token_id)
+    model = build_model(config, language, vision, embedding_rms(language))
     if settings.init_projector:
         from extras.convert.published_projector import load_projector  # here: it is an extra
 
-        load_projector(projector, settings.init_projector)
-    config = VLMConfig(language.config, vision.config, settings.projector, settings.pixel_shuffle,
-                       template.image_token_id)
-    model = VLM(config, language, vision, projector)
+        load_projector(model.projector, settings.init_projector)
     facts = checkpoint_config(model, template, settings, public_bases(settings), lora=None)
     return ModelBundle(model, template, processor, facts, changed=set())
 
@@ -219,8 +215,8 @@ def backward(model, batch, num_tokens: float, settings, distributed,
     """Add a micro-batch's share of the step's loss to the gradients; return this share."""
     batch = batch.to(distributed.device, non_blocking=True)
     with autocast(settings.dtype, distributed.device):
-        token_losses, _ = model(batch.ids, batch.labels, batch.pixels, batch.order,
-                                batch.features)  # their sum
+        images = batch.pixels if batch.features is None else batch.features
+        token_losses, _ = model(batch.ids, batch.labels, images, batch.order)  # their sum
     loss = token_losses / num_tokens
     scaler.scale(loss).backward()
     return loss.detach()

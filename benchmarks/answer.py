@@ -43,6 +43,7 @@ from PIL import Image
 
 from dataset.chat import IMAGE, Message
 from extras.preset_list import LANGUAGE, ROOT, VISION
+from model.pretrained.public_config import read_language_config, read_vision_config
 from training.precision import NUMBERS
 
 SMOLLM2, SIGLIP = "HuggingFaceTB/SmolLM2-135M-Instruct", "google/siglip-base-patch16-224"
@@ -63,18 +64,17 @@ now = time.perf_counter  # --clock chooses
 def write_public(name: str, place: Path) -> None:
     """Two towers as they are published, of random numbers, with the emoji tokenizer: which of its
     words a prompt holds costs nothing, how many it holds does."""
-    from model.config import LanguageConfig, VisionConfig
     from model.language import LanguageModel
-    from model.pretrained.hub import save_language, save_vision
+    from model.pretrained.save import save_language, save_vision
     from model.vision import VisionTransformer
 
     torch.manual_seed(0)
     language, vision = MODELS[name]
     for part, facts, make, save in (
             ("language", LANGUAGE[language],
-             lambda f: LanguageModel(LanguageConfig.from_public(f)), save_language),
+             lambda f: LanguageModel(read_language_config(f)), save_language),
             ("vision", VISION[vision],
-             lambda f: VisionTransformer(VisionConfig.from_public(f)), save_vision)):
+             lambda f: VisionTransformer(read_vision_config(f)), save_vision)):
         with torch.device("meta"):
             model = make(facts)
         model = model.to(torch.bfloat16).to_empty(device="cpu")

@@ -24,7 +24,8 @@ from torch import nn
 from tqdm import tqdm
 
 from dataset.images import ImageProcessor
-from model.pretrained.hub import load_vision, save_vision
+from model.pretrained.load import load_vision
+from model.pretrained.save import save_vision
 from training.optim import set_learning_rate
 from training.schedules import cosine
 

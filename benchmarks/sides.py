@@ -32,11 +32,10 @@ from extras.export.transformers import llava
 from extras.fast import prepare_for_training
 from extras.fast.feature_cache import FeatureCache, with_cached_features
 from extras.preset_list import LANGUAGE, ROOT, VISION
-from model.config import LanguageConfig, VisionConfig, VLMConfig
-from model.language import LanguageModel
-from model.projector import Projector
-from model.vision import VisionTransformer
-from model.vlm import VLM
+from model.config import ProjectorConfig, VLMConfig
+from model.pretrained.meta_device import meta_device
+from model.pretrained.public_config import read_language_config, read_vision_config
+from model.vlm import VLM, build_model
 from train_pretrain import backward
 from training.optim import choose_trainable, make_optimizer
 from training.precision import NUMBERS, cast_weights
@@ -72,12 +71,11 @@ class Work:
 
 
 def empty(work: Work) -> VLM:
-    language = LanguageConfig.from_public(work.language)
-    vision = VisionConfig.from_public(work.vision, FEATURE_LAYER)
-    with torch.device("meta"):
-        return VLM(VLMConfig(language, vision, "mlp", 1, work.placeholder),
-                   LanguageModel(language), VisionTransformer(vision),
-                   Projector("mlp", vision.hidden_size, language.hidden_size))
+    language = read_language_config(work.language)
+    vision = read_vision_config(work.vision, FEATURE_LAYER)
+    projector = ProjectorConfig("mlp", vision.hidden_size, language.hidden_size)
+    with meta_device():
+        return build_model(VLMConfig(language, vision, projector, work.placeholder))
 
 
 def write_weights(work: Work, directory: Path) -> None:

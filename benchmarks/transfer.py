@@ -29,7 +29,7 @@ from dataset.emoji import texts
 from dataset.emoji.world import CHAT_START, SPRITES, TEST_START, picture, scene
 from dataset.images import ImageProcessor
 from extras.emoji.make_sprites import draw_sheet
-from model.pretrained.checkpoint import find_base
+from model.pretrained.hub import resolve
 
 SIDE = 168  # pixels a side that DINOv2 looks at: 12 x 12 patches, joined to 36 image tokens
 KINDS = tuple(kind for kind in texts.KINDS if kind != "followup")
@@ -128,7 +128,7 @@ def main(arguments=None) -> None:
     out, began = flags.out.resolve(), clock()
     prepare(flags, out)
     towers = ["--language", flags.language, "--vision",
-              str(small_pictures(find_base(flags.vision), out))]
+              str(small_pictures(resolve(flags.vision), out))]
     pictures, common = ["--images", str(out / "pictures")], ["--seed", str(flags.seed), *others]
     train(out / "pretrain", ["train_pretrain.py", *COMMON, *PRETRAIN, *towers, *pictures, "--data",
                              str(out / "captions.jsonl"), *common])

@@ -34,9 +34,9 @@ from evaluation.summary import (
     table,
     write_predictions,
 )
-from model.pretrained.checkpoint import STEP, find_base, find_model, read_run
-from model.pretrained.hub import file_hashes
-from model.pretrained.manifest import sha256
+from model.pretrained.checkpoint import STEP, find_model, read_run
+from model.pretrained.files import file_hashes, sha256
+from model.pretrained.hub import resolve
 from model.projector import Projector
 from training.data import data_hash, matching
 from training.inference import load_model
@@ -144,7 +144,7 @@ def result_name(flags, checkpoint) -> str:
     other settings. The hash is of where both lie, for there may be a second data.jsonl elsewhere.
     """
     files = data_files(flags)
-    model = find_base(model_name(flags, checkpoint)) if checkpoint == "none" else Path(checkpoint)
+    model = resolve(model_name(flags, checkpoint)) if checkpoint == "none" else Path(checkpoint)
     emoji = flags.data == ["emoji"]
     paths = [model.resolve(), *("emoji" if emoji else Path(file).resolve() for file in files)]
     shown = "-".join(model.resolve().parts[-2:] if STEP.fullmatch(model.resolve().name)
@@ -210,7 +210,7 @@ def answer_settings(flags, metric: str, questions: list, template, model) -> dic
 def model_files(flags, checkpoint) -> dict:
     """{"model": {file: sha256}}; checkpoint: a directory, or "none" for --language alone."""
     if checkpoint == "none":
-        return {"model": file_hashes(find_base(model_name(flags, checkpoint)))}
+        return {"model": file_hashes(resolve(model_name(flags, checkpoint)))}
     return {"model": {name: sha256(Path(checkpoint) / name) for name in CHECKPOINT_FILES
                       if (Path(checkpoint) / name).is_file()}}
 
@@ -233,9 +233,8 @@ def runs_of(checkpoint) -> list[Path]:
 def random_projector(model) -> Projector:
     """In the place of what stage one learned."""
     torch.manual_seed(0)
-    c, weight = model.config, model.projector.fc1.weight
-    fresh = Projector(c.projector, c.vision.hidden_size, c.language.hidden_size, c.pixel_shuffle)
-    return fresh.to(weight.device, weight.dtype).eval()
+    weight = next(model.projector.parameters())
+    return Projector(model.config.projector).to(weight.device, weight.dtype).eval()
 
 
 # ---------------------------------------------------------------- asking and writing

@@ -178,7 +178,7 @@ def draw_attention(conversation) -> Figure:
         raise ValueError(f"--attention: this model was trained with --features "
                          f"{model.config.vision.features}, one token for a whole image; there are "
                          "no places in it to look at")
-    side = model.config.vision.patch_size * model.config.pixel_shuffle  # pixels of a token
+    side = model.config.vision.patch_size * model.config.projector.pixel_shuffle
     images = [input_image(one, conversation.processor, side) for one in pixels]
     rows, columns = images[0].shape[0] // side, images[0].shape[1] // side
     weights, lens = attention_maps(model, [*prompt, *answer], torch.stack(pixels), len(answer))

@@ -18,14 +18,13 @@ from pathlib import Path
 import huggingface_hub
 
 from extras.preset_list import download_size, format_bytes
-from model.pretrained.hub import WANTED_FILES
-from model.pretrained.manifest import sha256
+from model.pretrained.files import sha256
+from model.pretrained.hub import PICKLE_FILES, WANTED_FILES
 from training.presets import PRESETS, Preset
 from training.writable import check_directory
 
 PARTS = ("language", "vision", "data")
-# What is read where a model is not published as safetensors; where it is, these hold it again.
-TORCH_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+
 
 
 def main(arguments=None) -> None:
@@ -76,7 +75,7 @@ def list_files(repo: str, kind: str, patterns: list[str], to: str | None) -> lis
     held = huggingface_hub.HfApi(endpoint=endpoint()).repo_info(
         repo, repo_type=kind, files_metadata=True).siblings
     if kind == "model" and not any(fnmatch(f.rfilename, "model*.safetensors") for f in held):
-        patterns = patterns + TORCH_FILES
+        patterns = patterns + PICKLE_FILES
     missing = [pattern for pattern in patterns
                if not any(fnmatch(file.rfilename, pattern) for file in held)]
     if kind == "dataset" and missing:

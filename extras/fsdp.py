@@ -96,7 +96,7 @@ class FSDP(Distributed):
         # All that is in no block is one unit, gathered when the step begins: embedding table,
         # head, projector, first and last layers of the towers.
         fully_shard(model.float(), mesh=self.mesh)
-        model.always_look = True
+        model.force_vision_forward = True
 
     def describe_start(self, step: int) -> str:
         return f"step {step}, weights that add up to {self.weights_sum}"

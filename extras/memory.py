@@ -41,12 +41,9 @@ from extras.preset_list import (
     image_tokens,
     static_memory,
 )
-from model.language import LanguageModel
 from model.pretrained.checkpoint import own_names
 from model.pretrained.meta_device import meta_device
-from model.projector import Projector
-from model.vision import VisionTransformer
-from model.vlm import VLM
+from model.vlm import VLM, build_model
 from training.optim import choose_trainable
 from training.precision import autocast, cast_weights, choose_dtype
 from training.presets import PRESETS, read_flags, resolve
@@ -94,9 +91,7 @@ def as_trained(config, settings) -> VLM:
     """The model as a run has it, with adapters, frozen parts and each weight's dtype, on the "meta"
     device: shapes without values."""
     with meta_device():
-        model = VLM(config, LanguageModel(config.language), VisionTransformer(config.vision),
-                    Projector(config.projector, config.vision.hidden_size,
-                              config.language.hidden_size, config.pixel_shuffle))
+        model = build_model(config)
     choose_trainable(model, argparse.Namespace(**{**vars(settings), "lora_from": None}), None)
     cast_weights(model, settings.dtype, set(own_names(model)))
     model.set_checkpointing(settings.checkpointing)

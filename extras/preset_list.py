@@ -3,29 +3,28 @@
     published_models.json -> models on the "meta" device: shapes without values -> parameters
     parameters, and which of them each stage trains -> memory; published sizes -> download
 
-published_models.json holds of each config.json what gives a model its shape. "gigabytes": the
-published weight files, 1e9 bytes (those of CLIP and SigLIP hold a text tower too); where that is
-not known, "bytes" of one weight, to compute it from. "pixels": a side of the image that the
-published processor makes, if not image_size. Nothing is fetched and nothing is measured.
+published_models.json holds of each config.json what gives a model its shape. "bytes": of
+one weight, where the size of the published files is not known (GIGABYTES of
+model/pretrained/hub.py; those of CLIP and SigLIP hold a text tower too). "pixels": a side of the
+image that the published processor makes, if not image_size. Nothing is fetched or measured.
 """
 
 import argparse
-import json
 from functools import cache
 from pathlib import Path
 
-from model.config import LanguageConfig, VisionConfig, VLMConfig
+from model.config import ProjectorConfig, VLMConfig
 from model.language import LanguageModel
+from model.pretrained.files import read_json
+from model.pretrained.hub import GIGABYTES, ROOT
 from model.pretrained.meta_device import meta_device
-from model.projector import Projector
+from model.pretrained.public_config import read_language_config, read_vision_config
 from model.vision import VisionTransformer
-from model.vlm import VLM
+from model.vlm import VLM, build_model
 from training.optim import choose_trainable
 from training.preset_table import PRESETS, Preset
 
-ROOT = Path(__file__).resolve().parent.parent
-LANGUAGE, VISION = json.loads(
-    Path(__file__).with_name("published_models.json").read_text(encoding="utf-8")).values()
+LANGUAGE, VISION = read_json(Path(__file__).with_name("published_models.json")).values()
 COLUMNS = "{:<18}{:>14}{:>13}   {:<16}{:>14}{:>19}"
 NOTES = """\
 language, vision: parameters that are loaded, exact. Projector: kind and image tokens.
@@ -40,7 +39,7 @@ def facts(name: str, table: dict) -> dict:
     """The config facts of a public model, or of one in this repository."""
     if name in table:
         return table[name]
-    return json.loads((ROOT / name / "config.json").read_text(encoding="utf-8"))
+    return read_json(ROOT / name / "config.json")
 
 
 def image_tokens(preset: Preset) -> int:
@@ -54,21 +53,20 @@ def image_tokens(preset: Preset) -> int:
 
 def empty_model(preset: Preset) -> VLM:
     """The whole model in full size, without values: it takes no memory."""
-    language = empty_tower(preset.language)
-    vision = empty_tower(preset.vision, preset.vision_layer, preset.features)
+    language = read_language_config(facts(preset.language, LANGUAGE))
+    vision = read_vision_config(facts(preset.vision, VISION), preset.vision_layer, preset.features)
+    projector = ProjectorConfig(preset.projector, vision.hidden_size, language.hidden_size,
+                                preset.pixel_shuffle)
     with meta_device():
-        projector = Projector(preset.projector, vision.config.hidden_size,
-                              language.config.hidden_size, preset.pixel_shuffle)
-    return VLM(VLMConfig(language.config, vision.config, preset.projector, preset.pixel_shuffle,
-                         image_token_id=0), language, vision, projector)
+        return build_model(VLMConfig(language, vision, projector, image_token_id=0))
 
 
 def empty_tower(name: str, feature_layer: int | None = None, features: str = "patches"):
     """A language model; with a feature_layer, a vision tower."""
     with meta_device():
         if feature_layer is None:
-            return LanguageModel(LanguageConfig.from_public(facts(name, LANGUAGE)))
-        return VisionTransformer(VisionConfig.from_public(facts(name, VISION), feature_layer,
+            return LanguageModel(read_language_config(facts(name, LANGUAGE)))
+        return VisionTransformer(read_vision_config(facts(name, VISION), feature_layer,
                                                           features))
 
 
@@ -78,10 +76,12 @@ def parameters(module) -> int:
 
 def download_size(name: str) -> float:
     """Bytes of a model's published weights; 0 for what lies in this repository."""
-    about = {**LANGUAGE, **VISION}.get(name, {"gigabytes": 0})
-    if "gigabytes" in about:
-        return 1e9 * about["gigabytes"]
-    return about["bytes"] * parameters(empty_tower(name, None if name in LANGUAGE else -1))
+    if name in GIGABYTES:
+        return 1e9 * GIGABYTES[name]
+    published = {**LANGUAGE, **VISION}.get(name)
+    if published is None:
+        return 0
+    return published["bytes"] * parameters(empty_tower(name, None if name in LANGUAGE else -1))
 
 
 def static_memory(model) -> tuple[int, int, int]:

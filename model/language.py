@@ -149,17 +149,6 @@ class LanguageModel(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    @classmethod
-    def from_pretrained(cls, name: str,
-                        dtype: torch.dtype | None = torch.float32) -> "LanguageModel":
-        """Load a public model from a local directory or by its name on the hub.
-
-        dtype None: the numbers as they are in the file.
-        """
-        from model.pretrained.hub import load_language  # here, because weights.py knows this class
-
-        return load_language(name, dtype)
-
     def embed(self, ids):
         """ids (B,T) -> (B,T,D). A frozen table may be stored in bf16, but the residual stream has
         the dtype of the norms, float32 in training: bf16 would round small additions away."""

@@ -103,18 +103,6 @@ class VisionTransformer(nn.Module):
         if self.final_norm:
             self.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
-    @classmethod
-    def from_pretrained(cls, name: str, dtype: torch.dtype | None = torch.float32,
-                        feature_layer: int = -1,
-                        features: str = "patches") -> "VisionTransformer":
-        """Load a public tower from a local directory or by its name on the hub.
-
-        dtype None: the numbers as they are in the file.
-        """
-        from model.pretrained.hub import load_vision  # here, because weights.py knows this class
-
-        return load_vision(name, dtype, feature_layer, features)
-
     def positions(self, rows: int, columns: int):
         """The position table (1,P,Dv), interpolated when the image is not of the trained size.
 

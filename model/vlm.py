@@ -1,6 +1,6 @@
 """The vision-language model: ids, labels (B,T) and pixels (N,3,H,W) in, the summed loss out.
 
-    pixels (N,3,H,W) -> vision (N,P,Dv) -> projector (N,K,D) ─┐ in the order of the pictures
+    pixels (N,3,H,W) -> vision (N,P,Dv) -> projector (N,K,D) ─┐ in the order of the images
     ids (B,T) -> embedding table (B,T,D) ── splice: each placeholder takes the next image token
                                           └─> decoder (B,T,D) -> head where supervised -> loss
 
@@ -12,14 +12,13 @@ from torch import nn
 
 from model.config import VLMConfig
 from model.language import LanguageModel
-from model.lora import lora_parameters
 from model.loss import chunked_cross_entropy
 from model.projector import Projector
 from model.vision import VisionTransformer
 
 
 class VLM(nn.Module):
-    """Three parts that each work alone; this class only brings them together."""
+    """Three parts that each work alone, brought together."""
 
     def __init__(self, config: VLMConfig, language: LanguageModel, vision: VisionTransformer,
                  projector: Projector):
@@ -29,131 +28,82 @@ class VLM(nn.Module):
         self.vision = vision
         self.projector = projector
         self.loss_function = chunked_cross_entropy  # extras/fast has a faster one
-        self.always_look = False  # see nothing(); set where the weights are spread over processes
-
-    @classmethod
-    def from_pretrained(cls, directory, dtype: torch.dtype = torch.float32) -> "VLM":
-        """Load one of our own checkpoint directories, ready for chat."""
-        from model.pretrained.checkpoint import (
-            load_checkpoint,  # here, because checkpoint.py knows VLM
-        )
-
-        return load_checkpoint(directory, dtype)
+        self.force_vision_forward = False  # see dummy_image_loss; set where weights are sharded
 
     def set_checkpointing(self, on: bool) -> None:
         """Trade time for memory: keep only each block's input for the backward pass."""
         self.language.checkpointing = self.vision.checkpointing = on
 
-    def look(self, pixels):
-        """pixels (N,3,H,W) -> what the vision tower sees in each picture (N,P,Dv)."""
+    def vision_features(self, pixels):
+        """pixels (N,3,H,W) -> (N,P,Dv)"""
         trained = any(p.requires_grad for p in self.vision.parameters())
         # A frozen tower keeps nothing for a backward pass: that is most of stage one's memory.
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             return self.vision(pixels)
 
-    def encode_images(self, pixels=None, features=None):
-        """pixels (N,3,H,W), features (F,P,Dv) of further pictures that the tower has seen before,
-        one of them or both -> the language tokens of each picture (N+F,K,D)."""
-        numbers = self.projector.fc1.weight.dtype
-        seen = [] if pixels is None else [self.look(pixels).to(numbers)]
-        seen += [] if features is None else [features.to(numbers)]
-        return self.projector(torch.cat(seen) if len(seen) > 1 else seen[0])
+    def encode_images(self, images):
+        """images: pixels (N,3,H,W), or vision features (N,P,Dv) that were computed before
+        -> image tokens (N,K,D)"""
+        features = self.vision_features(images) if images.ndim == 4 else images
+        return self.projector(features.to(self.projector.dtype))
 
-    def embed(self, ids, pixels=None, order=None, features=None):
-        """ids (B,T), pictures as encode_images takes them, or none -> embeddings (B,T,D), pictures
-        in their places.
+    def embed(self, ids, images=None, order=None):
+        """ids (B,T), images as encode_images takes them -> (B,T,D), image tokens spliced in.
 
-        Placeholders are filled row by row from left to right. order (M,): which picture each of
-        their M runs shows, so that one that is shown twice is looked at once; default: each in
-        its turn.
+        The placeholders are filled row by row from left to right. order (M,): the index of the
+        image that each of their M runs shows, so that an image that occurs twice is encoded once;
+        default: each image once, in turn. ValueError unless placeholders and image tokens agree
+        in number: one too many would shift every later image.
         """
         placeholder = ids == self.config.image_token_id  # (B,T)
         # The placeholder's id may lie past the end of the table, so it is never looked up.
         embeds = self.language.embed(ids.masked_fill(placeholder, 0))  # (B,T,D)
-        wanted = int(placeholder.sum())
-        if not sum(len(pictures) for pictures in (pixels, features) if pictures is not None):
-            self.check_count(wanted, 0, 0)
-            return embeds + self.nothing()
-        images = self.encode_images(pixels, features)  # (N+F,K,D)
-        if order is not None:
-            images = images[order]  # (M,K,D)
-        self.check_count(wanted, *images.shape[:2])
-        return embeds.masked_scatter(placeholder[:, :, None], images.to(embeds.dtype))
-
-    def check_count(self, wanted: int, N: int, K: int) -> None:
-        """Surplus pictures or placeholders would shift every later picture: refuse them."""
-        if wanted != N * K:
+        if images is None or len(images) == 0:
+            tokens = embeds.new_zeros(0, 0, embeds.shape[-1])
+            embeds = embeds + self.dummy_image_loss(ids.device)
+        else:
+            tokens = self.encode_images(images)  # (N,K,D)
+            tokens = tokens if order is None else tokens[order]  # (M,K,D)
+        N, K, _ = tokens.shape
+        if (placeholders := int(placeholder.sum())) != N * K:
             raise ValueError(
-                f"the ids hold {wanted} image placeholders (id {self.config.image_token_id}), but "
-                f"{N} pictures of {K} tokens make {N * K}; each picture needs its full run of "
-                "placeholders, and each run its picture"
-            )
+                f"the ids hold {placeholders} image placeholders (id {self.config.image_token_id})"
+                f", but {N} images of {K} tokens make {N * K}; each image needs its full run of "
+                "placeholders, and each run its image")
+        return embeds.masked_scatter(placeholder[:, :, None], tokens.to(embeds.dtype))
 
-    def nothing(self):
-        """A zero that has come the whole way of a picture, of the smallest picture there is.
+    def dummy_image_loss(self, device):
+        """A dummy image loss of zero, so that every rank runs the same collectives.
 
-        With several processes, each waits for the others' gradient of every parameter; and where
-        each holds only a share of the weights, even of the frozen ones, for the others' shares
-        too (always_look). One whose batch has no picture must go the same way, or all would wait
-        for ever.
+        Each rank waits for the others' gradient of every trained parameter, and where the weights
+        are sharded (force_vision_forward) for their shards of the frozen ones too. A rank whose
+        batch has no image would leave the others waiting, so it encodes the smallest image.
         """
-        learns = any(p.requires_grad for part in (self.vision, self.projector)
-                     for p in part.parameters())
-        if not self.always_look and not (learns and torch.is_grad_enabled()):
+        trained = any(p.requires_grad for part in (self.vision, self.projector)
+                      for p in part.parameters())
+        if not self.force_vision_forward and not (trained and torch.is_grad_enabled()):
             return 0
-        side = self.vision.config.patch_size * self.projector.pixel_shuffle  # makes one token
-        pixels = torch.zeros(1, 3, side, side, device=self.projector.fc1.weight.device)
-        return 0 * self.encode_images(pixels).sum()
+        side = self.config.vision.patch_size * self.config.projector.pixel_shuffle  # K = 1
+        return 0 * self.encode_images(torch.zeros(1, 3, side, side, device=device)).sum()
 
-    def forward(self, ids, labels, pixels=None, order=None, features=None):
-        """ids (B,T), labels (B,T), pictures as embed takes them -> (summed loss, supervised
-        tokens).
+    def forward(self, ids, labels, images=None, order=None):
+        """ids (B,T), labels (B,T), images and order as embed takes them -> (summed loss,
+        supervised tokens).
 
-        labels[b,t] is the token after ids[b,t], or -100 where nobody is asked: they are shifted
-        already. The loss is a sum and no mean, so that the training loop can divide by the
-        count of the whole step, over micro-batches and processes.
+        labels[b,t] is the token after ids[b,t] (shifted already), or negative where the loss skips
+        it. The loss is a sum and no mean: the training loop divides it by the supervised tokens of
+        the whole step, over micro-batches and ranks.
         """
-        hidden = self.language.decode(self.embed(ids, pixels, order, features))  # (B,T,D)
+        hidden = self.language.decode(self.embed(ids, images, order))  # (B,T,D)
         supervised = labels >= 0  # (B,T)
-        # With 150,000 words the head is the dearest layer; it runs only where a label asks.
+        # With 150,000 tokens the head is the most expensive layer; it runs only where supervised.
         loss = self.loss_function(self.language, hidden[supervised], labels[supervised])
         return loss, supervised.sum()
 
 
-def set_trainable(vlm: VLM, projector: bool = True, vision: bool = False,
-                  language: str = "none") -> None:
-    """Choose what learns; everything else is frozen.
-
-    language: "none", "all", "last:N" (its last N layers), "first:N", both joined by a plus sign
-    ("first:1+last:1"), or "lora" (the adapters that add_lora put in before). Stage one is the
-    default: the projector alone.
-    """
-    vlm.requires_grad_(False)
-    vlm.projector.requires_grad_(projector)
-    vlm.vision.requires_grad_(vision)
-    if language == "all":
-        vlm.language.requires_grad_(True)
-    elif language == "lora":
-        adapters = lora_parameters(vlm.language)
-        if not adapters:
-            raise ValueError("language='lora', but the language model has no adapters: "
-                             "call add_lora(vlm.language, ...) first")
-        for parameter in adapters:
-            parameter.requires_grad_(True)
-    elif language != "none":
-        for layers in some_layers(vlm.language.layers, language):
-            layers.requires_grad_(True)
-
-
-def some_layers(layers: nn.ModuleList, wanted: str) -> list[nn.ModuleList]:
-    """wanted: "last:N", "first:N", or several of these joined by a plus sign."""
-    chosen = []
-    for part in wanted.split("+"):
-        end, _, number = part.partition(":")
-        N = int(number) if number.isdecimal() else 0
-        if end not in ("first", "last") or not 1 <= N <= len(layers):
-            raise ValueError(f"language is 'none', 'all', 'lora', 'last:N', 'first:N' or "
-                             f"'first:N+last:M' with numbers from 1 to {len(layers)}, "
-                             f"got {wanted!r}")
-        chosen.append(layers[:N] if end == "first" else layers[-N:])
-    return chosen
+def build_model(config: VLMConfig, language: LanguageModel | None = None,
+                vision: VisionTransformer | None = None, output_rms: float = 0.05) -> VLM:
+    """The model of a config: new weights, or the towers that are given. output_rms: as Projector
+    takes it. Under meta_device() it has shapes and takes no memory."""
+    return VLM(config, language or LanguageModel(config.language),
+               vision or VisionTransformer(config.vision), Projector(config.projector, output_rms))

@@ -7,11 +7,9 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from model.config import LanguageConfig, VisionConfig, VLMConfig
-from model.language import LanguageModel
-from model.projector import Projector
-from model.vision import VisionTransformer
-from model.vlm import VLM
+from model.config import ProjectorConfig, VLMConfig
+from model.pretrained.public_config import read_language_config, read_vision_config
+from model.vlm import VLM, build_model
 
 # Odd numbers on purpose: a swapped axis cannot go unnoticed.
 LANGUAGE = {
@@ -138,12 +136,11 @@ def tiny_vlm(image_token_id: int = 60, pixel_shuffle: int = 1, projector: str = 
              tied: bool = True, seed: int = 0) -> VLM:
     """Our own whole model: pictures of 48 x 48, K = 9 tokens each (1 with pixel_shuffle 3)."""
     torch.manual_seed(seed)
-    language = LanguageConfig.from_public(
+    language = read_language_config(
         {"model_type": "qwen2", **LANGUAGE, "tie_word_embeddings": tied})
-    vision = VisionConfig.from_public({"model_type": "siglip_vision_model", **VISION})
-    config = VLMConfig(language, vision, projector, pixel_shuffle, image_token_id)
-    vlm = VLM(config, LanguageModel(language), VisionTransformer(vision), Projector(
-        projector, vision.hidden_size, language.hidden_size, pixel_shuffle))
+    vision = read_vision_config({"model_type": "siglip_vision_model", **VISION})
+    joined = ProjectorConfig(projector, vision.hidden_size, language.hidden_size, pixel_shuffle)
+    vlm = build_model(VLMConfig(language, vision, joined, image_token_id))
     randomise(vlm.language)
     return vlm
 

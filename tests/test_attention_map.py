@@ -6,7 +6,8 @@ import torch
 import transformers
 
 from extras.attention import attention_maps, attention_weights, each_layer
-from model.language import LanguageModel, rope_cos_sin
+from model.language import rope_cos_sin
+from model.pretrained.load import load_language
 from tests.families import tiny_vlm
 
 FACTS = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -26,7 +27,7 @@ def pair(request, tmp_path_factory):
     for parameter in theirs.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     theirs.save_pretrained(directory)
-    return theirs, LanguageModel.from_pretrained(str(directory)).eval()
+    return theirs, load_language(str(directory)).eval()
 
 
 def test_weights_are_those_of_the_public_model(pair):

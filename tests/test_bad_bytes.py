@@ -21,8 +21,8 @@ from tiny import make_pair
 from dataset.images import ImageProcessor, load_image
 from dataset.readers.formats import BadSample, open_data
 from dataset.tokenizer import Tokenizer
-from extras.convert.pickle_loader import load_plain
-from model.pretrained.hub import load_language, load_vision
+from model.pretrained.load import load_language, load_vision
+from model.pretrained.pickle_loader import load_plain
 
 TOLD = (ValueError, FileNotFoundError)  # what the commands catch and print
 

@@ -13,8 +13,9 @@ from PIL import Image
 from tiny import make_world
 
 import train_pretrain
-from model.pretrained.checkpoint import load_checkpoint, newest_checkpoint
-from model.pretrained.hub import file_hashes
+from model.pretrained.checkpoint import newest_checkpoint
+from model.pretrained.files import file_hashes
+from model.pretrained.load import load_checkpoint
 
 # Ten samples of 2,000 are half a percent: name, line, and what is said of it.
 BAD = [

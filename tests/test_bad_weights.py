@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from tiny import make_pair
 
 from dataset.tokenizer import Tokenizer
-from extras.convert.pickle_loader import load_plain
-from model.pretrained.hub import load_language, load_vision
+from model.pretrained.load import load_language, load_vision
+from model.pretrained.pickle_loader import load_plain
 
 UP = "model.layers.1.mlp.up_proj.weight"
 NORM = "model.norm.weight"

@@ -15,12 +15,11 @@ from model.lora import merge_lora
 from model.pretrained.checkpoint import (
     checkpoints,
     find_model,
-    load_checkpoint,
     newest_checkpoint,
     read_config,
     save_checkpoint,
 )
-from model.vlm import VLM
+from model.pretrained.load import load_checkpoint
 from tests.tiny import make_world
 from train_pretrain import load_or_build
 from training.presets import read_flags, resolve
@@ -63,7 +62,7 @@ def trained(flags, script=train_pretrain):
     [], ["--lora"], ["--train_language", "last:1"], ["--train_language", "all", "--train_vision"]])
 def test_what_is_loaded_answers_as_what_was_trained(world, tmp_path, flags):
     model, checkpoint = trained([*world, *flags, "--out", str(tmp_path / "out")])
-    difference = (logits(model) - logits(VLM.from_pretrained(checkpoint))).abs().max().item()
+    difference = (logits(model) - logits(load_checkpoint(checkpoint))).abs().max().item()
     assert difference == 0, f"largest difference {difference}"
     loaded = load_checkpoint(checkpoint)
     merge_lora(loaded.language)

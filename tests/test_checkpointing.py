@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_sft
 from model.lora import add_lora
-from model.vlm import set_trainable
 from tests.tiny import curve, make_world
 from training.precision import autocast, cast_weights
+from training.trainable import set_requires_grad
 
 CPU = torch.device("cpu")
 
@@ -34,7 +34,7 @@ def trained(how: str, **facts):
             if name.endswith("lora_b"):
                 torch.nn.init.normal_(p, std=0.1)
     # Frozen inputs: below the adapters nothing is trained, not even the projector.
-    set_trainable(vlm, projector=how != "lora", vision=how == "all",
+    set_requires_grad(vlm, projector=how != "lora", vision=how == "all",
                   language={"projector": "none"}.get(how, how))
     return vlm
 

@@ -22,10 +22,11 @@ from extras.fast.cuda_graph import CUDAGraphDecodeStep
 from extras.fast.prefix_cache import PrefixCache
 from extras.fast.quantize import BITS, quantize
 from extras.memory import planned, predict
-from model.config import LanguageConfig
 from model.generate import generate
-from model.language import Attention, LanguageModel
+from model.language import Attention
 from model.pretrained.checkpoint import newest_checkpoint
+from model.pretrained.load import load_language
+from model.pretrained.public_config import read_language_config
 from model.vlm import VLM
 from tests.test_checkpointing import batch, trained
 from tests.test_generate import greedy_without_cache, random_prompt
@@ -54,7 +55,7 @@ def there(model):
 def test_the_decoder_equals_transformers_on_the_gpu(facts, tmp_path):
     public = public_language("Qwen2", **facts)
     public.save_pretrained(tmp_path)
-    ours, public = LanguageModel.from_pretrained(str(tmp_path)).to(GPU).eval(), public.to(GPU)
+    ours, public = load_language(str(tmp_path)).to(GPU).eval(), public.to(GPU)
     ids = torch.randint(0, 61, (2, 70), generator=torch.Generator().manual_seed(3)).to(GPU)
     with torch.inference_mode():
         assert_close(ours(ids), public(ids).logits, 2e-4, "ours/public")
@@ -65,7 +66,8 @@ def test_a_picture_is_seen_as_on_the_cpu():
     plain = tiny_vlm()
     pixels = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        assert_close(there(plain).look(pixels.to(GPU)).cpu(), plain.look(pixels), 2e-5, "features")
+        assert_close(there(plain).vision_features(pixels.to(GPU)).cpu(),
+                     plain.vision_features(pixels), 2e-5, "features")
 
 
 def attention(heads: int, dtype, kind=SharedHeadsAttention):
@@ -73,7 +75,7 @@ def attention(heads: int, dtype, kind=SharedHeadsAttention):
                  num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=heads,
                  tie_word_embeddings=True, max_position_embeddings=9000)
     torch.manual_seed(0)
-    return kind(LanguageConfig.from_public(facts)).to(dtype)
+    return kind(read_language_config(facts)).to(dtype)
 
 
 def turned(T: int, device):

@@ -16,8 +16,8 @@ import training.precision
 from extras.fast import prepare_for_inference
 from extras.fast.attention import kernel_shares_heads
 from extras.fast.quantize import is_quantized
-from model.config import LanguageConfig
 from model.language import LanguageModel
+from model.pretrained.public_config import read_language_config
 from tests.tiny import ROOT, make_world
 from training.device import (
     KERNEL_CACHES,
@@ -146,7 +146,7 @@ def test_a_chat_takes_bf16_where_the_processor_is_faster_in_it(native, monkeypat
                    "bf16 products are 0.5 times as fast here")
     assert inference_dtype(cpu, "fp32")[0] == torch.float32
     # bf16 weights: multiplied as they are, or read as bf16 and multiplied in float32.
-    model = LanguageModel(LanguageConfig.from_public(dict(
+    model = LanguageModel(read_language_config(dict(
         model_type="qwen2", vocab_size=32, hidden_size=16, intermediate_size=32,
         num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)))
     prepare_for_inference(model, cpu, torch.bfloat16)

@@ -17,7 +17,7 @@ import eval as eval_script
 import train_pretrain
 import train_sft
 from benchmarks import easy_vqa, easy_vqa_tower
-from model.pretrained.hub import load_vision
+from model.pretrained.load import load_vision
 from tests.tiny import ROOT, environment
 
 SHAPES = [("circle", "red"), ("rectangle", "blue"), ("triangle", "teal"), ("circle", "black")]

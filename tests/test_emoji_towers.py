@@ -11,8 +11,7 @@ from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
 from evaluation.batched_generation import generate_batch
 from extras.emoji.train_language import CLEAR, HAZE, Haze, exam, first_weights
-from model.language import LanguageModel
-from model.vision import VisionTransformer
+from model.pretrained.load import load_language, load_vision
 
 EMOJI = Path(world.__file__).parent
 LANGUAGE, VISION = EMOJI / "language", EMOJI / "vision"
@@ -35,7 +34,7 @@ def test_language_tower_is_what_transformers_loads():
     assert ids == theirs.encode(text, add_special_tokens=False)
     assert theirs.convert_tokens_to_ids("<|im_end|>") == tokenizer.token_id("<|im_end|>")
     with torch.no_grad():
-        ours = LanguageModel.from_pretrained(LANGUAGE)(torch.tensor([ids]))
+        ours = load_language(LANGUAGE)(torch.tensor([ids]))
         worst = difference(ours, public(torch.tensor([ids])).logits)
     assert worst < 2e-4, worst
 
@@ -49,7 +48,7 @@ def test_vision_tower_is_what_transformers_loads():
     processor = ImageProcessor.from_directory(VISION)
     pixels = torch.stack([processor(world.picture(scene(number))) for number in range(4)])
     with torch.no_grad():
-        worst = difference(VisionTransformer.from_pretrained(VISION)(pixels),
+        worst = difference(load_vision(VISION)(pixels),
                            public(pixels).last_hidden_state)
     assert worst < 2e-4, worst
 
@@ -58,7 +57,7 @@ def test_language_tower_answers_from_what_it_reads():
     """Test scenes told in words, one cell for each patch: what the projector relies on."""
     tokenizer = Tokenizer.from_directory(LANGUAGE)
     template = ChatTemplate(tokenizer, image_tokens=16)
-    model = LanguageModel.from_pretrained(LANGUAGE)
+    model = load_language(LANGUAGE)
     right = exam(model, template, tokenizer, CLEAR)
     assert right["en"] >= 0.95 and right["zh"] >= 0.95, right
     without_places = exam(model, template, tokenizer, Haze(place_words=0.0))
@@ -72,7 +71,7 @@ def test_language_tower_reads_through_haze():
     as the words."""
     tokenizer = Tokenizer.from_directory(LANGUAGE)
     torch.manual_seed(0)
-    right = exam(LanguageModel.from_pretrained(LANGUAGE), ChatTemplate(tokenizer, image_tokens=16),
+    right = exam(load_language(LANGUAGE), ChatTemplate(tokenizer, image_tokens=16),
                  tokenizer, HAZE)
     assert right["all"] >= 0.92, right
 
@@ -80,7 +79,7 @@ def test_language_tower_reads_through_haze():
 def test_language_tower_chats_without_a_scene():
     tokenizer = Tokenizer.from_directory(LANGUAGE)
     template = ChatTemplate(tokenizer, image_tokens=16)
-    model = LanguageModel.from_pretrained(LANGUAGE)
+    model = load_language(LANGUAGE)
     for question, expected in (("Hello!", "Hello! How can I help you?"), ("谢谢。", "不客气。"),
                                ("What is 猫 in English?", "A cat.")):
         prompt = template.encode_prompt([Message("user", question)])

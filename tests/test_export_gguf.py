@@ -14,7 +14,7 @@ from PIL import Image
 
 import extras.export.__main__ as export
 from dataset.chat import Message
-from model.pretrained.weight_names import half_split
+from extras.convert.minimind import half_split
 from tests.test_export import opened, trained
 
 gguf = pytest.importorskip("gguf")  # an extra
@@ -110,7 +110,7 @@ def test_eyes_that_llama_cpp_lacks_are_named_and_the_words_go_over(tmp_path, tin
                                                                    capsys):
     run = trained(tmp_path, tiny_tokenizer_dir, "Qwen3", "Dinov2", 48, ["--lora"])
     export.main(["--model", run, "--to", "gguf", "--out", str(tmp_path / "out")])
-    assert "will see no pictures: llama.cpp has no form for a dinov2" in capsys.readouterr().out
+    assert "will see no images: llama.cpp has no form for a dinov2" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["language.gguf"]
 
 

@@ -11,8 +11,7 @@ import huggingface_hub
 import pytest
 
 import extras.export.__main__ as export
-from extras.export.model_card import model_card
-from extras.export.upload import files_to_push
+from extras.export.hub import files_to_push, model_card
 from model.pretrained.checkpoint import find_model
 from tests.test_export import trained
 

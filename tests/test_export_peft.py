@@ -12,15 +12,9 @@ from safetensors.torch import load_file, save_file
 import extras.export.__main__ as export
 import train_sft
 from extras.export.peft import add_peft, peft_adapter
-from model.language import LanguageModel
 from model.lora import add_lora
-from model.pretrained.checkpoint import (
-    find_model,
-    load_checkpoint,
-    newest_checkpoint,
-    read_config,
-    read_run,
-)
+from model.pretrained.checkpoint import find_model, newest_checkpoint, read_config, read_run
+from model.pretrained.load import load_checkpoint, load_language
 from tests.families import assert_close, save_qwen
 from tests.test_export import trained
 from tests.tiny import make_data, metrics
@@ -129,7 +123,7 @@ def test_adapters_that_compute_otherwise_are_refused(world, tmp_path, change, me
     else:
         file = tmp_path / "adapter" / "adapter_config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-    language = LanguageModel.from_pretrained(str(directory / "language"))
+    language = load_language(str(directory / "language"))
     with pytest.raises(ValueError, match=message):
         add_peft(language, tmp_path / "adapter")
     with pytest.raises(SystemExit, match="--lora: "):
@@ -153,7 +147,7 @@ def test_a_trained_base_is_no_adapter(tmp_path, tiny_tokenizer_dir):
 def test_adapters_on_a_fused_matrix_go_out_and_come_back(tmp_path, attention):
     """Also where only a part of the matrix is adapted."""
     save_qwen(tmp_path / "qwen")
-    ours = LanguageModel.from_pretrained(str(tmp_path / "qwen"))
+    ours = load_language(str(tmp_path / "qwen"))
     lora = {"targets": [*attention, "up_proj"], "rank": 3, "alpha": 6.0, "dropout": 0.0}
     add_lora(ours, **lora)
     for name, p in ours.named_parameters():
@@ -166,12 +160,12 @@ def test_adapters_on_a_fused_matrix_go_out_and_come_back(tmp_path, attention):
         (3 * 3, 36), (3 * 36, 3 * 3))
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    again = LanguageModel.from_pretrained(str(tmp_path / "qwen"))
+    again = load_language(str(tmp_path / "qwen"))
     assert add_peft(again, tmp_path) == {
         "targets": ["k_proj", "q_proj", "up_proj", "v_proj"], "rank": 9, "alpha": 18.0,
         "dropout": 0.0}
     ids = IDS % 61
     assert_close(again(ids), ours(ids), 1e-5, "logits")
-    plain = LanguageModel.from_pretrained(str(tmp_path / "qwen"))
+    plain = load_language(str(tmp_path / "qwen"))
     assert (ours(ids) - plain(ids)).abs().max() > 1e-3, "the adapters matter"
 

@@ -12,11 +12,11 @@ import extras.export.__main__ as export
 import train_sft
 from dataset.chat import IMAGE, Message
 from dataset.images import load_image
+from extras.convert.minimind import half_split
 from extras.export.peft import add_peft
-from model.language import LanguageModel
 from model.lora import merge_lora
-from model.pretrained.checkpoint import find_model, load_checkpoint
-from model.pretrained.weight_names import half_split
+from model.pretrained.checkpoint import find_model
+from model.pretrained.load import load_checkpoint, load_language
 from tests import test_systems
 from tests.families import public_vision
 from tests.test_systems import save_language_model, save_vision_tower
@@ -101,7 +101,7 @@ def from_peft(twin, out):
     ids = torch.arange(3, 40)[None]
     expected = model.language(ids)
     if model.language.config.model_type == "qwen":  # transformers has no first Qwen
-        base = LanguageModel.from_pretrained(language)
+        base = load_language(language)
         add_peft(base, out)
         return base(ids), expected
     base = transformers.AutoModelForCausalLM.from_pretrained(language)

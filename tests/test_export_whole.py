@@ -7,37 +7,38 @@ import torch
 from torch import nn
 
 import extras.export.__main__ as export
-import model.pretrained.checkpoint
 from extras.export.peft import peft_adapter
 from extras.export.transformers import llava, llava_language
 from model.lora import add_lora
-from model.pretrained.checkpoint import (
-    find_model,
-    load_checkpoint,
-    read_config,
-    read_run,
-    save_checkpoint,
-)
-from model.projector import Projector
+from model.pretrained.checkpoint import find_model, read_config, read_run, save_checkpoint
+from model.pretrained.load import load_checkpoint
+from model.projector import PROJECTORS, Projector
 from tests.families import tiny_vlm
 from tests.test_export import trained
 
 
-class Residual(Projector):
-    """A kind of projector that nobody here knows: scale * mlp(x) + fc1(x)."""
+class ScaledMLP(nn.Module):
+    """A layer that no export knows: a residual MLP with a learned scale."""
 
-    def __init__(self, kind: str, *sizes, **facts):
-        super().__init__("mlp" if kind == "residual" else kind, *sizes, **facts)
-        if kind == "residual":
-            self.scale = nn.Parameter(torch.tensor(0.5))
+    def __init__(self, width: int, D: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, D), nn.Linear(D, D)
+        self.scale = nn.Parameter(torch.tensor(0.5))
 
     def forward(self, x):
-        return super().forward(x) * self.scale + self.fc1(x)
+        x = self.fc1(x)
+        return x + self.scale * self.fc2(nn.functional.gelu(x))
+
+
+def residual_layers(width, D):
+    return {"residual": ScaledMLP(width, D)}
 
 
 def residual(vlm):
     c = vlm.config
-    vlm.projector = Residual("residual", c.vision.hidden_size, c.language.hidden_size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PROJECTORS, "residual", residual_layers)
+        vlm.projector = Projector(replace(c.projector, kind="residual"))
 
 
 def named(place: str, name: str, buffer: bool = False):
@@ -51,7 +52,7 @@ def named(place: str, name: str, buffer: bool = False):
 
 
 UNKNOWN = {  # what is done to a sound model, and the tensor that the message names
-    "a residual mlp with a learned scale": (residual, "projector.scale"),
+    "a residual mlp with a learned scale": (residual, "projector.residual.scale"),
     "a norm that the kind has not": (
         lambda vlm: setattr(vlm.projector, "norm", nn.LayerNorm(36)), "projector.norm.weight"),
     "a third layer": (lambda vlm: setattr(vlm.projector, "fc3", nn.Linear(36, 36)),
@@ -100,8 +101,7 @@ def known(run, tmp_path, monkeypatch):
     checkpoint = find_model(run)
     vlm, template, processor = export.load(export.read_flags([]), checkpoint)
     residual(vlm)
-    for module in (model.pretrained.checkpoint, export):
-        monkeypatch.setattr(module, "Projector", Residual)
+    monkeypatch.setitem(PROJECTORS, "residual", residual_layers)
     save_checkpoint(tmp_path / "run", 2, dict(vlm.named_parameters()),
                     {**read_config(checkpoint), "projector": "residual"}, read_run(checkpoint),
                     (template.tokenizer, processor))
@@ -125,7 +125,7 @@ def test_a_kind_that_is_new_to_llava_is_refused_and_a_checkpoint_takes_it_whole(
              "--projector residual: LLaVA's projector is linear or mlp")
     whole = load_checkpoint(find_model(known))
     merged = load_checkpoint(find_model(str(exported(known, tmp_path, "merged"))))
-    assert merged.projector.scale == 0.5
+    assert merged.projector.residual.scale == 0.5
     pixels = torch.rand(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     difference = merged.encode_images(pixels) - whole.encode_images(pixels)
     assert difference.abs().max() < 0.05, "rounded to bf16, and all of it"
@@ -135,9 +135,9 @@ def test_a_kind_that_is_new_to_llava_is_refused_and_a_checkpoint_takes_it_whole(
         vlm.projector.register_buffer("mean", torch.ones(2))
         return vlm
 
-    class Buffered(Residual):
-        def __init__(self, *arguments, **facts):
-            super().__init__(*arguments, **facts)
+    class Buffered(Projector):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
             self.register_buffer("mean", torch.ones(2))
 
     monkeypatch.setattr(export, "Projector", Buffered)  # a class that makes it: nothing unknown
@@ -164,12 +164,12 @@ def test_a_kind_that_no_class_knows_is_refused_in_every_form(run, tmp_path, monk
     def loaded(*arguments):
         vlm = load(*arguments)
         residual(vlm)
-        vlm.config = replace(vlm.config, projector="residual")
+        vlm.config = replace(vlm.config, projector=replace(vlm.config.projector, kind="residual"))
         return vlm
 
     monkeypatch.setattr(export, "load_checkpoint", loaded)
     for form in set(export.FORMS) - {"gguf"}:
-        exported(run, tmp_path, form, "'linear', 'mlp' or 'norm_mlp', got 'residual'")
+        exported(run, tmp_path, form, "no projector 'residual'; there are linear, mlp, norm_mlp")
 
 
 # ---------------------------------------------------------------- the writers by themselves
@@ -180,7 +180,7 @@ def test_a_kind_that_no_class_knows_is_refused_in_every_form(run, tmp_path, monk
 def test_the_writers_refuse_it_too(tmp_path, name):
     vlm, (change, tensor) = tiny_vlm(), UNKNOWN[name]
     change(vlm)
-    with pytest.raises(ValueError, match=f"cannot be told as a LLaVA: .*{tensor}"):
+    with pytest.raises(ValueError, match=f"cannot be expressed as a LLaVA: .*{tensor}"):
         llava(vlm, (48, 48), 60)
     gguf = pytest.importorskip("extras.export.gguf", exc_type=ImportError)
     processor = type("Processor", (), {"size": (48, 48), "mean": (0.5,) * 3, "std": (0.5,) * 3})
@@ -189,10 +189,28 @@ def test_the_writers_refuse_it_too(tmp_path, name):
     assert not (tmp_path / "mmproj.gguf").exists()
 
 
+@pytest.mark.parametrize("part, refusal", [("vision", "a plain_vit tower: it takes siglip_vis"),
+                                           ("language", "a plain_vit has no form there")])
+def test_a_family_that_is_new_to_an_export_is_refused(tmp_path, part, refusal):
+    vlm = tiny_vlm()
+    tower = getattr(vlm, part)
+    tower.config = replace(tower.config, model_type="plain_vit")
+    with pytest.raises(ValueError, match=refusal):
+        llava(vlm, (48, 48), 60)
+    gguf = pytest.importorskip("extras.export.gguf", exc_type=ImportError)
+    processor = type("Processor", (), {"size": (48, 48), "mean": (0.5,) * 3, "std": (0.5,) * 3})
+    with pytest.raises(ValueError, match="plain_vit"):
+        if part == "vision":
+            gguf.write_mmproj(vlm, processor, tmp_path / "mmproj.gguf")
+        else:
+            gguf.write_language(vlm, {}, 61, "f16", tmp_path / "language.gguf")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_language_model_that_its_config_does_not_describe_is_refused(tmp_path):
     vlm = tiny_vlm()
     named("language.layers.0", "gate")(vlm)
-    with pytest.raises(ValueError, match=r"told as a qwen2: it holds .*layers\.0\.gate"):
+    with pytest.raises(ValueError, match=r"expressed as a qwen2: it holds .*layers\.0\.gate"):
         llava_language(vlm.language, 61)
 
 

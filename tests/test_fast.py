@@ -93,14 +93,14 @@ class Deleted:
 
 sys.meta_path.insert(0, Deleted())
 import torch
-from model.config import LanguageConfig
+from model.pretrained.public_config import read_language_config
 from model.generate import generate
 from model.language import LanguageModel
 from model.lora import add_lora, merge_lora
 from model.loss import chunked_cross_entropy
 from model.vision import VisionTransformer
 
-model = LanguageModel(LanguageConfig.from_public(dict(
+model = LanguageModel(read_language_config(dict(
     model_type="qwen2", vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
     num_attention_heads=2, num_key_value_heads=1)))
 add_lora(model, ["q_proj"], 2, 4)

@@ -38,8 +38,14 @@ import pytest
 
 import train_pretrain
 import train_sft
-from model.pretrained.checkpoint import checkpoints, find_model, newest_checkpoint, newest_whole
-from model.pretrained.manifest import TornError, check_whole
+from model.pretrained.checkpoint import (
+    CorruptCheckpointError,
+    check_whole,
+    checkpoints,
+    find_model,
+    newest_checkpoint,
+    newest_whole,
+)
 from tests.test_resume import same_weights
 from tests.tiny import curve, make_world, metrics, torchrun
 from training.log import Log
@@ -254,10 +260,10 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(whole, tmp_path, 
     assert find_model(str(out)).name == newest_whole(out).name == "step_000006"
     told = capsys.readouterr().err
     assert f"step_000008/{file}" in told and "step_000006 instead" in told
-    with pytest.raises(TornError, match=f"step_000008/{file}"):
+    with pytest.raises(CorruptCheckpointError, match=f"step_000008/{file}"):
         find_model(str(out / "step_000008"))  # asked for by name: no other will do
     tear(out / "step_000006" / file)
-    with pytest.raises(TornError, match=f"no checkpoint in .*step_000008/{file}"):
+    with pytest.raises(CorruptCheckpointError, match=f"no checkpoint in .*step_000008/{file}"):
         find_model(str(out))
     with pytest.raises(SystemExit, match="no checkpoint in .* starts anew"):
         train_sft.main(["--resume", "--out", str(out)])

@@ -19,9 +19,9 @@ from extras.fast.gemv import (
     torch_mv,
     use_fastest_routine,
 )
-from model.config import LanguageConfig
 from model.generate import generate
 from model.language import LanguageModel
+from model.pretrained.public_config import read_language_config
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +144,7 @@ def test_what_is_measured_is_what_is_called(monkeypatch):
 
 def test_a_chat_says_the_same(monkeypatch):
     torch.manual_seed(0)
-    model = LanguageModel(LanguageConfig.from_public(dict(
+    model = LanguageModel(read_language_config(dict(
         model_type="qwen2", vocab_size=96, hidden_size=48, intermediate_size=96,
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         tie_word_embeddings=True))).eval()

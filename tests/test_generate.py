@@ -1,5 +1,7 @@
 """Claims: cache, batch and padding change no token; sampling draws from what it says."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import needed, weights_dir
@@ -11,7 +13,7 @@ from evaluation.batched_generation import generate_batch, shared_prefixes
 from extras.fast import inference
 from extras.fast.cuda_graph import CUDAGraphDecodeStep
 from extras.fast.prefix_cache import PrefixCache
-from model.config import LanguageConfig, VisionConfig, VLMConfig
+from model.config import LanguageConfig, ProjectorConfig, VisionConfig, VLMConfig
 from model.generate import (
     GenerationConfig,
     KVCache,
@@ -21,6 +23,8 @@ from model.generate import (
     sampling_probs,
 )
 from model.language import LanguageModel
+from model.pretrained.load import load_language
+from model.pretrained.public_config import write_config
 from model.projector import Projector
 from model.vision import VisionTransformer
 from model.vlm import VLM
@@ -59,8 +63,8 @@ def vlm():
         num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8,
         hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6, class_token=False, patch_bias=True,
         pre_norm=False, final_norm=True, layer_scale=False)
-    config = VLMConfig(tiny_language(), vision, "mlp", 1, IMAGE)
-    projector = Projector("mlp", 16, 32, 1)
+    config = VLMConfig(tiny_language(), vision, ProjectorConfig("mlp", 16, 32), IMAGE)
+    projector = Projector(config.projector)
     return scaled_up(
         VLM(config, LanguageModel(config.language), VisionTransformer(vision), projector))
 
@@ -183,8 +187,7 @@ def test_batch_of_a_language_model_alone(language):
 def test_padding_never_is_the_placeholder(vlm):
     """A picture's placeholder may be id 0, which would be the first choice for padding."""
     config = vlm.config
-    zero = VLM(VLMConfig(config.language, config.vision, "mlp", 1, 0), vlm.language, vlm.vision,
-               vlm.projector).eval()
+    zero = VLM(replace(config, image_token_id=0), vlm.language, vlm.vision, vlm.projector).eval()
     ids, pixels = random_prompt(30, 12, 1)
     ids = [0 if i == IMAGE else i or 5 for i in ids]
     answers = generate_batch(zero, [ids, [7, 8]], [pixels, None], 8, stop_ids=[])
@@ -355,7 +358,7 @@ def test_sampling_equals_transformers_warpers():
 def test_equals_transformers_on_a_tiny_qwen2(language):
     import transformers  # a test requirement: its absence is a failure
     public = transformers.Qwen2ForCausalLM(
-        transformers.Qwen2Config(**{**language.config.to_public(), "bos_token_id": None,
+        transformers.Qwen2Config(**{**write_config(language.config), "bos_token_id": None,
                                     "eos_token_id": None, "pad_token_id": 0})).eval()
     ours = {("model." + name): tensor for name, tensor in language.state_dict().items()}
     missing, unexpected = public.load_state_dict(ours, strict=False)
@@ -378,7 +381,7 @@ def test_greedy_chat_on_real_smollm2_equals_transformers():
     import transformers  # a test requirement: its absence is a failure
     directory = needed(weights_dir(), "smollm2")
     template = ChatTemplate(Tokenizer.from_directory(directory), image_tokens=1)
-    ours = LanguageModel.from_pretrained(str(directory)).eval()
+    ours = load_language(str(directory)).eval()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     theirs.eval()
     for prompt in PROMPTS:

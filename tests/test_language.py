@@ -12,8 +12,9 @@ from families import LANGUAGE, assert_close, public_language, tiny_vlm
 
 from extras.fast.attention import SharedHeadsAttention, kernel_shares_heads
 from extras.fast.swiglu import SwiGLUFunction
-from model.config import LanguageConfig
-from model.language import LanguageModel, rope_cos_sin
+from model.language import rope_cos_sin
+from model.pretrained.load import load_language
+from model.pretrained.public_config import read_language_config, write_config
 from tests.tiny import ROOT
 
 FAMILIES = {
@@ -43,7 +44,7 @@ def test_logits_equal_the_public_implementation(family, tmp_path):
     name, facts = FAMILIES[family]
     theirs = public_language(name, **facts)
     theirs.save_pretrained(tmp_path)
-    ours = LanguageModel.from_pretrained(tmp_path)
+    ours = load_language(tmp_path)
     ids = random_ids(3, 17)
     assert_close(ours(ids), theirs(ids).logits, 2e-4, family)
 
@@ -54,7 +55,7 @@ def test_logits_equal_the_public_implementation(family, tmp_path):
 def test_logits_equal_at_position_4000(name, facts, tmp_path):
     theirs = public_language(name, **facts, num_hidden_layers=2)
     theirs.save_pretrained(tmp_path)
-    ours = LanguageModel.from_pretrained(tmp_path)
+    ours = load_language(tmp_path)
     ids = random_ids(1, 4100)
     assert_close(ours(ids)[:, 3900:], theirs(ids).logits[:, 3900:], 2e-4, f"{name} past 3,900")
 
@@ -66,16 +67,16 @@ def test_both_spellings_of_rope_settings(tmp_path):
     path = tmp_path / "config.json"
     new = json.loads(path.read_text())
     assert new["rope_parameters"]["rope_theta"] == 500.0, "transformers 5 spells it so"
-    after = LanguageModel.from_pretrained(tmp_path)
+    after = load_language(tmp_path)
     old = {k: v for k, v in new.items() if k != "rope_parameters"}
     path.write_text(json.dumps({**old, "rope_theta": 500.0, "rope_scaling": None}))
-    before = LanguageModel.from_pretrained(tmp_path)
+    before = load_language(tmp_path)
     assert before.config == after.config and before.config.rope_theta == 500.0
     ids = random_ids(1, 40)
     assert_close(before(ids), theirs(ids).logits, 2e-4, "old spelling")
     assert_close(after(ids), theirs(ids).logits, 2e-4, "new spelling")
     path.write_text(json.dumps(old))  # neither: the public default, another model altogether
-    other = LanguageModel.from_pretrained(tmp_path)
+    other = load_language(tmp_path)
     assert other.config.rope_theta == 10000.0
     assert (other(ids) - theirs(ids).logits).abs().max() > 1e-2
 
@@ -101,19 +102,19 @@ def test_rope_angles_stay_float32_and_tell_position_4000_from_4001():
 ])
 def test_a_config_that_we_would_get_wrong_is_refused(change, word):
     with pytest.raises(ValueError, match=word):
-        LanguageConfig.from_public({"model_type": "qwen2", **LANGUAGE, **change})
+        read_language_config({"model_type": "qwen2", **LANGUAGE, **change})
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 def test_config_survives_being_written_and_read(family):
-    config = LanguageConfig.from_public({"model_type": family, **LANGUAGE, "rope_theta": 77.0})
-    assert LanguageConfig.from_public(json.loads(json.dumps(config.to_public()))) == config
+    config = read_language_config({"model_type": family, **LANGUAGE, "rope_theta": 77.0})
+    assert read_language_config(json.loads(json.dumps(write_config(config)))) == config
 
 
 def test_qwen3_head_width_that_config_json_leaves_out():
     public = {"model_type": "qwen3", **LANGUAGE}
-    assert LanguageConfig.from_public(public).head_dim == 128  # the public class's default
-    assert LanguageConfig.from_public({**public, "model_type": "llama"}).head_dim == 6
+    assert read_language_config(public).head_dim == 128  # the public class's default
+    assert read_language_config({**public, "model_type": "llama"}).head_dim == 6
 
 
 @torch.no_grad()
@@ -221,8 +222,8 @@ def test_bfloat16_weights_give_about_the_same(tmp_path):
     public_language("Qwen3", head_dim=10).save_pretrained(tmp_path)
     ids = random_ids(1, 16)
     with torch.no_grad():
-        half = LanguageModel.from_pretrained(tmp_path, dtype=torch.bfloat16)(ids)
-        full = LanguageModel.from_pretrained(tmp_path)(ids)
+        half = load_language(tmp_path, dtype=torch.bfloat16)(ids)
+        full = load_language(tmp_path)(ids)
     assert half.dtype == torch.bfloat16
     assert_close(half.float(), full, 0.1 * full.abs().max().item(), "bfloat16")
 
@@ -241,13 +242,13 @@ def test_making_a_model_without_weights_loads_no_compiler():
                   num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                   tie_word_embeddings=True, max_position_embeddings=256)
     code = ("import sys, torch\n"
-            "from model.config import LanguageConfig, VisionConfig\n"
+            "from model.pretrained.public_config import read_language_config, read_vision_config\n"
             "from model.language import LanguageModel\n"
             "from model.pretrained.meta_device import meta_device\n"
             "from model.vision import VisionTransformer\n"
             "with meta_device():\n"
-            f"    LanguageModel(LanguageConfig.from_public({config}))\n"
-            "    VisionTransformer(VisionConfig.from_public({'model_type': 'clip_vision_model',\n"
+            f"    LanguageModel(read_language_config({config}))\n"
+            "    VisionTransformer(read_vision_config({'model_type': 'clip_vision_model',\n"
             "        'hidden_size': 24, 'intermediate_size': 48, 'num_hidden_layers': 2,\n"
             "        'num_attention_heads': 2, 'image_size': 32, 'patch_size': 16}))\n"
             "print([name for name in ('torch._dynamo', 'sympy') if name in sys.modules])\n")

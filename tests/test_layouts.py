@@ -2,6 +2,7 @@
 their own code; and the full sizes of all supported models have the published counts."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -19,22 +20,20 @@ from families import (
 )
 from safetensors.torch import load_file, save_file
 
-from extras.convert.minimind import minimind_config
+import extras.convert.__main__ as command
+from extras.convert.minimind import half_split, minimind_config
 from extras.convert.published_projector import load_projector
-from model.config import LanguageConfig, VisionConfig
+from model.config import ProjectorConfig
 from model.generate import KVCache
 from model.language import LanguageModel
 from model.lora import add_lora, lora_parameters, merge_lora
-from model.pretrained.hub import (
-    file_hashes,
-    load_language,
-    public_names,
-    public_shape,
-    resolve,
-    save_language,
-    weight_files,
-)
-from model.pretrained.weight_names import LAYOUTS, half_split
+from model.pretrained.families import family_of, public_names, public_shape
+from model.pretrained.files import file_hashes
+from model.pretrained.hub import resolve
+from model.pretrained.load import load_language
+from model.pretrained.pickle_loader import load_plain
+from model.pretrained.public_config import read_language_config, read_vision_config
+from model.pretrained.save import save_language
 from model.projector import Projector
 from model.vision import VisionTransformer
 
@@ -115,7 +114,7 @@ def older_minimind_logits(t, heads, theta, ids, eps=1e-5):
 @torch.no_grad()
 def test_qwen_7b_computes_what_its_own_code_does(tmp_path):
     tensors, public = save_qwen(tmp_path)
-    ours = LanguageModel.from_pretrained(tmp_path)
+    ours = load_language(tmp_path)
     assert ours.config.model_type == "qwen"
     assert ours.config.intermediate_size == 50, "the file says 100: w1 and w2 together"
     expected = qwen_logits(tensors, public, IDS)
@@ -170,13 +169,13 @@ def test_qwen_7b_in_shards_and_unfused_parts_train_and_save(tmp_path):
 ])
 def test_a_qwen_config_that_we_would_get_wrong_is_refused(change, word):
     with pytest.raises(ValueError, match=word):
-        LanguageConfig.from_public({**QWEN, **change})
+        read_language_config({**QWEN, **change})
 
 
 def test_the_first_release_of_qwen_7b_is_named():
     first = {"model_type": "qwen", "n_embd": 4096, "n_head": 32, "n_layer": 32}
     with pytest.raises(ValueError, match="first release"):
-        LanguageConfig.from_public(first)
+        read_language_config(first)
 
 
 def test_a_qwen_tensor_of_another_shape_or_name_raises(tmp_path):
@@ -268,7 +267,7 @@ def test_newer_minimind_equals_the_transformers_model_of_its_shape(
     tensors = theirs.state_dict()
     assert {k: tuple(v.shape) for k, v in tensors.items()} == minimind_shapes(generation)
     torch.save(tensors, tmp_path / "llm.pth")
-    ours = LanguageModel.from_pretrained(tmp_path / "llm.pth")
+    ours = load_language(tmp_path / "llm.pth")
     assert ours.config.model_type == family.lower() and ours.config.tie_word_embeddings
     assert_close(ours(IDS), theirs(IDS).logits, 2e-4, f"MiniMind {generation}")
     save_language(ours, tmp_path / "written")
@@ -324,20 +323,45 @@ def test_a_config_json_of_miniminds_own_goes_before_the_table(tmp_path):
         load_language(tmp_path)
 
 
+@torch.no_grad()
 def test_a_pth_file_is_a_name_a_lone_one_in_a_directory_too(tmp_path):
     path = tmp_path / "llm_768.pth"
     save_minimind(path, "3")
-    assert resolve(str(path)) == path and weight_files(path) == [path]
-    assert weight_files(tmp_path) == [path], "the only weights there"
-    assert file_hashes(path) == file_hashes(tmp_path)
-    assert list(file_hashes(path)) == ["llm_768.pth"] and len(file_hashes(path)[path.name]) == 64
+    (tmp_path / "tokenizer.json").write_text("{}")
+    directory = resolve(str(path))
+    assert directory == resolve(tmp_path) == tmp_path / "converted_llm_768"
+    assert {file.name for file in directory.iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "converted_from.json"}
     assert load_language(tmp_path).config == load_language(path).config
+    before = load_language(path)(IDS)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    assert_close(theirs.eval()(IDS).logits, before, 2e-4, "the files are public ones")
+    hashes = file_hashes(directory)
+    torch.save({name: 2 * tensor for name, tensor in load_plain(path).items()}, path)
+    os.utime(path, (1, 1))  # another file under the same name: converted anew
+    assert file_hashes(resolve(path)) != hashes
+    assert not torch.equal(load_language(path)(IDS), before)
+    assert not list(tmp_path.glob(".*")), "nothing is left of the way there"
     save_minimind(tmp_path / "sft_vlm_768.pth", "3")
     with pytest.raises(ValueError, match="2 .pth files: give the path of the one"):
         load_language(tmp_path)
     for wrong in (tmp_path / "other.pth", "other.pth", "out/other.pth"):  # none asks the hub
         with pytest.raises(FileNotFoundError, match=r"other\.pth, and no \.pth file"):
             resolve(wrong)
+
+
+@torch.no_grad()
+def test_the_command_writes_the_same_files_as_the_loader_does(tmp_path, capsys):
+    save_minimind(tmp_path / "llm.pth", "2 older")
+    command.main([str(tmp_path / "llm.pth"), str(tmp_path / "out")])
+    assert "config.json" in capsys.readouterr().out
+    assert file_hashes(tmp_path / "out") == file_hashes(resolve(tmp_path / "llm.pth"))
+    with pytest.raises(SystemExit, match="is there already"):
+        command.main([str(tmp_path / "llm.pth"), str(tmp_path / "out")])
+    torch.save({"x": torch.ones(1)}, tmp_path / "other.pth")
+    with pytest.raises(SystemExit, match="no MiniMind"):
+        command.main([str(tmp_path / "other.pth"), str(tmp_path / "another")])
+    assert not (tmp_path / "another").exists()
 
 
 @pytest.mark.parametrize("change, words", [
@@ -368,7 +392,7 @@ def test_the_projector_of_minimind_3v(tmp_path):
     torch.save({**tensors, **{f"vision_proj.mlp.{name}": tensor
                               for name, tensor in published.state_dict().items()}},
                tmp_path / "vlm.pth")
-    projector = Projector("norm_mlp", 36, 64)
+    projector = Projector(ProjectorConfig("norm_mlp", 36, 64))
     load_projector(projector, tmp_path / "vlm.pth")
     features = torch.randn(2, 9, 36) * 5
     assert_close(projector(features), published(features), 1e-6, "minimind-3v's projector")
@@ -381,7 +405,7 @@ def test_the_projector_of_minimind2_v(tmp_path):
     published = torch.nn.Linear(36, 64)
     torch.save({f"vision_proj.vision_proj.0.{name}": tensor
                 for name, tensor in published.state_dict().items()}, tmp_path / "vlm.pth")
-    projector = Projector("linear", 36, 64)
+    projector = Projector(ProjectorConfig("linear", 36, 64))
     load_projector(projector, tmp_path / "vlm.pth")
     features = torch.randn(2, 9, 36)
     assert_close(projector(features), published(features), 1e-6, "MiniMind2-V's projector")
@@ -391,7 +415,7 @@ def test_the_release_between_them_is_refused(tmp_path):
     torch.save({f"vision_proj.mlp.{number}.{last}": torch.ones(3)
                 for number in (0, 2) for last in ("weight", "bias")}, tmp_path / "vlm.pth")
     with pytest.raises(ValueError, match=r"vision_proj\.mlp\.2"):
-        load_projector(Projector("mlp", 36, 64), tmp_path / "vlm.pth")
+        load_projector(Projector(ProjectorConfig("mlp", 36, 64)), tmp_path / "vlm.pth")
 
 
 # ---------------------------------------------------------------- full sizes, on the meta device
@@ -426,11 +450,11 @@ LANGUAGES = {  # config.json as published, without what says nothing about the s
 def test_a_full_size_language_model_has_the_published_count(name):
     public, count = LANGUAGES[name]
     with torch.device("meta"):
-        model = LanguageModel(LanguageConfig.from_public(public))
+        model = LanguageModel(read_language_config(public))
     assert sum(p.numel() for p in model.parameters()) == count
     if name == "Qwen/Qwen-7B-Chat":  # transformers has no class for it
         assert model.config.context_limit == 8192
-        assert len(public_names(model, LAYOUTS["qwen"])) == 3 + 32 * 8
+        assert len(public_names(model, family_of("qwen"))) == 3 + 32 * 8
         return
     with torch.device("meta"):
         config = transformers.AutoConfig.for_model(**public)
@@ -441,7 +465,7 @@ def test_a_full_size_language_model_has_the_published_count(name):
 
 def shapes_of(model) -> dict[str, list[int]]:
     """{published name: shape} of what we hold."""
-    layout = LAYOUTS[model.config.model_type]
+    layout = family_of(model.config.model_type)
     return {public: public_shape({each: model.get_parameter(each) for each in ours}, layout)
             for public, ours in public_names(model, layout).items()}
 
@@ -480,7 +504,7 @@ TOWERS = {  # config.json as published; patches; parameters of the tower as far 
 def test_a_full_size_tower_is_the_one_of_transformers(name):
     public, patches, count = TOWERS[name]
     with torch.device("meta"):
-        model = VisionTransformer(VisionConfig.from_public(public))
+        model = VisionTransformer(read_vision_config(public))
         family = {"siglip": "Siglip", "clip": "CLIP"}[public["model_type"]]
         config = getattr(transformers, family + "Config")(**public).vision_config
         theirs = getattr(transformers, family + "VisionModel")(config)

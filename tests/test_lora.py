@@ -10,8 +10,9 @@ from model.lora import (
     lora_parameters,
     merge_lora,
 )
-from model.pretrained.hub import load_language, save_language
-from model.vlm import set_trainable
+from model.pretrained.load import load_language
+from model.pretrained.save import save_language
+from training.trainable import set_requires_grad
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -27,7 +28,7 @@ def example(seed=5):
 def adapted(seed=0, dropout=0.0, rank=4, **facts):
     vlm = tiny_vlm(seed=seed, **facts)
     names = add_lora(vlm.language, TARGETS, rank=rank, alpha=8, dropout=dropout)
-    set_trainable(vlm, language="lora")
+    set_requires_grad(vlm, language="lora")
     return vlm, names
 
 
@@ -65,7 +66,7 @@ def test_an_adapted_model_starts_as_the_model_that_it_adapts():
 
 def test_every_b_moves_in_one_step_although_the_inputs_are_frozen():
     vlm, names = adapted()
-    set_trainable(vlm, projector=False, language="lora")  # nothing before the adapters learns
+    set_requires_grad(vlm, projector=False, language="lora")  # nothing before the adapters learns
     train(vlm, steps=1)
     for name in names:
         assert vlm.language.get_submodule(name).lora_b.norm() > 0, name
@@ -118,7 +119,7 @@ def test_beside_bfloat16_weights_the_adapters_are_float32_and_keep_small_steps()
     add_lora(vlm.language, ["q_proj"], rank=2, alpha=2)
     parameters = lora_parameters(vlm.language)
     assert {p.dtype for p in parameters} == {torch.float32}
-    set_trainable(vlm, projector=False, language="lora")
+    set_requires_grad(vlm, projector=False, language="lora")
     train(vlm, steps=3, learning_rate=1e-5)  # far below the 8 bits of bfloat16
     first = vlm.language.layers[0].self_attn.q_proj
     moved = first.lora_b.abs()

@@ -13,8 +13,8 @@ from extras.fast import chunked_cross_entropy as fast_loss
 from extras.memory import MemoryTracker
 from model import loss as plain_loss
 from model.lora import add_lora
-from model.vlm import set_trainable
 from tests.test_checkpointing import batch, learn, trained
+from training.trainable import set_requires_grad
 
 WORDS = 61
 
@@ -85,7 +85,7 @@ def test_a_head_with_adapters(chunks_of):
         torch.manual_seed(2)
         add_lora(vlm.language, ["lm_head"], rank=2, alpha=4)
         torch.nn.init.normal_(vlm.language.lm_head.lora_b, std=0.1)
-        set_trainable(vlm, language="lora")
+        set_requires_grad(vlm, language="lora")
         return vlm
 
     chunks_of(4 * WORDS)
@@ -108,7 +108,7 @@ def test_in_chunks_as_in_one_piece_under_autocast(chunks_of, how, dtype):
 @pytest.mark.parametrize("language", ["none", "all"])
 def test_no_logits_are_computed_twice(monkeypatch, language):
     vlm = trained("projector")
-    set_trainable(vlm, language=language)
+    set_requires_grad(vlm, language=language)
     torch.manual_seed(0)
     hidden, labels = torch.randn(27, 36, requires_grad=True), torch.randint(0, WORDS, (27,))
     monkeypatch.setitem(fast_loss.CHUNK, "cpu", 4 * WORDS)

@@ -12,12 +12,10 @@ from dataset.families import DEFAULT_SYSTEM
 from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
 from extras.fast.prefix_cache import PrefixCache
-from model.config import VLMConfig
+from model.config import ProjectorConfig, VLMConfig
 from model.generate import KVCache
-from model.language import LanguageModel
-from model.projector import Projector
-from model.vision import VisionTransformer
-from model.vlm import VLM
+from model.pretrained.load import load_language, load_vision
+from model.vlm import build_model
 from training.inference import Conversation
 
 FAMILIES = ("qwen2", "qwen3", "minimind")  # qwen3 takes the opening of an earlier answer away
@@ -37,9 +35,9 @@ def talk(request, world):
     _, language, vision = world
     family, tokenizer = request.param, Tokenizer.from_directory(language)
     template = ChatTemplate(tokenizer, 4, DEFAULT_SYSTEM[family], family=family)
-    words, eyes = LanguageModel.from_pretrained(language), VisionTransformer.from_pretrained(vision)
-    model = VLM(VLMConfig(words.config, eyes.config, "mlp", 1, template.image_token_id), words,
-                eyes, Projector("mlp", 24, 32, 1)).eval()
+    words, eyes = load_language(language), load_vision(vision)
+    model = build_model(VLMConfig(words.config, eyes.config, ProjectorConfig("mlp", 24, 32),
+                                  template.image_token_id), words, eyes).eval()
     torch.manual_seed(3)
     for parameter in model.parameters():
         if parameter.ndim > 1:

@@ -15,8 +15,9 @@ import training.precision
 import training.resume
 from dataset.batching import Batches
 from model.lora import LoRALinear
-from model.pretrained.checkpoint import load_checkpoint, newest_checkpoint
-from model.pretrained.hub import load_language, load_vision, save_language, save_vision
+from model.pretrained.checkpoint import newest_checkpoint
+from model.pretrained.load import load_checkpoint, load_language, load_vision
+from model.pretrained.save import save_language, save_vision
 from tests.tiny import curve, make_world, metrics, torchrun
 from train_pretrain import backward, load_or_build
 from training.data import open_training_data

@@ -21,14 +21,16 @@ from extras.preset_list import (
     image_tokens,
     list_presets,
 )
-from model.config import VisionConfig
 from model.lora import add_lora, linear_names
-from model.pretrained.hub import SIZES, load_language, load_vision
+from model.pretrained.hub import GIGABYTES
+from model.pretrained.load import load_language, load_vision
+from model.pretrained.public_config import read_vision_config
 from model.vision import VisionTransformer
-from model.vlm import VLM, set_trainable
+from model.vlm import VLM
 from tests.tiny import ROOT, environment
 from training.optim import choose_trainable, make_optimizer
 from training.presets import PRESETS, settings_of_preset
+from training.trainable import set_requires_grad
 
 # preset: language, vision, projector, image tokens, template, image token, stage two
 TABLE = {
@@ -81,7 +83,7 @@ def test_one_token_where_one_vector_stands_for_the_picture():
 
 
 def test_siglip_so400m_has_729_patches_and_not_728():
-    config = VisionConfig.from_public({
+    config = read_vision_config({
         "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304,
         "num_hidden_layers": 27, "num_attention_heads": 16, "image_size": 384, "patch_size": 14})
     with torch.device("meta"):
@@ -151,10 +153,8 @@ def test_the_memory_that_is_told_is_the_memory_that_is_held(stage):
 
 
 def test_sizes_agree_with_those_in_the_message_of_the_loader():
-    for name in LANGUAGE.keys() & SIZES.keys():
-        number, unit = SIZES[name].split()
-        told = float(number) * {"MB": 1e6, "GB": 1e9}[unit]
-        assert abs(download_size(name) / told - 1) < 0.02, name
+    for name in LANGUAGE.keys() & GIGABYTES.keys():
+        assert download_size(name) == 1e9 * GIGABYTES[name], name
 
 
 def test_the_list_tells_every_preset_in_lines_that_fit():
@@ -191,7 +191,7 @@ def changed_layers(wanted: str) -> set[str]:
     """Names of the parameters that a step of training changes in a model of three layers."""
     torch.manual_seed(0)
     vlm = tiny_vlm(60)
-    set_trainable(vlm, language=wanted)
+    set_requires_grad(vlm, language=wanted)
     before = {name: p.detach().clone() for name, p in vlm.named_parameters()}
     trained = [p for p in vlm.parameters() if p.requires_grad]
     ids = torch.tensor([[5] + [60] * 9 + [6, 7]])
@@ -217,4 +217,4 @@ def test_first_and_last_layers_learn_and_nothing_between(wanted, numbers):
                                     "middle:1", "+", "first:1,last:1"])
 def test_a_wrong_word_says_what_is_expected(wanted):
     with pytest.raises(ValueError, match=r"first:N.*last:M.*1 to 3, got"):
-        set_trainable(tiny_vlm(60), language=wanted)
+        set_requires_grad(tiny_vlm(60), language=wanted)

@@ -11,9 +11,10 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 import train_pretrain
 import train_sft
 from extras.convert.published_projector import load_projector
+from model.config import ProjectorConfig
 from model.pretrained.checkpoint import newest_checkpoint, tensor_names
+from model.pretrained.load import load_checkpoint
 from model.projector import Projector
-from model.vlm import VLM
 from tests.families import assert_close
 from tests.tiny import curve, make_world
 from train_pretrain import load_or_build
@@ -53,7 +54,7 @@ def test_llavas_projector_computes_what_it_did(form, suffix, tmp_path):
     public, file = llava(), tmp_path / f"mm_projector{suffix}"
     write = save_file if suffix == ".safetensors" else torch.save
     write(published(public, form), file)
-    ours = Projector("mlp", DV, D)
+    ours = Projector(ProjectorConfig("mlp", DV, D))
     load_projector(ours, file)
     features = torch.randn(2, 9, DV)
     assert_close(ours(features), public(features), 1e-6, "LLaVA's projector")
@@ -63,7 +64,7 @@ def test_half_precision_and_a_single_layer(tmp_path):
     layer = torch.nn.Linear(DV, D).half()
     torch.save({f"mm_projector.{name}": each for name, each in layer.state_dict().items()},
                tmp_path / "p.bin")
-    ours = Projector("linear", DV, D)
+    ours = Projector(ProjectorConfig("linear", DV, D))
     load_projector(ours, tmp_path / "p.bin")
     assert torch.equal(ours.fc1.weight, layer.weight.float()) and ours.fc1.bias.requires_grad
 
@@ -77,16 +78,16 @@ def test_what_does_not_fit_is_told(tmp_path):
             ("mlp", DV, D + 1, r"model.mm_projector.0.weight is .* ask for \[33, 24\]"),
             ("linear", DV, D, "p.safetensors holds .* kind 'mlp' .*give --projector mlp"),
             ("norm_mlp", DV, D, "give --projector mlp")):
-        before = Projector(kind, vision, language)
+        before = Projector(ProjectorConfig(kind, vision, language))
         kept = {name: each.clone() for name, each in before.state_dict().items()}
         with pytest.raises(ValueError, match=words):
             load_projector(before, file)
         assert all(torch.equal(kept[name], each) for name, each in before.state_dict().items())
     save_file({**tensors, "model.mm_projector.4.weight": torch.ones(2)}, file)
     with pytest.raises(ValueError, match=r"no projector that is known.*mm_projector\.4"):
-        load_projector(Projector("mlp", DV, D), file)
+        load_projector(Projector(ProjectorConfig("mlp", DV, D)), file)
     with pytest.raises(FileNotFoundError, match="no projector file .*gone.pth; expected"):
-        load_projector(Projector("mlp", DV, D), tmp_path / "gone.pth")
+        load_projector(Projector(ProjectorConfig("mlp", DV, D)), tmp_path / "gone.pth")
 
 
 def test_both_stages_begin_with_it_and_a_resumed_run_does_not_begin_again(tmp_path):
@@ -102,7 +103,7 @@ def test_both_stages_begin_with_it_and_a_resumed_run_does_not_begin_again(tmp_pa
     train_sft.main([*flags, "--model", "none", *frozen, "--out", str(tmp_path / "frozen")])
     kept = newest_checkpoint(tmp_path / "frozen")
     assert "projector.fc1.weight" in tensor_names(kept)
-    assert torch.equal(VLM.from_pretrained(kept).projector.fc1.weight, public.linear_1.weight)
+    assert torch.equal(load_checkpoint(kept).projector.fc1.weight, public.linear_1.weight)
 
     train_pretrain.main([*flags, "--steps", "3", "--out", str(tmp_path / "out")])
     file.unlink()  # nobody asks for it again

@@ -33,8 +33,8 @@ from model.config import LanguageConfig
 from model.generate import generate
 from model.language import LanguageModel
 from model.lora import add_lora, linear_names, merge_lora
-from model.pretrained.checkpoint import find_model, load_checkpoint, read_config
-from model.pretrained.manifest import TornError
+from model.pretrained.checkpoint import CorruptCheckpointError, find_model, read_config
+from model.pretrained.load import load_checkpoint
 
 
 def matrix(rows=48, columns=64, seed=0):
@@ -304,7 +304,7 @@ def test_a_torn_file_is_noticed(world, tmp_path):
     with open(copy / "model.safetensors", "r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x55")
-    with pytest.raises(TornError, match="model.safetensors"):
+    with pytest.raises(CorruptCheckpointError, match="model.safetensors"):
         find_model(str(copy))
 
 

@@ -12,8 +12,7 @@ from conftest import needed, weights_dir
 from families import assert_close
 
 from dataset.tokenizer import Tokenizer
-from model.language import LanguageModel
-from model.vision import VisionTransformer
+from model.pretrained.load import load_language, load_vision
 
 TEXT = ("The cat sat on the mat and looked out of the window. It was raining, and the streets "
         "of the city were empty. The capital of France is Paris, and the capital of Italy is")
@@ -22,7 +21,7 @@ TEXT = ("The cat sat on the mat and looked out of the window. It was raining, an
 @pytest.fixture(scope="module")
 def smollm2():
     directory = needed(weights_dir(), "smollm2")
-    return directory, LanguageModel.from_pretrained(directory).requires_grad_(False)
+    return directory, load_language(directory).requires_grad_(False)
 
 
 @torch.no_grad()
@@ -49,7 +48,7 @@ def test_smollm2_reads_text_far_better_than_chance(smollm2):
 def test_dinov2_features_equal_the_public_implementation(size, layer):
     directory = needed(weights_dir(), "dinov2s")
     theirs = transformers.Dinov2Model.from_pretrained(directory, dtype=torch.float32)
-    ours = VisionTransformer.from_pretrained(directory, feature_layer=layer)
+    ours = load_vision(directory, feature_layer=layer)
     pixels = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
     out = theirs(pixels, output_hidden_states=True)
     expected = out.last_hidden_state if layer == -1 else out.hidden_states[layer]

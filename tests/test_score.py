@@ -14,12 +14,10 @@ from dataset.readers.formats import BadSample, Sample
 from dataset.tokenizer import Tokenizer
 from evaluation import report, score, summary
 from evaluation.eval_samples import Question, questions_of, read_questions
-from model.config import VLMConfig
+from model.config import ProjectorConfig, VLMConfig
 from model.generate import generate
-from model.language import LanguageModel
-from model.projector import Projector
-from model.vision import VisionTransformer
-from model.vlm import VLM
+from model.pretrained.load import load_language, load_vision
+from model.vlm import build_model
 
 
 def picture(colour="red"):
@@ -40,12 +38,13 @@ def answered(answer, truth, **tags):
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     language, vision = make_pair(tmp_path_factory.mktemp("towers"))
-    language_model = LanguageModel.from_pretrained(language)
-    tower = VisionTransformer.from_pretrained(vision)
+    language_model = load_language(language)
+    tower = load_vision(vision)
     template = ChatTemplate(Tokenizer.from_directory(language), image_tokens=4)
     torch.manual_seed(0)
-    config = VLMConfig(language_model.config, tower.config, "mlp", 1, template.image_token_id)
-    model = VLM(config, language_model, tower, Projector("mlp", 24, 32, 1))
+    config = VLMConfig(language_model.config, tower.config, ProjectorConfig("mlp", 24, 32),
+                       template.image_token_id)
+    model = build_model(config, language_model, tower)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.4)  # so that the answers differ

@@ -14,8 +14,10 @@ import train_pretrain
 import train_sft
 import training.precision
 from dataset.batching import Batches, collate
-from model.pretrained.checkpoint import load_checkpoint, newest_checkpoint
-from model.pretrained.hub import load_language, save_language
+from model.pretrained.checkpoint import newest_checkpoint
+from model.pretrained.load import load_checkpoint, load_language
+from model.pretrained.public_config import read_language_config, write_config
+from model.pretrained.save import save_language
 from tests.tiny import curve, make_world, metrics
 from train_pretrain import backward, load_or_build
 from training.data import open_training_data
@@ -215,8 +217,8 @@ def test_bf16_stays_close_to_fp32(world, tmp_path):
 def test_a_loss_that_is_not_finite_stops_with_file_and_line(world, tmp_path, monkeypatch):
     """One letter of the language model is broken; one line of the data has that letter."""
     language = load_language(world[1])
-    config = {**language.config.to_public(), "tie_word_embeddings": False}
-    untied = type(language)(type(language.config).from_public(config))
+    config = {**write_config(language.config), "tie_word_embeddings": False}
+    untied = type(language)(read_language_config(config))
     untied.load_state_dict(language.state_dict(), strict=False)
     tokenizer = prepare(world)[1].template.tokenizer
     save_language(untied, tmp_path / "language")

@@ -6,7 +6,8 @@ import pytest
 import torch
 from families import VISION, assert_close, public_vision
 
-from model.config import VisionConfig
+from model.pretrained.load import load_vision
+from model.pretrained.public_config import read_vision_config, write_config
 from model.vision import VisionTransformer
 
 TOWERS = {  # name: (family, facts that differ from tiny.VISION, pixels fed in: height, width)
@@ -41,7 +42,7 @@ def test_features_equal_the_public_implementation(tower, layer, tmp_path):
     family, facts, size = TOWERS[tower]
     theirs = public_vision(family, **facts)
     theirs.save_pretrained(tmp_path)
-    ours = VisionTransformer.from_pretrained(tmp_path, feature_layer=layer)
+    ours = load_vision(tmp_path, feature_layer=layer)
     pixels = random_pixels(2, *size)
     out = theirs(pixels, output_hidden_states=True)
     expected = out.last_hidden_state if layer == -1 else out.hidden_states[layer]
@@ -53,7 +54,7 @@ def test_features_equal_the_public_implementation(tower, layer, tmp_path):
 def test_positions_stretch_to_another_size_as_in_public(family, tmp_path):
     theirs = public_vision(family)
     theirs.save_pretrained(tmp_path)
-    ours = VisionTransformer.from_pretrained(tmp_path)
+    ours = load_vision(tmp_path)
     pixels = random_pixels(1, 80, 64)
     expected = theirs(pixels, interpolate_pos_encoding=True).last_hidden_state
     assert_close(ours(pixels), expected[:, extra_tokens(family):], 2e-4, f"{family} stretched")
@@ -63,7 +64,7 @@ def test_positions_stretch_to_another_size_as_in_public(family, tmp_path):
 @torch.no_grad()
 def test_no_patch_is_lost(family, tmp_path):
     public_vision(family).save_pretrained(tmp_path)
-    tower = VisionTransformer.from_pretrained(tmp_path)
+    tower = load_vision(tmp_path)
     pixels = random_pixels(1, 48, 48)
     features = tower(pixels)
     assert features.shape == (1, (48 // 16) ** 2, 36)
@@ -84,7 +85,7 @@ def test_the_class_token_is_what_transformers_pools(family, layer, tmp_path):
     """After the last block with the final norm, CLIP's too; after an earlier one as it is."""
     theirs = public_vision(family)
     theirs.save_pretrained(tmp_path)
-    ours = VisionTransformer.from_pretrained(tmp_path, feature_layer=layer, features="class")
+    ours = load_vision(tmp_path, feature_layer=layer, features="class")
     pixels = random_pixels(2, 48, 48)
     out = theirs(pixels, output_hidden_states=True)
     expected = out.pooler_output if layer == -1 else out.hidden_states[layer][:, 0]
@@ -99,7 +100,7 @@ def test_the_class_token_is_what_transformers_pools(family, layer, tmp_path):
 def test_pooled_is_the_mean_of_the_patches_alone(family, layer, tmp_path):
     theirs = public_vision(family)
     theirs.save_pretrained(tmp_path)
-    ours = VisionTransformer.from_pretrained(tmp_path, feature_layer=layer, features="pooled")
+    ours = load_vision(tmp_path, feature_layer=layer, features="pooled")
     pixels = random_pixels(2, 48, 48)
     out = theirs(pixels, output_hidden_states=True)
     hidden = out.last_hidden_state if layer == -1 else out.hidden_states[layer]
@@ -110,33 +111,33 @@ def test_pooled_is_the_mean_of_the_patches_alone(family, layer, tmp_path):
 def test_siglip_has_no_class_token_to_take():
     public = {"model_type": "siglip_vision_model", **VISION}
     with pytest.raises(ValueError, match="has no class token"):
-        VisionConfig.from_public(public, features="class")
+        read_vision_config(public, features="class")
     with pytest.raises(ValueError, match="'patches', 'class' and 'pooled'"):
-        VisionConfig.from_public(public, features="mean")
+        read_vision_config(public, features="mean")
 
 
 def test_a_naflex_siglip2_is_refused_and_the_fixed_one_named():
     with pytest.raises(ValueError, match="'siglip' .also SigLIP2 of a fixed resolution"):
-        VisionConfig.from_public({"model_type": "siglip2", "vision_config": {}})
+        read_vision_config({"model_type": "siglip2", "vision_config": {}})
 
 
 def test_a_feature_layer_out_of_range_is_refused():
     public = {"model_type": "siglip_vision_model", **VISION}
     for layer in (0, 1, -4):
         with pytest.raises(ValueError, match="feature_layer"):
-            VisionConfig.from_public(public, feature_layer=layer)
+            read_vision_config(public, feature_layer=layer)
 
 
 def test_blocks_after_the_feature_layer_are_not_made():
     public = {"model_type": "siglip_vision_model", **VISION}
-    tower = VisionTransformer(VisionConfig.from_public(public, feature_layer=-2))
+    tower = VisionTransformer(read_vision_config(public, feature_layer=-2))
     assert len(tower.layers) == 2 and not hasattr(tower, "post_layernorm")
 
 
 @pytest.mark.parametrize("shape", [(3, 48, 48), (1, 1, 48, 48), (1, 3, 8, 48), (1, 48, 48, 3)])
 def test_pixels_of_another_shape_are_refused(shape):
     tower = VisionTransformer(
-        VisionConfig.from_public({"model_type": "siglip_vision_model", **VISION}))
+        read_vision_config({"model_type": "siglip_vision_model", **VISION}))
     with pytest.raises(ValueError, match=r"\(N,3,H,W\)"):
         tower(torch.zeros(shape))
 
@@ -150,19 +151,19 @@ def test_pixels_of_another_shape_are_refused(shape):
 ])
 def test_a_config_that_we_would_get_wrong_is_refused(change, word):
     with pytest.raises(ValueError, match=word):
-        VisionConfig.from_public({"model_type": "siglip_vision_model", **VISION, **change})
+        read_vision_config({"model_type": "siglip_vision_model", **VISION, **change})
 
 
 @pytest.mark.parametrize("family", ["siglip_vision_model", "clip_vision_model", "dinov2"])
 def test_config_survives_being_written_and_read(family):
-    config = VisionConfig.from_public({"model_type": family, **VISION, "mlp_ratio": 2})
-    assert VisionConfig.from_public(json.loads(json.dumps(config.to_public()))) == config
+    config = read_vision_config({"model_type": family, **VISION, "mlp_ratio": 2})
+    assert read_vision_config(json.loads(json.dumps(write_config(config)))) == config
 
 
 def test_published_configs_leave_out_what_is_default():
     """openai/clip-vit-base-patch32 and google/siglip-base-patch16-224 name hardly a number."""
-    clip = VisionConfig.from_public({"model_type": "clip", "vision_config": {}})
-    siglip = VisionConfig.from_public({"model_type": "siglip", "vision_config": {}})
+    clip = read_vision_config({"model_type": "clip", "vision_config": {}})
+    siglip = read_vision_config({"model_type": "siglip", "vision_config": {}})
     assert (clip.patch_size, clip.hidden_act, clip.layer_norm_eps) == (32, "quick_gelu", 1e-5)
     assert (siglip.patch_size, siglip.hidden_act, siglip.layer_norm_eps) == (
         16, "gelu_pytorch_tanh", 1e-6)
@@ -170,7 +171,7 @@ def test_published_configs_leave_out_what_is_default():
 
 def test_bfloat16_weights_take_float32_pixels(tmp_path):
     public_vision("Dinov2").save_pretrained(tmp_path)
-    tower = VisionTransformer.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    tower = load_vision(tmp_path, dtype=torch.bfloat16)
     with torch.no_grad():
         assert tower(random_pixels(1, 64, 64)).dtype == torch.bfloat16
 
@@ -178,5 +179,5 @@ def test_bfloat16_weights_take_float32_pixels(tmp_path):
 @pytest.mark.parametrize("family", ["siglip_vision_model", "clip_vision_model", "dinov2"])
 def test_nothing_is_tied_to_the_cpu(family):
     """On the meta device any tensor that is made elsewhere on the way raises."""
-    tower = VisionTransformer(VisionConfig.from_public({"model_type": family, **VISION}))
+    tower = VisionTransformer(read_vision_config({"model_type": family, **VISION}))
     assert tower.to("meta")(torch.zeros(1, 3, 64, 80, device="meta")).shape == (1, 20, 36)

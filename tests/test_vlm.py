@@ -6,7 +6,7 @@ import torch
 from families import assert_close, tiny_vlm
 
 from model.lora import add_lora
-from model.vlm import set_trainable
+from training.trainable import set_requires_grad
 
 IMAGE, K = 60, 9
 
@@ -84,7 +84,7 @@ def test_an_image_token_past_the_vocabulary_is_never_looked_up(image_token_id):
 
 
 def test_the_pictures_gradient_is_that_of_a_concatenation(vlm):
-    set_trainable(vlm)
+    set_requires_grad(vlm)
     pixels, ids = pictures(2), batch(row(5, "image", 6, "image"))
     weight = torch.randn(1, ids.shape[1], 36)
     (vlm.embed(ids, pixels) * weight).sum().backward()
@@ -140,7 +140,7 @@ def test_one_batch_equals_its_rows_one_by_one(vlm, answers):
     labels = torch.full_like(ids, -100)
     for number, n in enumerate(answers):
         labels[number, len(rows[number]) - n:len(rows[number])] = 7
-    set_trainable(vlm, language="all", vision=True)
+    set_requires_grad(vlm, language="all", vision=True)
     loss, count = vlm(ids, labels, pixels)
     (loss / count).backward()
     together = gradients(vlm)
@@ -169,7 +169,7 @@ def test_the_head_runs_on_supervised_positions_only():
 
 
 def test_no_supervised_token_gives_zero_and_no_nan(vlm):
-    set_trainable(vlm, language="all", vision=True)
+    set_requires_grad(vlm, language="all", vision=True)
     ids = batch(row(5, "image", 6))
     loss, count = vlm(ids, torch.full_like(ids, -100), pictures(1))
     loss.backward()
@@ -180,7 +180,7 @@ def test_no_supervised_token_gives_zero_and_no_nan(vlm):
 @pytest.mark.parametrize("pixels", [None, torch.zeros(0, 3, 48, 48)])
 def test_a_batch_without_pictures_still_brings_the_projectors_gradient(vlm, pixels):
     """Other processes may have pictures and would wait for it."""
-    set_trainable(vlm, vision=True)
+    set_requires_grad(vlm, vision=True)
     ids = batch(row(5, 6, 7))
     loss, _ = vlm(ids, ids, pixels)
     loss.backward()
@@ -228,8 +228,8 @@ def learning(vlm):
     ({"language": "last:3", "projector": False}, ["language.layers."]),
 ])
 def test_what_learns_is_what_was_chosen(vlm, settings, prefixes):
-    set_trainable(vlm, language="all", vision=True)  # what was chosen before must not linger
-    set_trainable(vlm, **settings)
+    set_requires_grad(vlm, language="all", vision=True)  # what was chosen before must not linger
+    set_requires_grad(vlm, **settings)
     chosen = {name for name, _ in vlm.named_parameters() if name.startswith(tuple(prefixes))}
     assert learning(vlm) == chosen
     ids = batch(row(5, "image", 6))
@@ -239,9 +239,9 @@ def test_what_learns_is_what_was_chosen(vlm, settings, prefixes):
 
 def test_lora_learns_alone_beside_the_projector(vlm):
     with pytest.raises(ValueError, match="add_lora"):
-        set_trainable(vlm, language="lora")
+        set_requires_grad(vlm, language="lora")
     add_lora(vlm.language, ["q_proj", "v_proj"], rank=2, alpha=4)
-    set_trainable(vlm, language="lora")
+    set_requires_grad(vlm, language="lora")
     assert all("lora_" in name or name.startswith("projector.") for name in learning(vlm))
     assert len(learning(vlm)) == 3 * 2 * 2 + 4
 
@@ -249,22 +249,22 @@ def test_lora_learns_alone_beside_the_projector(vlm):
 @pytest.mark.parametrize("language", ["some", "last", "last:", "last:0", "last:4", "last:-1"])
 def test_unknown_choices_are_refused(vlm, language):
     with pytest.raises(ValueError, match="last:N"):
-        set_trainable(vlm, language=language)
+        set_requires_grad(vlm, language=language)
 
 
 def test_a_frozen_tower_keeps_nothing_for_the_backward_pass(vlm):
     kept = []
     vlm.vision.register_forward_hook(lambda _, x, out: kept.append(out.requires_grad))
-    set_trainable(vlm)
+    set_requires_grad(vlm)
     vlm.encode_images(pictures(1))
-    set_trainable(vlm, vision=True)
+    set_requires_grad(vlm, vision=True)
     vlm.encode_images(pictures(1))
     assert kept == [False, True]
 
 
 @pytest.mark.parametrize("mode", ["bfloat16 weights", "bfloat16 language", "autocast"])
 def test_bfloat16(vlm, mode):
-    set_trainable(vlm)
+    set_requires_grad(vlm)
     ids = batch(row(5, "image", 6, 7))
     labels = ids.masked_fill(ids == IMAGE, -100)
     full, _ = vlm(ids, labels, pictures(1))

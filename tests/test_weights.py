@@ -15,17 +15,12 @@ import transformers
 from families import VISION, assert_close, public_language, public_vision, save_qwen
 from safetensors.torch import load_file, save_file
 
-import model.pretrained.hub
-from model.pretrained.hub import (
-    file_hashes,
-    load_language,
-    load_vision,
-    public_tensors,
-    resolve,
-    save_language,
-    save_vision,
-)
-from model.pretrained.weight_names import LAYOUTS
+import model.pretrained.files
+from model.pretrained.families import LANGUAGE_FAMILIES, VISION_FAMILIES, family_of
+from model.pretrained.files import file_hashes
+from model.pretrained.hub import resolve
+from model.pretrained.load import load_language, load_vision
+from model.pretrained.save import public_tensors, save_language, save_vision
 
 LANGUAGES = [("Qwen2", {}), ("Qwen2", {"tie_word_embeddings": True}), ("Qwen3", {"head_dim": 10}),
              ("Llama", {})]
@@ -186,8 +181,8 @@ def test_only_what_is_needed_is_read(layer, blocks, tmp_path, monkeypatch):
         def __getattr__(self, name):
             return getattr(self.inside, name)
 
-    real = model.pretrained.hub.safe_open
-    monkeypatch.setattr(model.pretrained.hub, "safe_open", Recorder)
+    real = model.pretrained.files.safe_open
+    monkeypatch.setattr(model.pretrained.files, "safe_open", Recorder)
     ours = load_vision(tmp_path, feature_layer=layer)
     assert len(read) == len(ours.state_dict()) == 5 + 16 * blocks
     with torch.no_grad():
@@ -429,20 +424,24 @@ def of_family(family: str, directory):
     return load_language, save_language
 
 
+def registry(kind):
+    return LANGUAGE_FAMILIES if kind in LANGUAGE_FAMILIES else VISION_FAMILIES
+
+
 @pytest.mark.parametrize("prefix", ["its own", "none", "another."])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_saved_loads_equal_under_every_prefix(family, prefix, tmp_path, monkeypatch):
     load, save = of_family(family, tmp_path / "theirs")
     ours = load(tmp_path / "theirs")
     kind = ours.config.model_type
-    layout = LAYOUTS[kind]
+    layout = family_of(kind)
     if prefix == "another.":  # as where a tower is saved as a part of a larger model
-        monkeypatch.setitem(LAYOUTS, kind, replace(layout, prefix=prefix, names={
+        monkeypatch.setitem(registry(kind), kind, replace(layout, prefix=prefix, names={
             prefix + name.removeprefix(layout.prefix): mine
             for name, mine in layout.names.items()}))
     save(ours, tmp_path / "ours")
     names = load_file(tmp_path / "ours" / "model.safetensors").keys()
-    assert any(name.startswith(LAYOUTS[kind].prefix) for name in names)
+    assert any(name.startswith(family_of(kind).prefix) for name in names)
     if prefix == "none":
         edit(tmp_path / "ours", lambda tensors: [
             tensors.__setitem__(name.removeprefix(layout.prefix), tensors.pop(name))
@@ -459,21 +458,21 @@ def test_what_the_public_classes_write_is_what_we_would_write(family, prefix, tm
     load, _ = of_family(family, tmp_path)
     theirs = load_file(tmp_path / "model.safetensors")
     kind = load(tmp_path).config.model_type
-    layout, plain = LAYOUTS[kind], LAYOUTS[kind].prefix
+    layout, plain = family_of(kind), family_of(kind).prefix
     if prefix != "its own":
         put = "" if prefix == "none" else prefix
         edit(tmp_path, lambda tensors: [
             tensors.__setitem__(put + name.removeprefix(plain), tensors.pop(name))
             for name in [*tensors]])
     if prefix == "another.":
-        monkeypatch.setitem(LAYOUTS, kind, replace(layout, prefix=prefix, names={
+        monkeypatch.setitem(registry(kind), kind, replace(layout, prefix=prefix, names={
             prefix + name.removeprefix(plain): mine for name, mine in layout.names.items()}))
-    written = {name.removeprefix(LAYOUTS[kind].prefix): tensor
+    written = {name.removeprefix(family_of(kind).prefix): tensor
                for name, tensor in public_tensors(load(tmp_path)).items()}
     theirs = {name.removeprefix(plain): tensor for name, tensor in theirs.items()}
     left_alone = theirs.keys() - written.keys()
     assert all(name.startswith(("head.", "post_layernorm.", "embeddings.mask_token"))
-               for name in left_alone), "SigLIP's, CLIP's and DINOv2's, see Layout.unread"
+               for name in left_alone), "SigLIP's, CLIP's and DINOv2's, see Family.unread"
     for name, tensor in written.items():
         assert tensor.shape == theirs[name].shape, name
         assert torch.equal(tensor, theirs[name]), name
@@ -512,7 +511,7 @@ def test_a_directory_is_taken_as_it_is_and_a_wrong_path_named(tmp_path):
 
 def in_a_new_process(name, home, **environment):
     """The hub's library reads its settings once, when it is imported."""
-    code = f"from model.pretrained.hub import load_language; print(load_language({name!r}).config)"
+    code = f"from model.pretrained.load import load_language; print(load_language({name!r}).config)"
     root = Path(__file__).resolve().parent.parent
     clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root,

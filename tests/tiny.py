@@ -12,9 +12,9 @@ from PIL import Image
 
 import train_pretrain
 import train_sft
-from model.config import LanguageConfig, VisionConfig
 from model.language import LanguageModel
-from model.pretrained.hub import save_language, save_vision
+from model.pretrained.public_config import read_language_config, read_vision_config
+from model.pretrained.save import save_language, save_vision
 from model.vision import VisionTransformer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,11 +43,11 @@ def make_pair(directory: Path) -> tuple[str, str]:
     vision.mkdir()
     size = make_tokenizer(language)
     torch.manual_seed(1)
-    save_language(LanguageModel(LanguageConfig.from_public({
+    save_language(LanguageModel(read_language_config({
         "model_type": "qwen2", "vocab_size": size, "hidden_size": 32, "intermediate_size": 48,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "tie_word_embeddings": True, "max_position_embeddings": 512})), language)
-    save_vision(VisionTransformer(VisionConfig.from_public({
+    save_vision(VisionTransformer(read_vision_config({
         "model_type": "siglip_vision_model", "hidden_size": 24, "intermediate_size": 32,
         "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8})),
         vision)

@@ -10,14 +10,9 @@ from dataset.chat import ChatTemplate
 from dataset.families import DEFAULT_SYSTEM
 from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
-from model.pretrained.checkpoint import (
-    base_directory,
-    base_reference,
-    load_checkpoint,
-    own_names,
-    read_config,
-    tensor_names,
-)
+from model.pretrained.checkpoint import base_reference, own_names, read_config, tensor_names
+from model.pretrained.load import load_checkpoint
+from model.pretrained.public_config import write_vlm_config
 from model.vlm import VLM
 
 
@@ -58,7 +53,7 @@ def load_bundle(checkpoint, settings) -> ModelBundle:
 
 def make_inputs(settings, language_config, vision_config, language_directory, vision_directory):
     """-> the chat template and the image processor that belong to the towers."""
-    tokenizer = Tokenizer.from_directory(base_directory(language_directory))
+    tokenizer = Tokenizer.from_directory(language_directory)
     processor = ImageProcessor.from_directory(vision_directory)
     if settings.fast_images is not None:
         processor = replace(processor, fast=settings.fast_images)
@@ -77,14 +72,9 @@ def public_bases(settings) -> dict:
 def checkpoint_config(model, template, settings, bases: dict, lora: dict | None) -> dict:
     """config.json of a checkpoint."""
     return {
-        "model_type": "vlm", "language": model.language.config.to_public(),
-        "vision": model.vision.config.to_public(),
-        "vision_layer": model.vision.config.feature_layer,
-        "features": settings.features, "projector": settings.projector,
-        "pixel_shuffle": settings.pixel_shuffle, "image_tokens": template.image_tokens,
-        "image_token_id": template.image_token_id, "template": template.family,
-        "image_token": template.image_token, "system": template.default_system,
-        "lora": lora, "bases": bases}
+        **write_vlm_config(model.config), "image_tokens": template.image_tokens,
+        "template": template.family, "image_token": template.image_token,
+        "system": template.default_system, "lora": lora, "bases": bases}
 
 
 def embedding_rms(language) -> float:

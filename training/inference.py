@@ -19,15 +19,10 @@ from dataset.families import DEFAULT_SYSTEM
 from dataset.images import ImageProcessor, load_image
 from dataset.tokenizer import Tokenizer
 from model.generate import TextStreamer, generate
-from model.language import LanguageModel
 from model.lora import merge_lora
-from model.pretrained.checkpoint import (
-    base_directory,
-    find_base,
-    find_model,
-    load_checkpoint,
-    read_config,
-)
+from model.pretrained.checkpoint import find_model, read_config
+from model.pretrained.hub import resolve
+from model.pretrained.load import load_checkpoint, load_language
 from training.device import check_dtype, choose_device, is_out_of_memory, prepare_device
 from training.precision import NUMBERS, choose_dtype
 
@@ -59,9 +54,9 @@ def load_model(flags, name: str | None) -> tuple:
     if getattr(flags, "stats", False):
         print(f"dtype: {str(dtype).removeprefix('torch.')} ({why})", file=sys.stderr)
     if name == "none":
-        directory = find_base(flags.language or "dataset/emoji/language")
-        model = LanguageModel.from_pretrained(str(directory), load_dtype).eval()
-        tokenizer = Tokenizer.from_directory(base_directory(directory))
+        directory = resolve(flags.language or "dataset/emoji/language")
+        model = load_language(directory, load_dtype).eval()
+        tokenizer = Tokenizer.from_directory(directory)
         family = flags.template or model.config.model_type
         template = ChatTemplate(tokenizer, image_tokens=0,
                                 default_system=DEFAULT_SYSTEM[family], family=family)
@@ -72,8 +67,7 @@ def load_model(flags, name: str | None) -> tuple:
         model = load_checkpoint(directory, load_dtype, flags.language, flags.vision)
         merge_lora(model.language)  # adapters would cost two more products in every layer
         template = ChatTemplate(Tokenizer.from_directory(directory), config["image_tokens"],
-                                config["system"], config.get("image_token"),
-                                config.get("template", "qwen2"))
+                                config["system"], config.get("image_token"), config["template"])
         processor = ImageProcessor.from_directory(directory)
         print(f"model: {directory}", file=sys.stderr)
     if flags.system is not None:

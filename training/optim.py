@@ -6,7 +6,7 @@
 import torch
 
 from model.lora import add_lora
-from model.vlm import set_trainable
+from training.trainable import set_requires_grad
 
 PARTS = ("language", "projector", "vision")
 
@@ -28,7 +28,7 @@ def choose_trainable(model, settings, lora: dict | None) -> dict | None:
         except ValueError as error:
             raise SystemExit(f"--lora: {error}") from error
     try:
-        set_trainable(model, settings.train_projector, settings.train_vision, language)
+        set_requires_grad(model, settings.train_projector, settings.train_vision, language)
     except ValueError as error:
         raise SystemExit(f"--train_language {settings.train_language}: {error}") from error
     if not any(parameter.requires_grad for parameter in model.parameters()):

@@ -61,7 +61,7 @@ class Preset:
     vision: str
     pretrain: Recipe
     sft: Recipe
-    projector: str = "mlp"  # or "linear", "norm_mlp"
+    projector: str = "mlp"  # a key of PROJECTORS (model/projector.py)
     pixel_shuffle: int = 1
     vision_layer: int = -1  # -1: the tower's last layer, -2: the one before it
     features: str = "patches"  # or "class": the class token alone, "pooled": the patches' mean

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from model.pretrained.checkpoint import (
+    CorruptCheckpointError,
     checkpoints,
     find_model,
     flush_to_disk,
@@ -20,7 +21,7 @@ from model.pretrained.checkpoint import (
     save_checkpoint,
     step_of,
 )
-from model.pretrained.manifest import TornError
+from model.pretrained.pickle_loader import load_plain
 from training.errors import StopTraining
 from training.presets import read_flags, resolve
 from training.run_metadata import FILES, read_object
@@ -70,7 +71,7 @@ def find_start(flags, start_from=()) -> tuple[Path | None, dict]:
     resume, the model's facts alone to train on."""
     try:
         checkpoint = newest_whole(flags.out) if flags.resume else None
-    except TornError as error:
+    except CorruptCheckpointError as error:
         raise SystemExit(f"{error}. Without --resume the run starts anew.") from error
     if checkpoint:
         return checkpoint, settings_of_run(flags, checkpoint)
@@ -183,8 +184,6 @@ def restore(settings, checkpoint: Path | None, optimizer, data_facts: dict,
 def load_training_state(checkpoint: Path) -> dict:
     """-> {"trainer": fields of TrainerState, "optimizer": its state_dict}. As data: no code runs.
     """
-    from extras.convert.pickle_loader import load_plain
-
     return load_plain(checkpoint / "training_state.pt")
 
 

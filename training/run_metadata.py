@@ -20,7 +20,8 @@ import safetensors
 import tokenizers
 import torch
 
-from model.pretrained.checkpoint import ROOT, write_json
+from model.pretrained.files import write_json
+from model.pretrained.hub import ROOT
 from training.distributed import cores
 from training.errors import NotFinite
 

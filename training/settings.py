@@ -4,7 +4,7 @@ do with it.
 Flags, checks, run.json, presets and resumes iterate over SETTINGS; nothing else lists them.
 """
 
-from argparse import BooleanOptionalAction
+from argparse import ArgumentTypeError, BooleanOptionalAction
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,15 @@ FREE = "free"  # no step computes anything else because of it
 # It bends the curve, and is the way out of a loss that is not finite: it may change where a run is
 # resumed from before a step at which that had stopped it, and nowhere else.
 BENDS = "bends"
+
+
+def projector_kind(name: str) -> str:
+    from model.projector import PROJECTORS  # here: reading flags needs no torch
+
+    if name not in PROJECTORS:
+        raise ArgumentTypeError(f"{name!r}; there are {', '.join(PROJECTORS)}")
+    return name
+
 
 TRACKERS = ("tensorboard", "wandb", "swanlab", "trackio")  # extras/trackers.py
 
@@ -76,7 +85,7 @@ SETTINGS = (
     Setting("vision_layer", "whose features are used: -1 the last layer's, -2 ...", int),
     Setting("features", "what of an image is used: all patches, the class token alone, or the "
             "patches' mean", choices=("patches", "class", "pooled")),
-    Setting("projector", "what joins the two towers", choices=("linear", "mlp", "norm_mlp")),
+    Setting("projector", "what joins the two towers", projector_kind),
     Setting("init_projector", "begin with the projector of this .safetensors, .bin or .pth, by "
             "LLaVA's, transformers' or MiniMind-V's names", default=None, metavar="FILE"),
     Setting("pixel_shuffle", "n: n x n patches become one token", int, above=0),

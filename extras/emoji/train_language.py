@@ -48,7 +48,8 @@ from dataset.emoji.world import CHAT_START, TEST_START, EmojiData, scene
 from dataset.tokenizer import Tokenizer
 from model.config import LanguageConfig
 from model.language import LanguageModel
-from model.pretrained.hub import save_language
+from model.pretrained.load import load_language
+from model.pretrained.save import save_language
 
 HERE = Path(__file__).resolve().parents[2] / "dataset" / "emoji" / "language"
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>",
@@ -376,7 +377,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     if args.last_lesson_alone:
-        model = LanguageModel.from_pretrained(str(args.out)).train().requires_grad_(True)
+        model = load_language(str(args.out)).train().requires_grad_(True)
     else:
         make_tokenizer(args.out)
     tokenizer = Tokenizer.from_directory(args.out)

@@ -33,7 +33,7 @@ from dataset.readers.preprocessor_config import HALF
 from dataset.tokenizer import Tokenizer
 from model.config import LanguageConfig, VisionConfig
 from model.language import LanguageModel
-from model.pretrained.hub import save_vision
+from model.pretrained.save import save_vision
 from model.vision import VisionTransformer
 
 HERE = Path(__file__).resolve().parents[2] / "dataset" / "emoji"

@@ -1,4 +1,4 @@
-"""Hand a trained model over, in a form that other programs read.
+"""Export a trained model in a form that other programs read.
 
     python -m extras.export --to transformers   LlavaForConditionalGeneration: transformers, vLLM
     python -m extras.export --to merged         a checkpoint of ours, LoRA merged, in one piece
@@ -20,24 +20,24 @@ from dataset.chat import ChatTemplate
 from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
 from extras.export.chat_template import PublicTemplate
-from extras.export.model_card import CURVE, metrics_of, model_card
+from extras.export.hub import CURVE, files_to_push, listing, metrics_of, model_card, push
 from extras.export.peft import peft_adapter
 from extras.export.transformers import account_for, llava, same_names
-from extras.export.upload import files_to_push, listing, push
 from extras.fast.quantize import quantize
 from model.lora import merge_lora
 from model.pretrained.checkpoint import (
     find_model,
-    load_checkpoint,
     newest_checkpoint,
     read_config,
     read_run,
     refuse_quantized,
     save_checkpoint,
     tensor_names,
-    write_json,
 )
-from model.pretrained.hub import save
+from model.pretrained.files import write_json
+from model.pretrained.load import load_checkpoint
+from model.pretrained.meta_device import meta_device
+from model.pretrained.save import save_model
 from model.projector import Projector
 from training.writable import check_directory
 
@@ -80,20 +80,18 @@ def load(flags, checkpoint: Path):
     model = load_checkpoint(checkpoint, torch.float32, flags.language, flags.vision)
     account_for_all(model)
     template = ChatTemplate(Tokenizer.from_directory(checkpoint), config["image_tokens"],
-                            config["system"], config.get("image_token"),
-                            config.get("template", "qwen2"))  # the first ones had no other
+                            config["system"], config.get("image_token"), config["template"])
     return model, template, ImageProcessor.from_directory(checkpoint)
 
 
 def account_for_all(model) -> None:
-    """Whatever the form: what none of our own classes makes, nobody could read back. ValueError
-    with the tensor's name."""
+    """In every form: ValueError with the name of a tensor that none of our classes has, because
+    nothing could read it back."""
     config = model.config
-    with torch.device("meta"):
-        known = Projector(config.projector, config.vision.hidden_size,
-                          config.language.hidden_size, config.pixel_shuffle).state_dict()
+    with meta_device():
+        known = Projector(config.projector).state_dict()
     account_for(model, known, "this model cannot be exported", "Known are both towers as their "
-                f"config.json describes them, and --projector {config.projector}: "
+                f"config.json describes them, and --projector {config.projector.kind}: "
                 + ", ".join(known))
 
 
@@ -103,7 +101,7 @@ def to_transformers(flags, checkpoint: Path, out: Path) -> None:
     public = PublicTemplate(template)
     config, tensors = llava(model, processor.size, template.image_token_id)
     dtype = DTYPES[flags.dtype]
-    save(out, config, {name: tensor.to(dtype) for name, tensor in tensors.items()})
+    save_model(out, config, {name: tensor.to(dtype) for name, tensor in tensors.items()})
     public.save(out, model.language.config.max_position_embeddings)
     processor.save(out)
     class_token = int(model.vision.config.class_token)
@@ -122,11 +120,12 @@ def to_merged(flags, checkpoint: Path, out: Path) -> None:
     if flags.quantize:  # from float32, so that the sum is rounded once here too
         quantize(model.language, flags.quantize)
         config["quantize"] = flags.quantize
-    for reference in config["bases"].values():  # told still, as where it comes from
+    for reference in config["bases"].values():  # still named, as where it comes from
         reference.pop("copied", None)
     tensors = {name: p.to(DTYPES[flags.dtype]) if p.is_floating_point() else p
                for name, p in model.named_parameters()}
-    same_names(model.state_dict(), tensors, "this model cannot be told as a checkpoint of ours",
+    same_names(model.state_dict(), tensors,
+               "this model cannot be expressed as a checkpoint of ours",
                "A checkpoint holds parameters, and no buffers: make it an nn.Parameter")
     save_checkpoint(out, run["step"], tensors, config, run, (template.tokenizer, processor))
 
@@ -163,8 +162,8 @@ def to_gguf(flags, checkpoint: Path, out: Path) -> None:
     write_language(model, tokenizer, len(tokenizer["tokens"]), flags.dtype, out / "language.gguf")
     try:
         write_mmproj(model, processor, out / "mmproj.gguf")
-    except ValueError as error:  # the language model is of use without its eyes
-        print(f"no mmproj.gguf, so llama.cpp will see no pictures: {error}")
+    except ValueError as error:  # the language model is of use without the vision tower
+        print(f"no mmproj.gguf, so llama.cpp will see no images: {error}")
 
 
 FORMS = {"transformers": to_transformers, "merged": to_merged, "peft": to_peft, "gguf": to_gguf}

@@ -1,4 +1,4 @@
-"""Our chat template in other people's words: a Jinja template and a tokenizer.json.
+"""Our chat template in the form that other engines read: Jinja, and a tokenizer.json.
 
     ChatTemplate -> PublicTemplate -> chat_template.jinja, tokenizer.json, tokenizer_config.json
 
@@ -70,7 +70,7 @@ def pieces_name(pre_tokenizer: dict | None) -> str:
                      "known are those of Qwen, SmolLM2 and GPT-2")
 
 
-# llama.cpp puts a mark of its own, such as <__media_C8KZ__>, in a picture's place and renders then.
+# llama.cpp puts its own mark, such as <__media_C8KZ__>, where an image belongs, then renders.
 MARKS = """\
         {%- if '<__media_' in text -%}
             {%- set text = text | replace('<__media_', BEFORE + '<__media_') -%}
@@ -80,7 +80,7 @@ MARKS = """\
 
 
 class PublicTemplate:
-    """image_token: the text of the token that holds a picture's place in the exported tokenizer."""
+    """image_token: the text of the token that stands for an image in the exported tokenizer."""
 
     def __init__(self, template: ChatTemplate):
         self.template, written = template, template.tokenizer.backend.to_str()
@@ -95,8 +95,8 @@ class PublicTemplate:
         self.backend = tokenizers.Tokenizer.from_str(written)
         before, after = "", ""
         if len(template.image_ids) > template.image_tokens:
-            before, after = (template.tokenizer.decode([template.image_ids[place]])
-                             for place in (0, -1))
+            before, after = (template.tokenizer.decode([template.image_ids[index]])
+                             for index in (0, -1))
         self.before, self.after = before, after
         # Special tokens are found in a text before anything else: all that the template writes
         # must be one. Adding one that is there already keeps its id.
@@ -146,7 +146,7 @@ class PublicTemplate:
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         added = self.backend.get_added_tokens_decoder()
         tokens = [f"[PAD{number}]" for number in range(max(vocabulary.values()) + 1)]
-        types = [5] * len(tokens)  # unused, until a token takes the place
+        types = [5] * len(tokens)  # unused, until a token takes the index
         for token, number in vocabulary.items():
             tokens[number] = token
             # 1: normal, 3: control, 4: added, and text may hold it

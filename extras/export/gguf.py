@@ -1,9 +1,9 @@
-"""Our VLM -> GGUF, the files of llama.cpp: the language model with its tokenizer, and the eyes.
+"""Our VLM -> GGUF, the files of llama.cpp: the language model with its tokenizer, and the tower.
 
     language  -> OUT/language.gguf   (f16, bf16, q8_0)
     vision + projector -> OUT/mmproj.gguf, in the form that llama.cpp has for LLaVA
 
-q8_0 stores 32 numbers of a row as 8-bit integers and one 16-bit scale: a number is off by about
+q8_0 stores 32 values of a row as 8-bit integers and one 16-bit scale: a value is off by about
 1/254 of the largest of its 32 at most. Norms and biases stay float32: they are few, and everything
 passes through them.
 """
@@ -45,7 +45,7 @@ TYPES = {"fp32": (gguf.LlamaFileType.ALL_F32, gguf.GGMLQuantizationType.F32),
 
 
 def write_language(vlm: VLM, tokenizer: dict, rows: int, dtype: str, path: Path) -> None:
-    """tokenizer: gguf_tokenizer's. rows: words that the table must have. LoRA must be merged."""
+    """tokenizer: gguf_tokenizer's. rows: tokens that the table must have. LoRA must be merged."""
     model = llava_language(vlm.language, rows)
     config, kind = model.config, TYPES[dtype][0]
     writer = gguf.GGUFWriter(path, config.model_type)
@@ -91,7 +91,7 @@ def interleaved(weight, head_dim: int):
 
 def write_mmproj(vlm: VLM, processor, path: Path) -> None:
     """The vision tower and the projector. ValueError: llama.cpp has no such form, and why."""
-    refuse_unspeakable(vlm, processor)
+    check_exportable(vlm, processor)
     config = vlm.vision.config
     writer = gguf.GGUFWriter(path, "clip")
     writer.add_type(gguf.GGUFType.MMPROJ)
@@ -118,8 +118,9 @@ def write_mmproj(vlm: VLM, processor, path: Path) -> None:
     finish(writer)
 
 
-def refuse_unspeakable(vlm: VLM, processor) -> None:
-    vision, kind, shuffle = vlm.vision.config, vlm.config.projector, vlm.config.pixel_shuffle
+def check_exportable(vlm: VLM, processor) -> None:
+    vision, projector = vlm.vision.config, vlm.config.projector
+    kind, shuffle = projector.kind, projector.pixel_shuffle
     reasons = {
         f"a {vision.model_type} tower: it has CLIP's and SigLIP's":
             vision.model_type not in ("clip_vision_model", "siglip_vision_model"),
@@ -128,7 +129,7 @@ def refuse_unspeakable(vlm: VLM, processor) -> None:
         f"--projector {kind}: it has LLaVA's, linear, gelu, linear": kind != "mlp",
         f"--pixel_shuffle {shuffle}: its LLaVA projector takes one patch at a time": shuffle > 1,
         f"--features {vision.features}: it takes all patches": vision.features != "patches",
-        "pictures that are not square": processor.size[0] != processor.size[1]}
+        "images that are not square": processor.size[0] != processor.size[1]}
     for reason, holds in reasons.items():
         if holds:
             raise ValueError(f"llama.cpp has no form for {reason}")

@@ -26,9 +26,9 @@ from torch import nn
 from extras.export.transformers import same_names
 from model.language import LanguageModel
 from model.lora import LoRALinear, add_lora, linear_names
-from model.pretrained.hub import all_tensors, read_json
+from model.pretrained.families import family_of
+from model.pretrained.files import all_tensors, read_json
 from model.pretrained.meta_device import meta_device
-from model.pretrained.weight_names import LAYOUTS
 
 TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 # What changes the arithmetic, and the only value with which it is ours.
@@ -79,7 +79,7 @@ def published_layers(language: nn.Module) -> dict[str, list[str]]:
     """{the family's name: our names} of every linear layer, adapted or not."""
     with meta_device():
         plain = type(language)(language.config)
-    table, names = LAYOUTS[language.config.model_type].public, {}
+    table, names = family_of(language.config.model_type).public, {}
     for ours in linear_names(plain):
         number = re.search(r"(?<=layers\.)\d+", ours)
         public = table.get(re.sub(r"(?<=layers\.)\d+", "{}", ours), ours)
@@ -125,12 +125,12 @@ def add_peft(language: nn.Module, directory, dropout: float = 0.0) -> dict:
     add_lora(language, targets, rank, alpha, dropout)
     for public, pair in pairs.items():
         layers = [language.get_submodule(name) for name in every[public]]
-        wanted = {"A": (rank, layers[0].lora_a.shape[1]),
+        expected = {"A": (rank, layers[0].lora_a.shape[1]),
                   "B": (sum(len(layer.lora_b) for layer in layers), rank)}
-        for half, shape in wanted.items():
+        for half, shape in expected.items():
             if half not in pair or tuple(pair[half].shape) != shape:
-                found = tuple(pair[half].shape) if half in pair else "missing"
-                raise ValueError(f"{directory}: lora_{half} of {public} is {found}; rank {rank} "
+                actual = tuple(pair[half].shape) if half in pair else "missing"
+                raise ValueError(f"{directory}: lora_{half} of {public} is {actual}; rank {rank} "
                                  f"and this model ask for {shape}")
         for layer, part in zip(layers, pair["B"].split([len(each.lora_b) for each in layers])):
             layer.lora_a.data.copy_(pair["A"])
@@ -140,7 +140,7 @@ def add_peft(language: nn.Module, directory, dropout: float = 0.0) -> dict:
 
 def read_pairs(tensors: dict, every: dict, language, directory) -> dict[str, dict]:
     """peft's tensors -> {the family's name of a layer: {"A": tensor, "B": tensor}}."""
-    prefix, pairs = LAYOUTS[language.config.model_type].prefix, {}
+    prefix, pairs = family_of(language.config.model_type).prefix, {}
     for name, tensor in tensors.items():
         match = TENSOR.fullmatch(name)
         public = match and (match[1] if match[1] in every else prefix + match[1])

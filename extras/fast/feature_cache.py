@@ -131,7 +131,7 @@ def with_cached_features(model, batch: CachedBatch, cache: "FeatureCache", dtype
     batch = batch.to(device, non_blocking=True)
     with autocast(dtype, device):
         # Rounded before they are used, so that it makes no difference whether they were found.
-        features = model.look(batch.pixels).to(NUMBERS[dtype])  # (N,P,Dv)
+        features = model.vision_features(batch.pixels).to(NUMBERS[dtype])  # (N,P,Dv)
     for key, each in zip(batch.keys, features, strict=True):
         if key:
             cache.write(key, each)

@@ -1,55 +1,100 @@
-"""Our own checkpoint directory: saved whole or not at all, loaded for chat or to train on.
+"""Our own checkpoint directory: saved whole or not at all, and checked before it is used.
 
-    VLM + config + companions -> OUT/step_000100/ -> load_checkpoint -> VLM
-
-    model.safetensors         what was trained so far: projector, adapters, opened layers
+    model.safetensors         what was trained so far: projector, adapters, unfrozen layers
     config.json               both towers' public configs, the projector, and the references to the
                               public weights that were not trained: name and sha256 of each file
     tokenizer.json, preprocessor_config.json, ...   written by the companions' own save(directory)
     run.json                  settings, versions, commit, data: how this came about
     training_state.pt         optimizer and data position, needed by --resume alone
     manifest.json             length and sha256 of each file above: a torn checkpoint is noticed
+
+load.py makes a model of it.
 """
 
-import json
 import os
 import re
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from extras.fast.quantize import BITS, quantize
-from model.config import LanguageConfig, VisionConfig, VLMConfig
-from model.language import LanguageModel
-from model.lora import add_lora
-from model.pretrained.hub import (
-    all_tensors,
+from model.pretrained.files import (
     file_hashes,
     open_tensors,
     read_json,
-    resolve,
-    unusable,
+    sha256,
     weight_files,
+    write_json,
 )
-from model.pretrained.manifest import TornError, check_whole, write_manifest
-from model.pretrained.meta_device import meta_device
-from model.projector import Projector
-from model.vision import VisionTransformer
-from model.vlm import VLM
+from model.pretrained.hub import resolve
 
-ROOT = Path(__file__).resolve().parents[2]  # presets name the embedded towers relative to it
 STEP = re.compile(r"step_(\d+)")
+MANIFEST = "manifest.json"
 # What config.json has to say, and as what.
-FACTS = {"language": dict, "vision": dict, "vision_layer": int, "projector": str,
-         "pixel_shuffle": int, "image_token_id": int, "lora": (dict, type(None)), "bases": dict}
+FACTS = {"language": dict, "vision": dict, "vision_layer": int, "features": str, "projector": str,
+         "pixel_shuffle": int, "image_token_id": int, "image_tokens": int, "template": str,
+         "lora": (dict, type(None)), "bases": dict}
 LORA = {"targets": list, "rank": int, "alpha": (int, float), "dropout": (int, float)}
-BASES, BASE = ("language", "vision"), {"name": str, "sha256": dict}
+TOWERS, BASE = ("language", "vision"), {"name": str, "sha256": dict}
+
+
+# ---------------------------------------------------------------- config.json
+
+
+def read_config(directory) -> dict:
+    """config.json of a checkpoint, or an error that says what the directory is instead."""
+    path = Path(directory) / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    if "bases" not in config:
+        raise FileNotFoundError(
+            f"{directory} is not a checkpoint of this project (no config.json with 'bases' in "
+            "it). Give a directory like out/sft/step_000800, or the run above it.")
+    check_facts(config, FACTS, path)
+    check_facts(config["bases"], dict.fromkeys(TOWERS, dict), path)
+    for part in TOWERS:
+        check_facts(config["bases"][part], BASE, path)
+    if config["lora"]:
+        check_facts(config["lora"], LORA, path)
+    if config.get("quantize") is not None:
+        from extras.fast.quantize import BITS  # here: only quantized checkpoints need it
+
+        if config["quantize"] not in BITS:
+            raise ValueError(f"{path} has quantize = {config['quantize']!r}; expected one of "
+                             f"{', '.join(BITS)}")
+    return config
+
+
+def check_facts(facts: dict, kinds: dict, path: Path) -> None:
+    for name, kind in kinds.items():
+        if name not in facts or not isinstance(facts[name], kind):
+            raise ValueError(f"{path} has {name} = {str(facts.get(name))[:60]!r}, which no "
+                             "checkpoint is saved with; the file is damaged")
+
+
+def refuse_quantized(directory, what: str) -> None:
+    """Raise ValueError when the checkpoint's weights are quantized, which cannot be undone."""
+    if bits := read_config(directory).get("quantize"):
+        raise ValueError(f"{directory} holds weights in {bits}, which answer and no more: {what} "
+                         "the checkpoint that it was made of")
+
+
+def read_run(directory) -> dict:
+    return read_json(Path(directory) / "run.json")
+
+
+def tensor_names(directory) -> set[str]:
+    """The parameters that a checkpoint holds: all that differ from the public weights."""
+    with open_tensors(Path(directory) / "model.safetensors") as file:
+        return set(file.keys())
+
+
+def own_names(model) -> list[str]:
+    """Parameters that no public file can supply: a checkpoint holds them, trained or not."""
+    return [name for name, _ in model.named_parameters()
+            if name.startswith("projector.") or name.endswith((".lora_a", ".lora_b"))]
 
 
 # ---------------------------------------------------------------- saving
@@ -113,27 +158,16 @@ def delete(checkpoint: Path) -> None:
     shutil.rmtree(deleted)
 
 
-def base_reference(name: str) -> dict:
-    """What a checkpoint says about public weights that it does not hold."""
-    return {"name": str(name), "sha256": file_hashes(find_base(name))}
-
-
 def copied_bases(config: dict, directory: Path) -> dict:
     """Copy the public weights into the checkpoint; return the config that says so."""
     bases = {}
     for part, reference in config["bases"].items():
-        source = find_base(reference["name"])
-        beside = base_directory(source)
+        source = resolve(reference["name"])
         (directory / part).mkdir()
-        facts = [beside / "config.json"] if (beside / "config.json").is_file() else []  # .pth: none
-        for file in [*facts, *source.glob("*.index.json"), *weight_files(source)]:
+        for file in [source / "config.json", *source.glob("*.index.json"), *weight_files(source)]:
             shutil.copyfile(file, directory / part / file.name)
         bases[part] = {**reference, "copied": True}
     return {**config, "bases": bases}
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def flush_to_disk(path: Path) -> None:
@@ -147,200 +181,53 @@ def flush_to_disk(path: Path) -> None:
         os.close(handle)
 
 
-# ---------------------------------------------------------------- loading
+# ---------------------------------------------------------------- manifest
 
 
-def load_checkpoint(directory, dtype: torch.dtype | None = torch.float32,
-                    language: str | None = None, vision: str | None = None) -> VLM:
-    """A checkpoint directory -> the whole VLM, with its adapters in place, in evaluation mode.
+class CorruptCheckpointError(ValueError):
+    """A checkpoint is not as it was saved; the message names the file."""
 
-    language, vision: where the public towers lie now, if not where they were in training. Their
-    files must be the same to the last bit; FileNotFoundError and ValueError say what is not.
-    A checkpoint in few bits (config.json has "quantize") keeps them, whatever dtype says.
-    dtype None: each number as its file holds it, what was trained in float32.
+
+def write_manifest(directory: Path) -> None:
+    """Call it last: it lists all files that are there."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    write_json(directory / MANIFEST, {
+        path.relative_to(directory).as_posix():
+            {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files})
+
+
+def check_whole(directory: Path) -> None:
+    """Raise CorruptCheckpointError when a file is missing, cut short or changed.
+
+    Without a manifest (delete it to edit a checkpoint by hand) nothing is checked.
     """
-    directory = Path(directory)
-    config = read_config(directory)
-    tensors = all_tensors(directory / "model.safetensors")
-    features = config.get("features", "patches")  # the first checkpoints had no choice
-    with told_with(directory / "config.json"):
-        language_config = LanguageConfig.from_public(config["language"])
-        vision_config = VisionConfig.from_public(config["vision"], config["vision_layer"], features)
-        projector = Projector(config["projector"], vision_config.hidden_size,
-                              language_config.hidden_size, config["pixel_shuffle"])
-    moved = {"language": language, "vision": vision}
-
-    def tower(part, make, wanted, load):
-        with meta_device():  # no memory yet: perhaps every weight is in our own file
-            model = make(wanted)
-            if part == "language" and config.get("quantize"):
-                quantize(model, config["quantize"])
-        lacking = [name for name, _ in model.named_parameters() if f"{part}.{name}" not in tensors]
-        if not lacking:
-            return model.to_empty(device="cpu")
-        if part == "language" and config.get("quantize"):
-            raise ValueError(f"{directory / 'model.safetensors'} lacks {part}.{lacking[0]} (and "
-                             f"{len(lacking) - 1} more): the file is not complete, and no public "
-                             f"one holds weights in {config['quantize']}")
-        reference = config["bases"][part]
-        base = base_of(directory, part, reference, moved[part])
-        with ThreadPoolExecutor() as beside:  # one core hashes while another loads
-            check = beside.submit(check_base, base, directory, part, reference)
-            try:
-                model = load(str(base))
-            finally:
-                check.result()  # a file that is not the same is the cause of whatever else is wrong
-        if model.config != wanted:
-            raise ValueError(f"the config.json of the {part} tower says {model.config}, but "
-                             f"{directory} was trained with {wanted}: get the same release")
-        return model
-
-    model = VLM(
-        VLMConfig(language_config, vision_config, config["projector"], config["pixel_shuffle"],
-                  config["image_token_id"]),
-        tower("language", LanguageModel, language_config,
-              lambda name: LanguageModel.from_pretrained(name, dtype)),
-        tower("vision", VisionTransformer, vision_config,
-              lambda name: VisionTransformer.from_pretrained(
-                  name, dtype, feature_layer=config["vision_layer"], features=features)),
-        projector)
-    if config["lora"]:
-        with told_with(directory / "config.json"):
-            add_lora(model.language, **config["lora"])
-    put_tensors(model, tensors, directory, dtype)
-    return (model if dtype is None else model.to(dtype)).eval()
-
-
-@contextmanager
-def told_with(file: Path):
-    """What is wrong inside is wrong in this file."""
+    manifest = Path(directory) / MANIFEST
+    if not manifest.is_file():
+        return
     try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-
-
-def put_tensors(model, tensors: dict, directory: Path, dtype: torch.dtype | None = None) -> None:
-    """Put the checkpoint's tensors in the model's place; every one must have its place there.
-
-    dtype: of fractions; None: as the file holds them.
-    """
-    parameters = dict(model.named_parameters())
-    for name, tensor in tensors.items():
-        if name not in parameters or parameters[name].shape != tensor.shape:
-            found = tuple(parameters[name].shape) if name in parameters else "no such parameter"
-            raise ValueError(f"{directory / 'model.safetensors'}: {name} has shape "
-                             f"{tuple(tensor.shape)}, the model has {found}")
-        whole_numbers = not parameters[name].is_floating_point()  # of a quantized matrix
-        problem = "" if whole_numbers else unusable(tensor)
-        if whole_numbers and tensor.dtype != parameters[name].dtype:
-            problem = f"{tensor.dtype}, expected {parameters[name].dtype}"
-        if problem:
-            raise ValueError(f"{directory / 'model.safetensors'}: {name} holds {problem}")
-        # Not copied into what is there: a base in bf16 would round what was trained in float32.
-        # Nor the mapped file itself, which --keep may delete: copied once, in the wanted dtype.
-        wanted = tensor.dtype if whole_numbers or dtype is None else dtype
-        parameters[name].data = tensor.to(wanted, copy=True)
-    missing = [name for name in own_names(model) if name not in tensors]
-    if missing:
-        raise ValueError(f"{directory / 'model.safetensors'} lacks {missing[0]}"
-                         f" (and {len(missing) - 1} more): the file is not complete")
-
-
-def own_names(model) -> list[str]:
-    """Parameters that no public file can supply: a checkpoint holds them, trained or not."""
-    return [name for name, _ in model.named_parameters()
-            if name.startswith("projector.") or name.endswith((".lora_a", ".lora_b"))]
-
-
-def read_config(directory) -> dict:
-    """config.json of a checkpoint, or an error that says what the directory is instead."""
-    path = Path(directory) / "config.json"
-    config = read_json(path) if path.is_file() else {}
-    if "bases" not in config:
-        raise FileNotFoundError(
-            f"{directory} is not a checkpoint of this project (no config.json with 'bases' in "
-            "it). Give a directory like out/sft/step_000800, or the run above it.")
-    check_facts(config, FACTS, path)
-    check_facts(config["bases"], dict.fromkeys(BASES, dict), path)
-    for part in BASES:
-        check_facts(config["bases"][part], BASE, path)
-    if config["lora"]:
-        check_facts(config["lora"], LORA, path)
-    if config.get("quantize") not in (None, *BITS):
-        raise ValueError(f"{path} has quantize = {config['quantize']!r}; expected one of "
-                         f"{', '.join(BITS)}")
-    return config
-
-
-def refuse_quantized(directory, what: str) -> None:
-    """Raise ValueError when the checkpoint's numbers are rounded to few bits, for good."""
-    if bits := read_config(directory).get("quantize"):
-        raise ValueError(f"{directory} holds weights in {bits}, which answer and no more: {what} "
-                         "the checkpoint that it was made of")
-
-
-def check_facts(found: dict, kinds: dict, path: Path) -> None:
-    for name, kind in kinds.items():
-        if name not in found or not isinstance(found[name], kind):
-            raise ValueError(f"{path} has {name} = {str(found.get(name))[:60]!r}, which no "
-                             "checkpoint is saved with; the file is damaged")
-
-
-def tensor_names(directory) -> set[str]:
-    """The parameters that a checkpoint holds: all that differ from the public weights."""
-    with open_tensors(Path(directory) / "model.safetensors") as file:
-        return set(file.keys())
-
-
-def read_run(directory) -> dict:
-    return read_json(Path(directory) / "run.json")
+        expected = [(Path(directory) / name, facts["bytes"], facts["sha256"])
+                    for name, facts in read_json(manifest).items()]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CorruptCheckpointError(f"{manifest} is torn: {error!r}") from error
+    for path, size, _ in expected:  # sizes first: they cost nothing
+        actual = path.stat().st_size if path.is_file() else None
+        if actual != size:
+            raise CorruptCheckpointError(
+                f"{path} is torn: expected {size:,} bytes, found "
+                + ("no such file" if actual is None else f"{actual:,}"))
+    for path, _, digest in expected:
+        if (actual := sha256(path)) != digest:
+            raise CorruptCheckpointError(
+                f"{path} is not what was saved: sha256 {actual[:16]}..., expected "
+                f"{digest[:16]}.... If you changed it yourself, delete {manifest}")
 
 
 # ---------------------------------------------------------------- public weights
 
 
-def find_base(name) -> Path:
-    """A tower's directory, or MiniMind's .pth file: as given, else relative to the project, else
-    from the hub."""
-    for path in (Path(name), ROOT / name):
-        if path.is_dir() or (path.suffix == ".pth" and path.is_file()):
-            return path
-    return Path(resolve(str(name)))
-
-
-def base_directory(base: Path) -> Path:
-    """Where the small files of a tower lie, such as its tokenizer's: a .pth has them beside it."""
-    return base.parent if base.is_file() else base
-
-
-def base_of(directory: Path, part: str, reference: dict, moved: str | None) -> Path:
-    """The directory of the public weights that this checkpoint stands on, or an error."""
-    name = moved or (directory / part if reference.get("copied") else reference["name"])
-    try:
-        return find_base(name)
-    except Exception as error:
-        raise FileNotFoundError(
-            f"{stands_on(directory, part, reference)}, and {str(name)!r} was found neither here, "
-            f"nor in {ROOT}, nor on the hub ({error}). Put the directory back, or say where it is "
-            f"now with --{part} DIR."
-        ) from error
-
-
-def check_base(base: Path, directory: Path, part: str, reference: dict) -> None:
-    """Raise where a file of base is missing, or not the one that was trained with."""
-    found = file_hashes(base)
-    for file, expected in reference["sha256"].items():
-        if found.get(file) != expected:
-            raise ValueError(
-                f"{stands_on(directory, part, reference)}, but {base / file} differs from the file "
-                f"it was trained with: sha256 {str(found.get(file))[:16]}..., expected "
-                f"{expected[:16]}.... Get the same release of {reference['name']}, or give "
-                f"another place with --{part} DIR.")
-
-
-def stands_on(directory: Path, part: str, reference: dict) -> str:
-    return f"{directory} stands on the {part} weights of {reference['name']!r}"
+def base_reference(name: str) -> dict:
+    """What a checkpoint says about public weights that it does not hold."""
+    return {"name": str(name), "sha256": file_hashes(resolve(name))}
 
 
 # ---------------------------------------------------------------- finding checkpoints
@@ -348,8 +235,8 @@ def stands_on(directory: Path, part: str, reference: dict) -> str:
 
 def checkpoints(out) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    found = [path for path in Path(out).glob("step_*") if STEP.fullmatch(path.name)]
-    return sorted(found, key=step_of)
+    return sorted((path for path in Path(out).glob("step_*") if STEP.fullmatch(path.name)),
+                  key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -363,13 +250,13 @@ def newest_checkpoint(out) -> Path | None:
 def newest_whole(out) -> Path | None:
     """The newest checkpoint that is as it was saved, None without any; torn ones are named.
 
-    Raises TornError when there are checkpoints, and every one of them is torn.
+    Raises CorruptCheckpointError when there are checkpoints, and every one of them is torn.
     """
     torn = None
     for path in reversed(checkpoints(out)):
         try:
             check_whole(path)
-        except TornError as error:
+        except CorruptCheckpointError as error:
             print(f"passing over {path.name}: {error}", file=sys.stderr)
             torn = torn or error
             continue
@@ -377,7 +264,7 @@ def newest_whole(out) -> Path | None:
             print(f"using {path} instead", file=sys.stderr)
         return path
     if torn:
-        raise TornError(f"no checkpoint in {out} is whole: {torn}")
+        raise CorruptCheckpointError(f"no checkpoint in {out} is whole: {torn}")
     return None
 
 

@@ -1,13 +1,11 @@
 """What published files call their tensors: names in a file on the left, ours on the right.
 
-    a family's Layout -> weights.py reads it from left to right to load, from right to left to save
+    a table -> towers.py reads it from left to right to load, from right to left to save
 
-A line may name one tensor, or a layer, and then stands for its weight and its bias. Where one
-published matrix holds several of ours, stacked one on the other, the right side lists them in
-their order.
+A line names one tensor, or a layer, and then stands for its weight and its bias. Where one
+published matrix holds several of ours, stacked, the right side lists them in their order.
+families.py says which family has which table.
 """
-
-from dataclasses import dataclass, field
 
 LANGUAGE = {  # Llama, Qwen2, Qwen3; MiniMind since April 2025
     "model.embed_tokens": "embed_tokens",
@@ -37,20 +35,6 @@ QWEN = {  # Qwen-7B, the first Qwen
     "transformer.h.{}.mlp.c_proj": "layers.{}.mlp.down_proj",
     "transformer.ln_f": "norm",
     "lm_head": "lm_head",
-}
-MINIMIND = {  # MiniMind before April 2025, in the names of Llama's own first code
-    "tok_embeddings": "embed_tokens",
-    "layers.{}.attention_norm": "layers.{}.input_layernorm",
-    "layers.{}.attention.wq": "layers.{}.self_attn.q_proj",
-    "layers.{}.attention.wk": "layers.{}.self_attn.k_proj",
-    "layers.{}.attention.wv": "layers.{}.self_attn.v_proj",
-    "layers.{}.attention.wo": "layers.{}.self_attn.o_proj",
-    "layers.{}.ffn_norm": "layers.{}.post_attention_layernorm",
-    "layers.{}.feed_forward.w1": "layers.{}.mlp.gate_proj",
-    "layers.{}.feed_forward.w2": "layers.{}.mlp.down_proj",
-    "layers.{}.feed_forward.w3": "layers.{}.mlp.up_proj",
-    "norm": "norm",
-    "output": "lm_head",
 }
 SIGLIP_AND_CLIP = {
     "vision_model.embeddings.class_embedding": "class_embedding",  # CLIP
@@ -83,68 +67,3 @@ DINOV2 = {
     "encoder.layer.{}.layer_scale2.lambda1": "layers.{}.layer_scale2",
     "layernorm": "post_layernorm",
 }
-# What MiniMind-V writes beside its language model, for published_projector.py to read.
-MINIMIND_V = ("vision_proj.*", "vision_encoder.*")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a family's files are laid out."""
-
-    names: dict  # published name -> our name, or a tuple of ours that are stacked in it
-    # A model that was saved as part of a larger one has this before its names, one saved alone not.
-    prefix: str = ""
-    # Known, not needed, not read: patterns of published names without the prefix.
-    unread: tuple = ()
-    # Matrices whose heads turn the pairs (0,1), (2,3), ... of their rows; see half_split.
-    interleaved: tuple = ()
-    # Published with so many axes of length 1 in front, ready to be added to a batch: by our names,
-    # because the published ones may have the prefix or not.
-    leading_ones: dict = field(default_factory=dict)
-
-    @property
-    def public(self) -> dict[str, str]:
-        """The table read from right to left: our name -> published name."""
-        return {ours: public for public, stacked in self.names.items()
-                for ours in ([stacked] if isinstance(stacked, str) else stacked)}
-
-
-LAYOUTS = {
-    "llama": Layout(LANGUAGE, "model.", (
-        "layers.*.self_attn.rotary_emb.inv_freq",  # a table that is computed here
-        "freqs_cos", "freqs_sin", *MINIMIND_V)),
-    "qwen2": Layout(LANGUAGE, "model."),
-    "qwen3": Layout(LANGUAGE, "model.", ("freqs_cos", "freqs_sin", *MINIMIND_V)),
-    "qwen": Layout(QWEN, "transformer.", (
-        "h.*.attn.rotary_emb.inv_freq", "rotary_emb.inv_freq", "h.*.attn.masked_bias",
-        "h.*.attn.bias")),  # of early releases: tables and a causal mask
-    "minimind": Layout(MINIMIND, "", (
-        "layers.*.attention.mask", "pos_cis",  # a causal mask and RoPE's table
-        *MINIMIND_V), interleaved=("wq", "wk")),
-    "siglip_vision_model": Layout(SIGLIP_AND_CLIP, "vision_model.", (
-        "head.*",  # pools the patches into one vector: we want the patches
-        "embeddings.position_ids", "text_model.*", "logit_scale", "logit_bias")),
-    "clip_vision_model": Layout(SIGLIP_AND_CLIP, "vision_model.", (
-        "post_layernorm.*",  # normalises the class token alone: patches never pass it
-        "embeddings.position_ids", "text_model.*", "logit_scale",
-        "visual_projection.weight", "text_projection.weight")),
-    "dinov2": Layout(DINOV2, "", ("embeddings.mask_token",),  # for hidden patches, in training
-                     leading_ones={"class_embedding": 2, "position_embedding": 1}),
-}
-
-
-def half_split(weight, head_dim: int):
-    """Move the rows of q or k (heads*hd,D) from RoPE's interleaved order to the split one.
-
-    RoPE turns pairs of numbers, and nothing in it says which two make a pair. Llama's first code
-    pairs neighbours, (0,1), (2,3), ...; the files of transformers pair each number of a head's
-    first half with one of its second half, (0,hd/2), (1,hd/2+1), ... as rotate() does here:
-
-        interleaved   a0 b0 a1 b1 a2 b2
-        split         a0 a1 a2 b0 b1 b2
-
-    q and k are moved alike, and their products do not depend on the order: nothing else changes.
-    """
-    rows, width = weight.shape
-    pairs = weight.view(rows // head_dim, head_dim // 2, 2, width)  # head, pair, a or b
-    return pairs.transpose(1, 2).reshape(rows, width)

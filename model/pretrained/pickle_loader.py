@@ -1,8 +1,8 @@
 """Weights that torch.save wrote (pytorch_model.bin, MiniMind's .pth), read as tensors and no more.
 
-Such a file is a pickle: a small program that builds objects, which can do anything at all when
-it is run. weights_only=True runs none of it but the making of tensors, and refuses the rest. That
-is the one way in which this project opens them: weights here, and training_state.pt of a run.
+Such a file is a pickle: a program that builds objects, which can do anything when it is run.
+weights_only=True runs none of it but the making of tensors, and refuses the rest. That is the one
+way in which this project opens them: weights here, and training_state.pt of a run.
 """
 
 import pickle
@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 
 
-class TorchFile:
-    """Opens like a safetensors file: with TorchFile(path) as file: file.get_tensor(name)."""
+class PickleFile:
+    """Opens like a safetensors file: with PickleFile(path) as file: file.get_tensor(name)."""
 
     def __init__(self, path: Path):
         self.path = path
 
-    def __enter__(self) -> "TorchFile":
+    def __enter__(self) -> "PickleFile":
         self.tensors = read_tensors(self.path)
         return self
 
@@ -28,14 +28,14 @@ class TorchFile:
     def keys(self):
         return self.tensors.keys()
 
-    def get_slice(self, name: str) -> "Header":
-        return Header(self.tensors[name])
+    def get_slice(self, name: str) -> "Slice":
+        return Slice(self.tensors[name])
 
     def get_tensor(self, name: str) -> torch.Tensor:
         return self.tensors[name]
 
 
-class Header:
+class Slice:
     def __init__(self, tensor: torch.Tensor):
         self.tensor = tensor
 
@@ -67,19 +67,16 @@ def load_plain(path: Path):
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than tensors, and opening it all would run code that came with "
-            f"it: refused ({refusal(error)}). Get the weights as safetensors, or as the plain "
+            f"it: refused ({reason(error)}). Get the weights as safetensors, or as the plain "
             "state_dict() of the model") from error
     except Exception as error:  # a damaged pickle fails in a dozen ways
-        raise ValueError(f"{path} cannot be read as a file of torch.save: {first_line(error)}. "
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} cannot be read as a file of torch.save: {first}. "
                          "It may be cut short: compare its size, download it again") from error
 
 
-def refusal(error: Exception) -> str:
-    """What was found, without torch's advice to open the file all the same."""
+def reason(error: Exception) -> str:
+    """torch's message without its advice to open the file all the same."""
     lines = [line.strip() for line in str(error).splitlines()
              if line.strip() and "load failed" not in line and "weights_only" not in line]
     return lines[0].split(". Please")[0] if lines else "no list of tensors"
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

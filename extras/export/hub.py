@@ -1,0 +1,163 @@
+"""An exported directory -> a model on the hub: its card (README.md), and the upload.
+
+    checkpoint (config.json, run.json), scores.json and metrics.jsonl of its run -> model_card
+    OUT -> files_to_push: names and sizes -> (with --yes) push -> the page's address
+
+Nothing is sent before the list was shown and --yes given. The card says what is known: a licence
+that is not in the table is "not known here", and of a path only its last name is shown.
+HF_ENDPOINT names another hub; the token is huggingface_hub's (`hf auth login`, or HF_TOKEN).
+"""
+
+import os
+from pathlib import Path
+
+from model.pretrained.checkpoint import read_config, read_run
+from model.pretrained.files import read_json
+
+# Weights as safetensors alone: a pickle (.bin, .pt, .pth) can run code on whoever loads it.
+ALLOWED = (".safetensors", ".json", ".jinja", ".md", ".png")
+CURVE = "loss.png"
+# As known when this was written: check the page before you publish. Others are not listed here.
+LICENCES = dict.fromkeys((
+    "Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct",
+    "Qwen/Qwen3-0.6B", "HuggingFaceTB/SmolLM2-135M-Instruct", "google/siglip-base-patch16-224",
+    "google/siglip2-base-patch16-224", "google/siglip-so400m-patch14-384",
+    "facebook/dinov2-small", "facebook/dinov2-base", "dataset/emoji/language",
+    "dataset/emoji/vision"), "apache-2.0")
+
+CARD = """\
+---
+{metadata}
+---
+
+# {title}
+
+A vision-language model: a vision tower, a projector and a language model, trained in plain \
+PyTorch (preset `{preset}`).
+
+| part | from | its licence |
+| --- | --- | --- |
+{parts}
+
+The projector (`{projector}`, {image_tokens} tokens for an image) is new.
+
+## Training
+
+Stage `{stage}`, {step:,} optimizer steps of {samples} samples, peak learning rate {rate:g}, \
+{trained}. Data: {data} ({count:,} samples).
+
+{curve}{scores}## Use
+
+{use}"""
+USE = {
+    "transformers": """\
+```python
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+model = LlavaForConditionalGeneration.from_pretrained("{name}", dtype="auto")
+processor = AutoProcessor.from_pretrained("{name}")
+turn = {{"role": "user", "content": "<image>\\nWhat is in the image?"}}
+text = processor.apply_chat_template([turn], add_generation_prompt=True)
+inputs = processor(text=text, images=Image.open("cat.jpg"), return_tensors="pt").to(model.dtype)
+answer = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1]:]
+print(processor.decode(answer, skip_special_tokens=True))
+```
+""",
+    "merged": """\
+With the code that trained it (a directory is all that it needs):
+
+```bash
+hf download {name} --local-dir model
+python eval.py --model model --image cat.jpg --prompt "What is in the image?"
+```
+""",
+    "peft": """\
+The adapters of the language model alone, without the projector that lets it see. In training
+here: `--lora_from DIR`; with peft:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{name}")
+```
+"""}
+
+
+def model_card(checkpoint: Path, form: str, name: str) -> str:
+    """form: "transformers", "merged" or "peft". name: USER/NAME on the hub -> README.md."""
+    from huggingface_hub import ModelCardData  # here: an export without --push needs no hub
+
+    config, run = read_config(checkpoint), read_run(checkpoint)
+    settings, data = run["settings"], run["data"]
+    bases = {part: public_name(reference["name"]) for part, reference in config["bases"].items()}
+    metadata = ModelCardData(
+        library_name="peft" if form == "peft" else "transformers",
+        pipeline_tag="text-generation" if form == "peft" else "image-text-to-text",
+        base_model=[base for base in bases.values() if base.count("/") == 1] or None)
+    return CARD.format(
+        metadata=metadata.to_yaml(), title=name.split("/")[-1], preset=settings["preset"],
+        parts="\n".join(
+            f"| {part} | {base} | {LICENCES.get(base, 'not known here: see its page')} |"
+            for part, base in bases.items()),
+        projector=config["projector"], image_tokens=config["image_tokens"], stage=run["stage"],
+        step=run["step"], rate=settings["learning_rate"],
+        samples=settings["batch_size"] * settings["accumulate"] * run["processes"],
+        trained=(f"LoRA of rank {settings['lora_rank']} in the language model" if settings["lora"]
+                 else f"trained of the language model: {settings['train_language']}"),
+        data=", ".join(f"`{Path(about['file']).name}`" for about in data.get("files") or [data]),
+        count=data["samples"], scores=score_table(checkpoint),
+        curve=f"![The loss of each step]({CURVE})\n\n" if metrics_of(checkpoint) else "",
+        use=USE[form].format(name=name, base=bases["language"]))
+
+
+def public_name(name: str) -> str:
+    """A name on the hub, or of the embedded towers, as it is; of any other path its last part."""
+    on_hub = name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists()
+    return name if name in LICENCES or on_hub else Path(name).name
+
+
+def metrics_of(checkpoint: Path) -> Path | None:
+    """What the run wrote at each step, if the checkpoint is still in its run."""
+    file = checkpoint.parent / "metrics.jsonl"
+    return file if file.is_file() else None
+
+
+def score_table(checkpoint: Path) -> str:
+    """scores.json of the checkpoint, of its run, or of the directory that the run is in."""
+    for directory in (checkpoint, *list(checkpoint.parents)[:2]):
+        if (directory / "scores.json").is_file():
+            scores = read_json(directory / "scores.json").items()
+            return "\n".join([
+                "## Scores\n\nShare of answers that are exactly right, on unseen questions.\n",
+                "| | exactly right |\n| --- | --- |",
+                *(f"| {name} | {share:.1%} |" for name, share in scores
+                  if isinstance(share, (int, float))), "\n"])
+    return ""
+
+
+def files_to_push(directory: Path) -> list[Path]:
+    """Every file of the directory. ValueError: one that should not be published."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    wrong = [path for path in files if path.suffix not in ALLOWED]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is no file to publish: only {', '.join(ALLOWED)} go up, and "
+                         "weights as safetensors alone. Take it away, or export anew")
+    return files
+
+
+def listing(files: list[Path], directory: Path) -> str:
+    sizes = [path.stat().st_size for path in files]
+    lines = [f"{size:>16,}  {path.relative_to(directory)}" for size, path in zip(sizes, files)]
+    return "\n".join([*lines, f"{sum(sizes):>16,}  bytes in {len(files)} files"])
+
+
+def push(directory: Path, name: str) -> str:
+    """Make the repository USER/NAME where there is none, and send every file in one commit."""
+    from huggingface_hub import HfApi  # here: an export without --push needs no hub
+
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT", "").rstrip("/") or None)
+    api.create_repo(name, exist_ok=True)
+    return api.upload_folder(repo_id=name, folder_path=directory,
+                             commit_message="Upload model").commit_url

@@ -1,0 +1,130 @@
+"""The families of public models: what is particular to each, in one place.
+
+    model_type of config.json -> LANGUAGE_FAMILIES or VISION_FAMILIES -> facts and tensor names
+
+A new family is an entry here and a table in weight_names.py.
+"""
+
+import re
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from model.pretrained import weight_names
+
+
+@dataclass(frozen=True)
+class Family:
+    architecture: str  # the class in transformers
+    names: dict  # published name -> our name, or a tuple of ours that are stacked in it
+    # A model that was saved as part of a larger one has this before its names, one saved alone not.
+    prefix: str = ""
+    implied: dict = field(default_factory=dict)  # facts that follow from the family
+    defaults: dict = field(default_factory=dict)  # of the public class, where config.json is silent
+    supported: dict = field(default_factory=dict)  # the only value of these that is computed here
+    # Known and not needed: patterns of published names without the prefix.
+    unread: tuple = ()
+    # Published with so many axes of length 1 in front, ready to be added to a batch: by our names,
+    # because the published ones may have the prefix or not.
+    leading_ones: dict = field(default_factory=dict)
+    # config.json says whether the file holds these: its key, and how their names begin.
+    optional: tuple[str, str] | None = None
+
+    @property
+    def public(self) -> dict[str, str]:
+        """The table read from right to left: our name -> published name."""
+        return {ours: public for public, stacked in self.names.items()
+                for ours in ([stacked] if isinstance(stacked, str) else stacked)}
+
+
+PLAIN = {"use_sliding_window": False, "hidden_act": "silu", "mlp_bias": False}
+
+LANGUAGE_FAMILIES = {
+    "llama": Family(
+        "LlamaForCausalLM", weight_names.LANGUAGE, "model.",
+        implied={"qkv_bias": False, "qk_norm": False},
+        defaults={"max_position_embeddings": 2048},
+        supported={**PLAIN, "attention_bias": False},
+        unread=("layers.*.self_attn.rotary_emb.inv_freq",)),  # a table that is computed here
+    "qwen2": Family(  # also Qwen2.5
+        "Qwen2ForCausalLM", weight_names.LANGUAGE, "model.",
+        implied={"qkv_bias": True, "qk_norm": False},
+        defaults={"max_position_embeddings": 32768}, supported=PLAIN),
+    "qwen3": Family(
+        "Qwen3ForCausalLM", weight_names.LANGUAGE, "model.",
+        implied={"qkv_bias": False, "qk_norm": True},
+        defaults={"max_position_embeddings": 32768, "head_dim": 128},
+        supported={**PLAIN, "attention_bias": False}),
+    "qwen": Family(  # Qwen-7B, the first Qwen
+        "QWenLMHeadModel", weight_names.QWEN, "transformer.",
+        implied={"qkv_bias": True, "qk_norm": False,
+                 "tie_word_embeddings": False},  # its code has a head of its own in any case
+        defaults={"max_position_embeddings": 8192, "seq_length": 8192},
+        supported={"rotary_pct": 1.0, "no_bias": True, "scale_attn_weights": True},
+        unread=("h.*.attn.rotary_emb.inv_freq", "rotary_emb.inv_freq", "h.*.attn.masked_bias",
+                "h.*.attn.bias")),  # of early releases: tables and a causal mask
+}
+VIT_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+            "image_size": 224}
+VISION_FAMILIES = {
+    "siglip_vision_model": Family(  # also SigLIP2 of a fixed resolution
+        "SiglipVisionModel", weight_names.SIGLIP_AND_CLIP, "vision_model.",
+        implied={"class_token": False, "patch_bias": True, "pre_norm": False,
+                 "final_norm": True, "layer_scale": False},
+        defaults={**VIT_BASE, "intermediate_size": 3072, "patch_size": 16,
+                  "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
+        unread=("head.*",  # pools the patches into one vector
+                "embeddings.position_ids", "text_model.*", "logit_scale", "logit_bias"),
+        optional=("vision_use_head", "head.")),
+    "clip_vision_model": Family(
+        "CLIPVisionModel", weight_names.SIGLIP_AND_CLIP, "vision_model.",
+        implied={"class_token": True, "patch_bias": False, "pre_norm": True,
+                 "final_norm": False,  # it has one for its class token: patches never pass it
+                 "layer_scale": False},
+        defaults={**VIT_BASE, "intermediate_size": 3072, "patch_size": 32,
+                  "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+        unread=("post_layernorm.*", "embeddings.position_ids", "text_model.*", "logit_scale",
+                "visual_projection.weight", "text_projection.weight")),
+    "dinov2": Family(
+        "Dinov2Model", weight_names.DINOV2,
+        implied={"class_token": True, "patch_bias": True, "pre_norm": False,
+                 "final_norm": True, "layer_scale": True},
+        defaults={**VIT_BASE, "mlp_ratio": 4, "patch_size": 14, "hidden_act": "gelu",
+                  "layer_norm_eps": 1e-6},
+        supported={"use_swiglu_ffn": False, "qkv_bias": True},
+        unread=("embeddings.mask_token",),  # for masked patches, in its training
+        leading_ones={"class_embedding": 2, "position_embedding": 1},
+        optional=("use_mask_token", "embeddings.mask_token")),
+}
+
+
+def family_of(model_type: str) -> Family:
+    return LANGUAGE_FAMILIES.get(model_type) or VISION_FAMILIES[model_type]
+
+
+def public_names(model: nn.Module, family: Family) -> dict[str, list[str]]:
+    """{published name: our names} for every tensor of model; several of ours where they are
+    stacked in one published matrix."""
+    table, names = family.public, {}
+    for ours in model.state_dict():
+        number = re.search(r"(?<=layers\.)\d+", ours)
+        pattern = re.sub(r"(?<=layers\.)\d+", "{}", ours)
+        layer, _, last = pattern.rpartition(".")
+        if pattern in table:
+            public = table[pattern]
+        elif layer in table and last in ("weight", "bias"):
+            public = f"{table[layer]}.{last}"
+        else:
+            raise ValueError(f"{ours} has no published name in a {model.config.model_type}; "
+                             "adapters must be merged (merge_lora) before a model is saved so")
+        # A model lists q, k and v in this order, and so does the table that stacks them.
+        names.setdefault(public.format(number.group()) if number else public, []).append(ours)
+    return names
+
+
+def public_shape(stacked: dict[str, torch.Tensor], family: Family) -> list[int]:
+    """{our name: tensor} of all that one published tensor holds -> its shape in the file."""
+    first, *_ = stacked
+    rows = sum(len(tensor) for tensor in stacked.values())
+    return [1] * family.leading_ones.get(first, 0) + [rows, *stacked[first].shape[1:]]
