@@ -37,13 +37,9 @@ ONCE = {"-100": 1, "hashlib.sha256": 1}
 
 # {what a test below is about: who is still mending it}; delete a line as soon as its law holds.
 OPEN = {
-    **dict.fromkeys(["core", "support", "extras"], "is being shortened"),
+    **dict.fromkeys(["support", "extras"], "is being shortened"),
     **dict.fromkeys(["benchmarks/answer.py", "benchmarks/sides.py",
                      "extras/emoji/train_language.py"], "is being split"),
-    "reading plan": "the core is still changing",
-    "circles": "model/ and model/pretrained/ are being parted, extras.memory is being removed",
-    "hashlib.sha256": "model/pretrained/files.py is to have the only one",
-    "without extras": "model/ and dataset/ still import extras",
 }
 
 

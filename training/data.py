@@ -8,11 +8,11 @@
 import glob
 from pathlib import Path
 
-from model.pretrained.manifest import sha256
 from torch.utils.data import Subset
 
 from dataset.batching import Batches
 from dataset.readers.mixture import Mixture, open_mixture, split_source
+from model.pretrained.files import sha256
 
 # What the embedded world shows to each stage.
 EMOJI_KINDS = {"pretrain": "captions", "sft": "chat"}

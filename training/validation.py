@@ -81,7 +81,7 @@ def mean_loss(model, loader: Batches, settings, distributed) -> tuple[float | No
     """-> mean loss of a supervised token (None without any), samples, images, and samples that
     could not be used; over all ranks. Divided once, so each token weighs the same, as in training.
     """
-    total = tokens = samples = images = skipped = 0
+    total = tokens = samples = num_images = skipped = 0
     model.eval()  # no dropout: it would be noise, and draw from the generator of the training
     try:
         for batch, bad in loader.epoch(0):  # always the same order, so always the same batches
@@ -95,8 +95,8 @@ def mean_loss(model, loader: Batches, settings, distributed) -> tuple[float | No
                 loss, count = model(batch.ids, batch.labels, images, batch.order)
             total, tokens = total + float(loss), tokens + int(count)
             samples += len(batch.where)
-            images += 0 if batch.order is None else len(batch.order)
+            num_images += 0 if batch.order is None else len(batch.order)
     finally:
         model.train()
-    total, tokens, *counts = distributed.sum(total, tokens, samples, images, skipped)
+    total, tokens, *counts = distributed.sum(total, tokens, samples, num_images, skipped)
     return total / tokens if tokens else None, *map(int, counts)

@@ -16,7 +16,7 @@ from model.config import LanguageConfig
 from model.language import LanguageModel
 from model.pretrained.families import LANGUAGE_FAMILIES, Family
 from model.pretrained.files import open_tensors, read_json, weight_files, with_filename
-from model.pretrained.load import load_tensors
+from model.pretrained.load_tensors import load_tensors
 from model.pretrained.public_config import check_values, refuse
 
 # Before April 2025: the names of Llama's own first code -> ours.

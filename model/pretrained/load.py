@@ -3,18 +3,10 @@
     load_language, load_vision: a directory or a name on the hub -> config.json -> an empty model
         -> the tensors of its weight files, by the family's names
     load_checkpoint: our directory -> towers (from there, or public ones) + what was trained -> VLM
-
-Every tensor is accounted for on both sides: one that is needed and missing, one in the file that
-nobody knows, one of another shape or of no finite fractions raises with its name. What a file
-holds and is knowingly left alone is listed as the family's `unread`.
-
-The files are memory-mapped and a model is built under meta_device, so a tensor goes straight
-from the file to where it belongs: there is never a second copy of the weights.
 """
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -26,19 +18,16 @@ from model.pretrained.checkpoint import own_names, read_config
 from model.pretrained.families import (
     LANGUAGE_FAMILIES,
     VISION_FAMILIES,
-    Family,
     public_names,
-    public_shape,
 )
 from model.pretrained.files import (
     all_tensors,
     file_hashes,
-    open_tensors,
     read_json,
-    tensor_files,
     with_filename,
 )
 from model.pretrained.hub import ROOT, resolve
+from model.pretrained.load_tensors import load_tensors, unusable
 from model.pretrained.meta_device import meta_device
 from model.pretrained.public_config import (
     read_language_config,
@@ -89,67 +78,6 @@ def read_public(directory: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: it says what the weights beside it are")
     return read_json(path)
-
-
-# ---------------------------------------------------------------- tensors
-
-
-def load_tensors(kind: type, config, source: Path, family: Family, dtype: torch.dtype | None):
-    """A model of this kind and config, with the tensors of the weight files of source."""
-    with meta_device():
-        model = kind(config)
-    files = tensor_files(source)
-    expected, prefix = public_names(model, family), family.prefix
-    if not any(name.startswith(prefix) for name in files):
-        expected = {name.removeprefix(prefix): ours for name, ours in expected.items()}
-    problems = [f"missing: {name}" for name in sorted(expected.keys() - files.keys())]
-    problems += [f"unknown: {name}" for name in sorted(files.keys() - expected.keys())
-                 if not any(fnmatch(name.removeprefix(prefix), u) for u in family.unread)]
-    state, tensors = model.state_dict(), {}
-    for path in sorted({files[name] for name in expected if name in files}):
-        with open_tensors(path) as file:
-            for name, ours in expected.items():
-                if files.get(name) != path:
-                    continue
-                target = {each: state[each] for each in ours}
-                shape = list(file.get_slice(name).get_shape())  # from the header: reads no data
-                if shape != public_shape(target, family):
-                    problems.append(f"misshapen: {name} is {shape} in the file, and config.json "
-                                    f"asks for {public_shape(target, family)}")
-                elif not problems:
-                    tensor = file.get_tensor(name)
-                    if reason := unusable(tensor):
-                        problems.append(f"{reason}: {name} in {path.name}")
-                        continue
-                    tensor = tensor if dtype is None else tensor.to(dtype)
-                    tensors.update(split_stacked(tensor, target))
-    if problems:
-        more = f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else ""
-        raise ValueError(f"{source}: the weights do not fit a {model.config.model_type} as "
-                         "config.json describes it:\n  " + "\n  ".join(problems[:12]) + more)
-    model.load_state_dict(tensors, assign=True)
-    return model
-
-
-def unusable(tensor: torch.Tensor) -> str:
-    """Why it cannot be a weight; "" if it can. Reads the tensor once, which loading it would do."""
-    if tensor.is_meta or tensor.layout != torch.strided or not tensor.is_floating_point():
-        return f"no plain fractions but {str(tensor.dtype).removeprefix('torch.')}"
-    # A NaN or an infinity comes through a sum. (The smallest dtypes cannot be summed.)
-    wide = tensor.float() if tensor.itemsize < 2 else tensor
-    return "" if wide.sum(dtype=torch.float32).isfinite() else "not finite"
-
-
-def split_stacked(tensor: torch.Tensor, target: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Cut a published tensor into those of ours that are stacked in it; mostly it is just one.
-
-    The parts are views: still the mapped file itself, and no copy of it.
-    """
-    parts = tensor.flatten().split([each.numel() for each in target.values()])
-    return {ours: part.view(each.shape) for (ours, each), part in zip(target.items(), parts)}
-
-
-# ---------------------------------------------------------------- loading
 
 
 def load_checkpoint(directory, dtype: torch.dtype | None = torch.float32,
