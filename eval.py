@@ -4,9 +4,9 @@
     python eval.py --image cat.jpg --prompt "Who is it?"      one answer on stdout, nothing else
     echo "Who is it?" | python eval.py --image cat.jpg        the same, an answer for each line
     python eval.py --image cat.jpg --prompt ... --attention looks.png   and where it looked
-    python eval.py --data FILE --images DIR                   scores, as the data's authors count
+    python eval.py --data FILE --image_folder DIR             scores, as the data's authors count
     python eval.py --data emoji                               the same, on unseen emoji scenes
-    python eval.py --model none --language DIR                chat with a language model alone
+    python eval.py --model none --language_model DIR          chat with a language model alone
 
 Flow: checkpoint directory -> model, template, processor -> a conversation -> text.
 """
@@ -104,7 +104,7 @@ def read_flags(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--model", metavar="DIR", help="checkpoint or run (default: the newest in out/sft, else "
-        "in out/pretrain); none: the language model of --language alone")
+        "in out/pretrain); none: the language model of --language_model alone")
     add_model_flags(parser)
     add("--image", nargs="+", default=[], metavar="FILE", help="images shown with --prompt, or "
         "with the first thing you say")
@@ -116,7 +116,7 @@ def read_flags(arguments=None) -> argparse.Namespace:
         "(default: by the model's type); a checkpoint knows its own")
     add("--data", nargs="+", metavar="FILE", help="files of conversations to score, or emoji: "
         "unseen scenes; \"part-*.parquet\" is each such file")
-    add("--images", help="directory that the file's image names are relative to")
+    add("--image_folder", help="directory that the file's image names are relative to")
     add("--metric", default="auto", help="with --data: how an answer is scored, one of those in "
         "evaluation/metrics.py (default: as the data's authors do; exact for conversations)")
     add("--suffix", help="with --data: said behind each question of a benchmark, which decides the "

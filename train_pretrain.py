@@ -1,7 +1,7 @@
 """Stage one, alignment: the projector learns to turn image features into token embeddings.
 
     python train_pretrain.py                                 the embedded emoji world, on a CPU
-    torchrun --nproc_per_node 4 train_pretrain.py --preset qwen2.5-siglip --data FILE --images DIR
+    torchrun --nproc_per_node 4 train_pretrain.py --preset qwen2.5-siglip --data FILE
 
 Both towers are frozen. The projector starts from random weights, and the gradient that comes back
 through the frozen language model is all that it learns from. Writes checkpoints and metrics.jsonl
@@ -90,19 +90,20 @@ def load_or_build(settings, checkpoint) -> ModelBundle:
 
 def build(settings) -> ModelBundle:
     """Two public towers and, between them, a new projector."""
-    directories = resolve(settings.language), resolve(settings.vision)
+    directories = resolve(settings.language_model), resolve(settings.vision_tower)
     # Each weight in the dtype of its file; cast_weights decides once it is known what is trained.
     language = load_language(directories[0], None)
-    vision = load_vision(directories[1], None, settings.vision_layer, settings.features)
+    vision = load_vision(directories[1], None, settings.vision_feature_layer,
+                         settings.vision_feature_select)
     template, processor = make_inputs(settings, language.config, vision.config, *directories)
     projector = ProjectorConfig(settings.projector, vision.config.hidden_size,
                                 language.config.hidden_size, settings.pixel_shuffle)
     config = VLMConfig(language.config, vision.config, projector, template.image_token_id)
     model = build_model(config, language, vision, embedding_rms(language))
-    if settings.init_projector:
+    if settings.pretrained_projector:
         from extras.convert.published_projector import load_projector  # here: it is an extra
 
-        load_projector(model.projector, settings.init_projector)
+        load_projector(model.projector, settings.pretrained_projector)
     facts = checkpoint_config(model, template, settings, public_bases(settings), lora=None)
     return ModelBundle(model, template, processor, facts, changed=set())
 
@@ -111,7 +112,7 @@ def place_model(bundle, settings, distributed) -> None:
     """Trained weights in float32, frozen matrices in --dtype; then to this rank's device."""
     model = bundle.model
     cast_weights(model, settings.dtype, keep=bundle.changed | set(own_names(model)))
-    model.set_checkpointing(settings.checkpointing)
+    model.set_checkpointing(settings.gradient_checkpointing)
     try:
         from extras.fast import prepare_for_training  # here: the same results, faster
     except ModuleNotFoundError:  # the plain layers
@@ -141,8 +142,8 @@ def fit(bundle, data, settings, start, distributed) -> Log:
     log.say(introduction(bundle.model, optimizer, settings, steps, facts))
 
     def save_checkpoint(step: int, metrics: dict) -> None:
-        if step % settings.save_every == 0 or steps.is_last(step):
-            check_skipped(state, settings.max_bad, at_end=step == steps.total)
+        if step % settings.save_steps == 0 or steps.is_last(step):
+            check_skipped(state, settings.max_skip_ratio, at_end=step == steps.total)
             check_weights(bundle.model, step, steps.batches, settings.dtype, distributed)
             save(bundle, optimizer, state, settings, facts, distributed)
 
@@ -186,7 +187,7 @@ def train(model, steps, optimizer, settings, distributed, hooks) -> None:
 
         distributed.all_reduce_gradients(params)  # a sum over ranks, no mean
         scaler.unscale_(params)
-        grad_norm = distributed.clip_gradients(params, settings.clip)
+        grad_norm = distributed.clip_gradients(params, settings.max_grad_norm)
         # Both numbers are sums over all ranks, so all ranks skip a step, or stop, together.
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if not finite:

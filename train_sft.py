@@ -1,7 +1,7 @@
 """Stage two, instruction tuning: the language model learns to converse about images.
 
     python train_sft.py --lora                                  the embedded default
-    torchrun --nproc_per_node 4 train_sft.py --lora --data FILE --images DIR
+    torchrun --nproc_per_node 4 train_sft.py --lora --data FILE --image_folder DIR
 
 Starts from the newest checkpoint of stage one (--model), goes on training its projector, and opens
 the language model as far as the preset says: all of it, some of its layers, or low-rank adapters.

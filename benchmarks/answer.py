@@ -102,10 +102,12 @@ def make_all(name: str, place: Path) -> None:
         {"role": "user", "content": f"{IMAGE}\nWhat?"}, {"role": "assistant", "content": "A."}]}))
     with contextlib.redirect_stdout(sys.stderr):
         train_pretrain.main([
-            "--preset", "qwen2.5-siglip", "--language", str(place / "language"),
-            "--vision", str(place / "vision"), "--vision_layer", "-2", "--data",
-            str(place / "rows.jsonl"), "--images", str(place), "--steps", "1", "--batch_size", "1",
-            "--accumulate", "1", "--workers", "0", "--system", "", "--out", str(place / "run")])
+            "--preset", "qwen2.5-siglip", "--language_model", str(place / "language"),
+            "--vision_tower", str(place / "vision"), "--vision_feature_layer", "-2", "--data",
+            str(place / "rows.jsonl"), "--image_folder", str(place), "--steps", "1", "--batch_size",
+            "1",
+            "--gradient_accumulation_steps", "1", "--num_workers", "0", "--system", "", "--out",
+            str(place / "run")])
         export.main(["--model", str(place / "run"), "--out", str(place / "llava")])
         if importlib.util.find_spec("xllamacpp"):
             for dtype in ("bf16", "q8_0"):

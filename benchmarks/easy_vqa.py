@@ -53,7 +53,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 # Small batches, for many steps: with 16 rows in each, one seed did not learn all colours in time.
-COMMON = ["--preset", "emoji", "--train_language", "all", "--workers", "1", "--epochs", "1",
+COMMON = ["--preset", "emoji", "--train_language", "all", "--num_workers", "1", "--epochs", "1",
           "--batch_size", "8", "--learning_rate", "0.0003", "--projector_learning_rate", "0.003"]
 EYES = ["--pixel_shuffle", "2"]  # four patches are a token: 16 of them, as in the emoji world
 LOOKS = 3  # pictures for each question that the tower learns from
@@ -229,12 +229,12 @@ def main(arguments=None) -> None:
     out, began = flags.out.resolve(), clock()
     facts = prepare(flags.data or package_data(), out, flags.hold_out, flags.seed)
     print(" ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
-    pictures = ["--images", str(out / "pictures")]
+    pictures = ["--image_folder", str(out / "pictures")]
     common = [*COMMON, *pictures, "--seed", str(flags.seed), *others]
     naming = ["--data", str(out / "naming.jsonl")]
     run(["-m", "benchmarks.easy_vqa_tower", "--data", str(out / "looks.jsonl"), *pictures,
          "--out", str(out / "vision"), "--seed", str(flags.seed)])
-    train(out / "naming", ["train_pretrain.py", *EYES, "--vision", str(out / "vision"),
+    train(out / "naming", ["train_pretrain.py", *EYES, "--vision_tower", str(out / "vision"),
                            *naming, *common])
     train(out / "run", ["train_sft.py", "--data", str(out / "train.jsonl"),
                         "--model", str(out / "naming"), *common])

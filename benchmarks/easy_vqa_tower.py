@@ -88,11 +88,11 @@ def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--data", type=Path, required=True, help="JSON Lines with a kind for each row")
-    add("--images", type=Path, required=True, help="directory of the pictures")
+    add("--image_folder", type=Path, required=True, help="directory of the pictures")
     add("--out", type=Path, required=True, help="the tower is written here")
     add("--seed", type=int, default=0)
     flags = parser.parse_args(arguments)
-    share = train(read_rows(flags.data), flags.images, flags.out, flags.seed)
+    share = train(read_rows(flags.data), flags.image_folder, flags.out, flags.seed)
     print(f"of the last tenth, each seen for the first time, {share:.1%} were told rightly; "
           f"the tower: {flags.out}")
 

@@ -56,7 +56,7 @@ def random_parts(settings, checkpoint=None) -> ModelBundle:
     model.config = replace(model.config, image_token_id=template.image_token_id)
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, float("norm" in name and parameter.ndim == 1), 0.02)
-    vision = facts(settings.vision, VISION)
+    vision = facts(settings.vision_tower, VISION)
     side = vision.get("pixels", vision["image_size"])
     processor = ImageProcessor("SiglipImageProcessor", (side, side), None, 3, 1 / 255, (0.5,) * 3,
                                (0.5,) * 3)
@@ -102,9 +102,9 @@ def one_step(preset: str, stage: str, flags: list[str], batch_size: int) -> str:
             with contextlib.redirect_stdout(sys.stderr):
                 script.main([
                     "--preset", preset, "--model", "none", "--data", str(file),
-                    "--images", temporary, "--out", f"{temporary}/out", "--steps", "1",
-                    "--batch_size", str(batch_size), "--accumulate", "1",
-                    "--max_length", "4096", "--workers", "0", *flags])
+                    "--image_folder", temporary, "--out", f"{temporary}/out", "--steps", "1",
+                    "--batch_size", str(batch_size), "--gradient_accumulation_steps", "1",
+                    "--max_length", "4096", "--num_workers", "0", *flags])
         finally:
             script.load_or_build, train_pretrain.save = keep_load, keep_save
         told = json.loads(Path(f"{temporary}/out/metrics.jsonl").read_text().splitlines()[0])

@@ -3,10 +3,10 @@
     python -m benchmarks.images
 
     a made-up photo, JPEG, 640 x 480 -> load_image, ImageProcessor -> pictures a second on one core
-                       -> the same with --fast_images, and by how much its pixels differ
+                       -> the same with --approximate_resize, and by how much its pixels differ
                        -> transformers' own processor for Pillow, if it is installed
     a preset's parameters, image tokens -> operations for a picture -> pictures a second on one GPU
-                                                                    -> the --workers that takes
+                                                                    -> the --num_workers that takes
 
 The second half is arithmetic, nothing is measured. For a picture with its conversation of TEXT
 tokens, of which ANSWER are supervised, it counts the matrix products:
@@ -74,15 +74,14 @@ def pictures_per_second(make, pictures: int) -> float:
 
 
 def measure(pictures: int, rounds: int = 5) -> dict[str, float]:
-    """-> pictures a second: ours exact, ours with --fast_images, and the public processor where it
-    is installed. The best of several rounds, in turns, so that whatever else the machine does slows
-    all of them."""
+    """-> pictures a second: ours exact, with --approximate_resize, and the public processor where
+    it is installed. The best of several rounds, in turns, so that other work slows them alike."""
     torch.set_num_threads(1)  # as a DataLoader does in its workers
     data, public = photo(), public_processor()
     exact = ImageProcessor.from_public(SIGLIP)
     fast = replace(exact, fast=True)
     ways = {"exact": lambda: exact(load_image(data)),
-            "--fast_images": lambda: fast(load_image(data, fast.draft))}
+            "--approximate_resize": lambda: fast(load_image(data, fast.draft))}
     if public:
         ways["transformers"] = lambda: public(Image.open(io.BytesIO(data)).convert("RGB"),
                                               return_tensors="pt")
@@ -110,7 +109,7 @@ def operations(name: str, stage: str, text: int = TEXT, answer: int = ANSWER) ->
     model = empty_model(preset)
     settings = {**vars(preset), **vars(getattr(preset, stage))}
     choose_trainable(model, argparse.Namespace(**settings), None)
-    public, c = facts(preset.vision, VISION), model.config.language
+    public, c = facts(preset.vision_tower, VISION), model.config.language
     side = public.get("pixels", public["image_size"]) // public["patch_size"]
     K, T = image_tokens(preset), image_tokens(preset) + text
     table_trained = model.language.embed_tokens.weight.requires_grad
@@ -138,7 +137,8 @@ def main(arguments=None) -> None:
     parser.add_argument("--pictures", type=int, default=40, help="in each of five rounds")
     parser.add_argument("--gpu", type=float, default=GPU, help="operations a second that training "
                         "reaches (default: %(default).3g, an H100 at 40 %% of its bf16 peak)")
-    parser.add_argument("--photos", metavar="DIR", help="measure the difference of --fast_images "
+    parser.add_argument("--photos", metavar="DIR",
+                        help="measure the difference of --approximate_resize "
                         "on these (default: on the made-up one)")
     flags = parser.parse_args(arguments)
     told = measure(flags.pictures)
@@ -148,7 +148,8 @@ def main(arguments=None) -> None:
         print(f"{name:<14}{speed:>6,.0f}{beside}")
     files = [*Path(flags.photos).iterdir()] if flags.photos else [photo()]
     mean, largest = steps_apart(files)
-    print(f"--fast_images changes a pixel by {mean:.2f} steps of 255 on average, the most changed "
+    print(f"--approximate_resize changes a pixel by {mean:.2f} steps of 255 on average, the most "
+          f"changed "
           f"one of a picture by {largest:.0f} ({len(files)} pictures)")
     print(f"\none picture and {TEXT} tokens of text; a GPU of {flags.gpu:.3g} operations a second")
     print(f"{'preset':<20}{'stage':<10}{'operations':>12}{'pictures/s':>12}{'workers':>9}")

@@ -55,11 +55,11 @@ def measure(config, settings, size, K: int) -> int:
         optimizer = make_optimizer(model, settings)
         trained = [p for p in model.parameters() if p.requires_grad]
         for _ in range(2):
-            for _ in range(settings.accumulate):
+            for _ in range(settings.gradient_accumulation_steps):
                 batch = longest_batch(config, settings, size, K)
                 backward(model, batch, batch.supervised, settings, ranks)
             ranks.all_reduce_gradients(trained)
-            torch.nn.utils.clip_grad_norm_(trained, settings.clip)
+            torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         return peak() - before

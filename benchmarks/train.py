@@ -13,7 +13,7 @@
 Random weights in the published shapes, the same on both sides, as are the rows; the first losses,
 printed, agree. In each row 196 tokens are a picture, and the answer, 32 tokens, is supervised. Each
 side is a process of its own, so each peak is its own; the rounds are made in turns, and ratios are
-of medians. "cached" is ours with --cache_features, from the second epoch on. "of peak": the share
+of medians. "cached" is ours with --feature_cache, from the second epoch on. "of peak": the share
 of the seconds that the step's matrix products would take if they ran as fast as one large product.
 """
 

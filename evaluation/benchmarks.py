@@ -16,7 +16,7 @@
     easy-VQA        questions.json                 [[question, answer, image], ...]      exact
 
 The content of a file decides, not its name. Whatever else there is, is no benchmark, and formats.py
-reads it. An image is looked up in --images by the name that the file gives; one that lies inside a
+reads it. An image is looked up in --image_folder by the name that the file gives; one inside a
 Parquet file is read again when its question is asked, so that no benchmark's images are held in
 memory.
 """

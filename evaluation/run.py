@@ -51,7 +51,7 @@ NAME_BYTES = 60  # of a model and of a file in result_name: some file systems ta
 
 
 def evaluate(flags, checkpoint, model, template, processor) -> None:
-    """checkpoint: the directory that the model was loaded from, or "none" for --language alone."""
+    """checkpoint: the directory that was loaded, or "none" for --language_model alone."""
     # 1. Read the questions, and refuse a metric that does not fit before hours of answering.
     metric, data = open_questions(flags)
     questions, bad = read_questions(data, flags.limit)
@@ -114,9 +114,9 @@ def open_questions(flags) -> tuple[str, object]:
             if split_source(file)[1] != 1:
                 raise ValueError(f"--data {file}: a weight says how often training sees a sample, "
                                  "and a score asks every question once. Leave the weight out.")
-        benchmark = open_benchmark(files, flags.images, flags.suffix)
+        benchmark = open_benchmark(files, flags.image_folder, flags.suffix)
         metric = benchmark.metric if benchmark else "exact"
-        data = benchmark.data if benchmark else open_mixture(files, flags.images)
+        data = benchmark.data if benchmark else open_mixture(files, flags.image_folder)
     return metric if flags.metric == "auto" else flags.metric, data
 
 
@@ -161,7 +161,9 @@ def data_files(flags) -> list[str]:
 
 
 def model_name(flags, checkpoint) -> str:
-    return str(checkpoint if checkpoint != "none" else flags.language or "dataset/emoji/language")
+    if checkpoint == "none":
+        return str(flags.language_model or "dataset/emoji/language")
+    return str(checkpoint)
 
 
 def make_room(out: Path, scored: dict) -> None:
@@ -200,7 +202,7 @@ def answer_settings(flags, metric: str, questions: list, template, model) -> dic
         digest.update(json.dumps([turns, q.truths, q.where, len(q.images)]).encode())
     files = [] if flags.data == ["emoji"] else list(map(data_hash, data_files(flags)))
     weight = next(model.parameters())
-    return {"data": files, "questions": digest.hexdigest(), "images": flags.images,
+    return {"data": files, "questions": digest.hexdigest(), "images": flags.image_folder,
             "system": template.default_system, "stop_after_truth": METRICS[metric].stop_after_truth,
             "batch_size": flags.batch_size, "max_new_tokens": flags.max_new_tokens,
             "dtype": str(weight.dtype), "quantize": flags.quantize,
@@ -208,7 +210,7 @@ def answer_settings(flags, metric: str, questions: list, template, model) -> dic
 
 
 def model_files(flags, checkpoint) -> dict:
-    """{"model": {file: sha256}}; checkpoint: a directory, or "none" for --language alone."""
+    """{"model": {file: sha256}}; checkpoint: a directory, or "none" for --language_model alone."""
     if checkpoint == "none":
         return {"model": file_hashes(resolve(model_name(flags, checkpoint)))}
     return {"model": {name: sha256(Path(checkpoint) / name) for name in CHECKPOINT_FILES

@@ -175,7 +175,7 @@ def draw_attention(conversation) -> Figure:
         raise ValueError("--attention: there is no " + ("word in the answer" if pixels else
                          "image in the conversation") + ", so nothing was looked at")
     if model.config.vision.features != "patches":
-        raise ValueError(f"--attention: this model was trained with --features "
+        raise ValueError(f"--attention: this model was trained with --vision_feature_select "
                          f"{model.config.vision.features}, one token for a whole image; there are "
                          "no places in it to look at")
     side = model.config.vision.patch_size * model.config.projector.pixel_shuffle

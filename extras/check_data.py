@@ -1,7 +1,7 @@
 """Check data before a long run: open every sample, images and all.
 
-    python -m extras.check_data train.jsonl --images photos --max_length 512
-    python -m extras.check_data train.jsonl --images photos --show 7
+    python -m extras.check_data train.jsonl --image_folder photos --max_length 512
+    python -m extras.check_data train.jsonl --image_folder photos --show 7
 
     files -> data[i] -> load_image, ChatTemplate -> Finding -> Report -> the terminal
 
@@ -163,7 +163,7 @@ def problem(report: Report, text_only: bool) -> str | None:
         return "the file holds no samples"
     if report.bad > ALLOWED * report.samples:
         return (f"{report.bad / report.samples:.1%} unusable, more than {ALLOWED:.0%}"
-                + ("; most images are missing, is --images right?"
+                + ("; most images are missing, is --image_folder right?"
                    if report.counts["missing"] > report.samples / 2 else ""))
     if not report.images and not text_only:
         return ("no sample shows an image, so the vision tower would learn nothing; they are read "
@@ -230,7 +230,7 @@ def make_template(language: str, family: str | None, image_tokens: int) -> ChatT
                 "tokenizer.json", "qwen.tiktoken", "config.json", *COMPANIONS]))
         except Exception as error:  # offline, unknown, refused: the way out is the same
             raise FileNotFoundError(
-                f"--language {language} is no directory, and fetching it from the hub failed "
+                f"--language_model {language} is no directory, and fetching it from the hub failed "
                 f"({str(error).splitlines()[0]}); give a directory with tokenizer.json"
             ) from error
     config = directory / "config.json"
@@ -247,8 +247,9 @@ def main(arguments=None) -> int:
                                      description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="data files; a weight, FILE:2, is passed over")
-    add("--images", metavar="DIR", help="what image names start from (default: the file's own)")
-    add("--language", default=str(EMOJI), metavar="DIR_OR_NAME",
+    add("--image_folder", metavar="DIR",
+        help="what image names start from (default: the file's own)")
+    add("--language_model", default=str(EMOJI), metavar="DIR_OR_NAME",
         help="whose tokenizer counts the tokens (default: the embedded one)")
     add("--template", metavar="FAMILY", help="chat template (default: the language model's own)")
     add("--image_tokens", type=int, default=16, metavar="K",
@@ -256,18 +257,18 @@ def main(arguments=None) -> int:
         "qwen7b-clip (default: %(default)s)")
     add("--max_length", type=int, metavar="N", help="say what this limit would cut or refuse")
     add("--text_only", action="store_true", help="the files are meant to hold no image")
-    add("--workers", type=int, default=0, help="processes that open samples")
+    add("--num_workers", type=int, default=0, help="processes that open samples")
     add("--show", type=int, metavar="N", help="only print sample N of each file, from 1")
     flags = parser.parse_args(arguments)
     good = True
     try:
-        template = make_template(flags.language, flags.template, flags.image_tokens)
+        template = make_template(flags.language_model, flags.template, flags.image_tokens)
         for source in flags.files:
-            data = open_data(split_source(source)[0], flags.images)
+            data = open_data(split_source(source)[0], flags.image_folder)
             if flags.show is not None:
                 print(show(data, flags.show, template, flags.max_length))
                 continue
-            report = check(data, template, flags.max_length, flags.workers, Path(source).name)
+            report = check(data, template, flags.max_length, flags.num_workers, Path(source).name)
             reason = problem(report, flags.text_only)
             print(f"{source}\n{summary(report, flags.max_length)}{slowness(data)}")
             print(f"  NOT READY: {reason}\n" if reason else "  ready\n")

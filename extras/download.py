@@ -21,6 +21,7 @@ from extras.preset_list import download_size, format_bytes
 from model.pretrained.files import sha256
 from model.pretrained.hub import PICKLE_FILES, WANTED_FILES
 from training.presets import PRESETS, Preset
+from training.settings import TOWER_SETTINGS
 from training.writable import check_directory
 
 PARTS = ("language", "vision", "data")
@@ -60,7 +61,7 @@ def endpoint() -> str:
 
 def sources_of(preset: Preset, parts: list[str]) -> list[tuple]:
     """[(repository, "model" or "dataset", patterns of files, directory or None: the cache)]"""
-    models = [getattr(preset, part) for part in parts if part != "data"]
+    models = [getattr(preset, TOWER_SETTINGS[part]) for part in parts if part != "data"]
     return [*((name, "model", WANTED_FILES, None) for name in models if download_size(name)),
             *((part.source, "dataset", list(part.files), part.to) for part in data_of(preset, parts)
               if not part.source.startswith("http"))]
@@ -148,17 +149,17 @@ def by_yourself(preset: Preset, parts: list[str]) -> str:
     lines = ["Set HF_ENDPOINT to a mirror (such as HF_ENDPOINT=https://hf-mirror.com) and run the "
              "same command again,", "or fetch these on another machine:"]
     for part in parts:
-        name = getattr(preset, part, None)
+        name = getattr(preset, TOWER_SETTINGS.get(part, ""), None)
         if part != "data" and download_size(name):
             directory = f"weights/{name.rsplit('/', 1)[-1]}"
             lines += [f"  {endpoint()}/{name}/tree/main ({format_bytes(download_size(name))}): "
                       + ", ".join(WANTED_FILES), f"    (or pytorch_model*.bin) -> {directory}/",
-                      f"    then add: --{part} {directory}"]
+                      f"    then add: --{TOWER_SETTINGS[part]} {directory}"]
     for part in data_of(preset, parts):
         if not part.source.startswith("http"):
             lines += [f"  {endpoint()}/datasets/{part.source}/tree/main{gigabytes(part)}: "
                       + ", ".join(part.files), f"    -> {part.to}/, or to any other directory: "
-                      "then add --data FILE --images DIR"]
+                      "then add --data FILE --image_folder DIR"]
     return "\n".join(lines + [f"  {line}" for line in left_to_do(preset, parts)])
 
 

@@ -1,6 +1,6 @@
 """How much memory a run will take at most, predicted before anything is loaded.
 
-    python -m extras.memory qwen2.5-siglip --batch_size 8 --lora --checkpointing
+    python -m extras.memory qwen2.5-siglip --batch_size 8 --lora --gradient_checkpointing
 
     settings, config facts -> the model, shapes without values -> Memory -> a small table
 
@@ -10,7 +10,7 @@ Four things stay in memory, and a fifth comes and goes:
     gradients     4 bytes for each trained parameter
     optimizer     8 bytes: AdamW keeps two averages of each trained parameter's gradient
     activations   what each block keeps until the backward pass comes back to it: in proportion to
-                  rows x tokens x layers. With --checkpointing a block keeps its input alone
+                  rows x tokens x layers. --gradient_checkpointing: a block keeps its input
     logits        vocabulary x positions, at most CHUNK of them (chunked_cross_entropy.py),
                   twice over
 
@@ -94,7 +94,7 @@ def as_trained(config, settings) -> VLM:
         model = build_model(config)
     choose_trainable(model, argparse.Namespace(**{**vars(settings), "lora_from": None}), None)
     cast_weights(model, settings.dtype, set(own_names(model)))
-    model.set_checkpointing(settings.checkpointing)
+    model.set_checkpointing(settings.gradient_checkpointing)
     prepare_for_training(model)
     return model
 
@@ -146,7 +146,8 @@ def step_of(model, settings, size, K: int, kind: str) -> tuple[int, int, int]:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
         model.to_empty(device=device)
         with MemoryTracker(model) as tracker:
-            for _ in range(min(settings.accumulate, 2)):  # the second finds gradients there
+            for _ in range(min(settings.gradient_accumulation_steps,
+                               2)):  # the second finds gradients there
                 before = tracker.now
                 tracker.most = max(tracker.most, before)
                 pixels = torch.empty(B, 3, *size, device=device)
@@ -185,7 +186,7 @@ def planned(preset: str, stage: str, flags: list[str], device: torch.device):
     settings = resolve(read_flags(__doc__, stage, ["--preset", preset, *flags]), stage, {})
     settings.dtype, why = choose_dtype(settings.dtype, device)
     try:
-        config, vision = empty_model(settings).config, facts(settings.vision, VISION)
+        config, vision = empty_model(settings).config, facts(settings.vision_tower, VISION)
     except FileNotFoundError as error:
         raise SystemExit(f"{error}: the shapes of a model that no preset names are read from its "
                          "config.json, so give its directory") from error

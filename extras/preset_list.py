@@ -44,17 +44,18 @@ def facts(name: str, table: dict) -> dict:
 
 def image_tokens(preset: Preset) -> int:
     """K: how many positions of the language model an image takes."""
-    if preset.features != "patches":
+    if preset.vision_feature_select != "patches":
         return 1
-    vision = facts(preset.vision, VISION)
+    vision = facts(preset.vision_tower, VISION)
     side = vision.get("pixels", vision["image_size"]) // vision["patch_size"]
     return side * side // preset.pixel_shuffle**2
 
 
 def empty_model(preset: Preset) -> VLM:
     """The whole model in full size, without values: it takes no memory."""
-    language = read_language_config(facts(preset.language, LANGUAGE))
-    vision = read_vision_config(facts(preset.vision, VISION), preset.vision_layer, preset.features)
+    language = read_language_config(facts(preset.language_model, LANGUAGE))
+    vision = read_vision_config(facts(preset.vision_tower, VISION), preset.vision_feature_layer,
+                                preset.vision_feature_select)
     projector = ProjectorConfig(preset.projector, vision.hidden_size, language.hidden_size,
                                 preset.pixel_shuffle)
     with meta_device():
@@ -119,7 +120,7 @@ def list_presets() -> str:
 
     lines = [COLUMNS.format("preset", "language", "vision", "projector", "memory", "download")]
     for name, preset in PRESETS.items():
-        sums, towers = costs(name), (preset.language, preset.vision)
+        sums, towers = costs(name), (preset.language_model, preset.vision_tower)
         models, download = sum(map(download_size, towers)), "in the repository"
         if models:
             computed = any("bytes" in {**LANGUAGE, **VISION}[tower] for tower in towers)
@@ -129,7 +130,7 @@ def list_presets() -> str:
         lines += [COLUMNS.format(
             name, f"{sums['language']:,}", f"{sums['vision']:,}", f"{preset.projector}, "
             f"{image_tokens(preset)}", f"{gigabytes(sums['pretrain'])}, {gigabytes(sums['sft'])}",
-            download), f"  {preset.language} + {preset.vision}"]
+            download), f"  {preset.language_model} + {preset.vision_tower}"]
     return "\n".join([*lines, "", NOTES])
 
 

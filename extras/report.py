@@ -150,7 +150,7 @@ def curves(runs: list[RunRecord]) -> str:
             draw(axes, run.metrics, name, "-", 1 if name == "learning_rate" else WINDOW, c=colour,
                  label="this run")
         if not axes.lines:
-            axes.text(0.5, 0.5, "not measured (--eval_every 50)" if "held" in name else
+            axes.text(0.5, 0.5, "not measured (--eval_steps 50)" if "held" in name else
                       "not measured", ha="center", transform=axes.transAxes)
             continue
         if alone:

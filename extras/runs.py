@@ -19,7 +19,7 @@ from training.presets import PRESETS, settings_of_preset
 REFERENCES = Path(__file__).resolve().parent.parent / "docs" / "reference"
 # What the loss curve depends on; a run that differs in one of them need not look like another.
 CURVE_SETTINGS = (
-    "data", "batch_size", "accumulate", "steps", "epochs", "learning_rate",
+    "data", "batch_size", "gradient_accumulation_steps", "steps", "epochs", "learning_rate",
     "projector_learning_rate", "warmup_ratio", "weight_decay", "max_length", "dtype",
     "train_projector", "train_language", "train_vision", "lora", "lora_rank", "lora_alpha",
     "lora_dropout", "projector", "pixel_shuffle", "overfit", "seed")

@@ -1,7 +1,7 @@
 """What the model answers while it learns: a few held-out questions, the same ones every time.
 
     held-out samples -> the first --eval_answers that show an image -> OUT/held_out/1.jpg ...
-    every --eval_every steps: their first questions -> greedy answers -> a line of answers.jsonl
+    every --eval_steps steps: their first questions -> greedy answers -> a line of answers.jsonl
 
 A loss says that something gets better; the answers say what: first the form, then the words, then
 what is in the image. report.py lays them out beside the images.

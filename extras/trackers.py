@@ -1,4 +1,4 @@
-"""--log wandb, swanlab, trackio or tensorboard: the figures of a run as curves in a browser.
+"""--report_to wandb, swanlab, trackio or tensorboard: the figures of a run as curves in a browser.
 
     metrics.jsonl, evaluations.jsonl -> the same numbers, named train/... and eval/...
 
@@ -16,16 +16,17 @@ from pathlib import Path
 def check_installed(tracker: str | None) -> None:
     """Better now than after the model is loaded."""
     if tracker and find_spec(tracker) is None:
-        raise SystemExit(f"--log {tracker}: the package {tracker} is not installed; pip install "
-                         f"{tracker}, or leave --log out: metrics.jsonl has the figures")
+        raise SystemExit(f"--report_to {tracker}: the package {tracker} is not installed; pip "
+                         f"install "
+                         f"{tracker}, or leave --report_to out: metrics.jsonl has the figures")
 
 
 def open_tracker(settings, first_step: int):
-    """-> log(kind, step, figures) and close() of the tracker that --log names; of none, both do
-    nothing. kind: "train" or "eval". first_step: TensorBoard's curves are cut before it."""
-    if not settings.log:
+    """-> log(kind, step, figures) and close() of the tracker that --report_to names; of none, both
+    do nothing. kind: "train" or "eval". first_step: TensorBoard's curves are cut before it."""
+    if not settings.report_to:
         return lambda kind, step, figures: None, lambda: None
-    if settings.log == "tensorboard":
+    if settings.report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(Path(settings.out) / "tensorboard"), purge_step=first_step)
@@ -36,7 +37,7 @@ def open_tracker(settings, first_step: int):
                 writer.add_scalar(name, value, step)
             writer.flush()
     else:
-        tracker = import_module(settings.log)
+        tracker = import_module(settings.report_to)
         tracker.init(project="vlm", name=str(settings.out), config=vars(settings))
         write, close = tracker.log, tracker.finish
 

@@ -35,7 +35,7 @@ CASES = {
     "everything": ["--train_language", "all", "--train_vision"],
     "lora": ["--lora", "--lora_rank", "2", "--train_language", "none"],  # 2 rows, on 4 distributed
     "half": ["--lora", "--train_language", "none", "--train_vision", "--dtype", "bf16",
-             "--checkpointing"],
+             "--gradient_checkpointing"],
     "scaled": ["--lora", "--train_language", "none", "--dtype", "fp16"],  # as on a V100
 }
 BATCH = 4
@@ -51,7 +51,7 @@ def prepare(distributed, flags):
     parts = load_or_build(settings, None)
     choose_trainable(parts.model, settings, None)
     cast_weights(parts.model, settings.dtype, set())
-    parts.model.set_checkpointing(settings.checkpointing)
+    parts.model.set_checkpointing(settings.gradient_checkpointing)
     prepare_for_training(parts.model)
     data, _ = open_training_data(settings, "pretrain")
     batches = Batches(data, parts.template, parts.processor, settings.batch_size,
@@ -63,7 +63,8 @@ def prepare(distributed, flags):
 def first_gradients(distributed, flags) -> dict:
     """Of the first step: summed over micro-batches and distributed, then cut to LONGEST."""
     settings, model, batches = prepare(distributed, flags)
-    micro = [batch for batch, _ in itertools.islice(batches.epoch(0), settings.accumulate)]
+    micro = [batch for batch,
+             _ in itertools.islice(batches.epoch(0), settings.gradient_accumulation_steps)]
     micro = [batch for batch in map(distributed.drop_or_dummy_batch, micro) if batch]
     supervised, = distributed.sum(sum(batch.supervised for batch in micro))
     scaler = LossScaler(TrainerState(loss_scale=SCALE), settings.dtype == "fp16")

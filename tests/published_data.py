@@ -17,7 +17,7 @@ from tests.tiny import COLOURS
 
 @dataclass
 class Published:
-    pretrain: list[str]  # flags: --data, and --images where the pictures lie elsewhere
+    pretrain: list[str]  # flags: --data, and --image_folder where the pictures lie elsewhere
     sft: list[str]
     samples: tuple[int, int]  # of each stage, in an epoch
 
@@ -68,7 +68,7 @@ def minimind_jsonl(directory: Path) -> Published:
         file = directory / f"{stage}_data.jsonl"
         file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
                         encoding="utf-8")
-        flags[stage] = ["--data", str(file), "--images", str(directory / f"{stage}_images")]
+        flags[stage] = ["--data", str(file), "--image_folder", str(directory / f"{stage}_images")]
     return Published(**flags, samples=(4, 5))
 
 
@@ -135,7 +135,7 @@ def captions_and_vqa(directory: Path) -> Published:
     vqa = coco_conversations(names, "vqa")
     text = {"id": "t", "model": "", "conversations": [
         {"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hello!"}]}
-    images = ["--images", str(directory / "train2017")]
+    images = ["--image_folder", str(directory / "train2017")]
     return Published(["--data", coco, *images],
                      ["--data", write_json(directory / "vqa.json", [*vqa, text]), *images],
                      samples=(6, 5))
@@ -165,5 +165,5 @@ def cc3m_and_instruct_mix(directory: Path) -> Published:
             "completion": pa.array([[{"role": "assistant", "content": colour}]
                                     for colour in colours], turns)}),
             directory / "data" / f"train-0000{part}-of-00002.parquet")
-    return Published(["--data", chat, "--images", str(directory / "cc3m" / "images")],
+    return Published(["--data", chat, "--image_folder", str(directory / "cc3m" / "images")],
                      ["--data", str(directory / "data" / "train-*.parquet")], samples=(4, 4))

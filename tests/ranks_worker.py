@@ -37,7 +37,8 @@ def prepare(flags, distributed):
 def gradients(distributed, flags) -> tuple[torch.Tensor, list]:
     """-> the gradients summed over ranks, and the number of pictures in each of all batches."""
     settings, model, batches = prepare(flags, distributed)
-    micro = [batch for batch, _ in itertools.islice(batches.epoch(0), settings.accumulate)]
+    micro = [batch for batch,
+             _ in itertools.islice(batches.epoch(0), settings.gradient_accumulation_steps)]
     supervised, = distributed.sum(sum(batch.supervised for batch in micro))
     for batch in micro:
         backward(model, batch, supervised, settings, distributed)

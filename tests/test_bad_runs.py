@@ -54,14 +54,15 @@ def with_bad(world, tmp_path, good: int, bad: list) -> list[str]:
     for number, line in enumerate(bad):
         lines.insert((number * 37 + 5) % len(lines), line)
     (tmp_path / "data.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
-    return [*flags, "--data", str(tmp_path / "data.jsonl"), "--images", str(directory),
+    return [*flags, "--data", str(tmp_path / "data.jsonl"), "--image_folder", str(directory),
             "--out", str(tmp_path / "out")]
 
 
 def test_half_a_percent_of_bad_samples_is_skipped_and_counted(world, tmp_path, capfd):
     flags = with_bad(world, tmp_path, 1990, [line for _, line, _ in BAD])
     flags[flags.index("--steps"):flags.index("--steps") + 2] = ["--epochs", "1"]
-    train_pretrain.main([*flags, "--batch_size", "100", "--save_every", "100", "--workers", "2"])
+    train_pretrain.main([*flags, "--batch_size", "100", "--save_steps", "100", "--num_workers",
+                         "2"])
     told, errors = capfd.readouterr()
     assert "10 of 2,000 samples skipped as unusable" in told
     assert told.count("skipped ") >= 5 and "further skipped samples are only counted" in told
@@ -73,7 +74,8 @@ def test_each_of_them_is_named_with_its_line(world, tmp_path, capfd):
     for start in (0, 5):  # five are listed
         chosen = BAD[start:start + 5]
         flags = with_bad(world, tmp_path, 40, [line for _, line, _ in chosen])
-        train_pretrain.main([*flags, "--batch_size", "45", "--steps", "1", "--max_bad", "0.5"])
+        train_pretrain.main([*flags, "--batch_size", "45", "--steps", "1", "--max_skip_ratio",
+                             "0.5"])
         told = capfd.readouterr().out
         skipped = [line for line in told.splitlines() if line.startswith("skipped ")]
         assert len(skipped) == 5 and all("data.jsonl:" in line for line in skipped)
@@ -83,8 +85,10 @@ def test_each_of_them_is_named_with_its_line(world, tmp_path, capfd):
 
 def test_more_than_max_bad_stops_the_run(world, tmp_path):
     flags = with_bad(world, tmp_path, 180, [line for _, line, _ in BAD] * 2)
-    with pytest.raises(SystemExit, match=r"\d+ of \d+ samples were unusable.*--max_bad 0.09"):
-        train_pretrain.main([*flags, "--batch_size", "50", "--steps", "4", "--max_bad", "0.09"])
+    with pytest.raises(SystemExit,
+                       match=r"\d+ of \d+ samples were unusable.*--max_skip_ratio 0.09"):
+        train_pretrain.main([*flags, "--batch_size", "50", "--steps", "4", "--max_skip_ratio",
+                             "0.09"])
 
 
 # ---------------------------------------------------------------- a broken start

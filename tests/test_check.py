@@ -43,7 +43,7 @@ def run(folder, tiny_tokenizer_dir, capsys):
     def call(records, *flags, others=()):
         lines = [r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) for r in records]
         (folder / "d.jsonl").write_text("\n".join(lines), encoding="utf-8")
-        code = check.main([str(folder / "d.jsonl"), *map(str, others), "--language",
+        code = check.main([str(folder / "d.jsonl"), *map(str, others), "--language_model",
                            str(tiny_tokenizer_dir), "--image_tokens", str(K), *map(str, flags)])
         return code, *capsys.readouterr()
     return call
@@ -116,12 +116,12 @@ def test_the_first_dozen_is_listed_and_the_rest_counted(run):
     _, out, _ = run([row(image=f"gone{i}.png") for i in range(30)])
     assert out.count("no picture") == 12 and "... and 18 more" in out
     assert "gone11.png" in out and "gone12.png" not in out
-    assert "most images are missing, is --images right?" in out
+    assert "most images are missing, is --image_folder right?" in out
 
 
 def test_workers_change_nothing(run):
     records = [row(answer=" cat" * (i % 9 + 1), image="a.png") for i in range(70)] + BROKEN
-    assert run(records, "--workers", 2)[:2] == run(records)[:2]
+    assert run(records, "--num_workers", 2)[:2] == run(records)[:2]
 
 
 def test_progress_is_shown_and_files_are_told_apart(run, folder):
@@ -138,7 +138,7 @@ def test_parquet_in_giant_groups_is_told_to_be_slow(folder, tiny_tokenizer_dir, 
                                                     monkeypatch):
     path = folder / "d.parquet"
     pq.write_table(pa.table({"conversations": [json.dumps(row()["conversations"])] * 9}), path)
-    flags = [str(path), "--language", str(tiny_tokenizer_dir), "--text_only"]
+    flags = [str(path), "--language_model", str(tiny_tokenizer_dir), "--text_only"]
     assert check.main(flags) == 0 and "slow" not in capsys.readouterr().out
     monkeypatch.setattr(check, "SLOW", 10)
     assert check.main(flags) == 0
@@ -198,7 +198,8 @@ def test_tokenizer_by_name_and_template_by_family(run, tiny_tokenizer_dir, monke
     asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns:
                         asked.append((name, allow_patterns)) or str(tiny_tokenizer_dir))
-    assert run([row()], "--language", "owner/model", "--template", "llama", "--show", 1)[0] == 0
+    assert run([row()], "--language_model", "owner/model", "--template", "llama", "--show",
+               1)[0] == 0
     assert asked[0][0] == "owner/model" and not any("safetensors" in p for p in asked[0][1])
     assert "helpful assistant" not in run([row()], "--template", "llama", "--show", 1)[1]
     assert "helpful assistant" in run([row()], "--show", 1)[1]
@@ -207,7 +208,7 @@ def test_tokenizer_by_name_and_template_by_family(run, tiny_tokenizer_dir, monke
         raise OSError("no network\nmore")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    code, _, err = run([row()], "--language", "owner/model")
+    code, _, err = run([row()], "--language_model", "owner/model")
     assert code == 1 and "(no network); give a directory with tokenizer.json" in err
     assert check.main(["nowhere.jsonl"]) == 1
     assert "no data file nowhere.jsonl" in capsys.readouterr().err
@@ -216,12 +217,13 @@ def test_tokenizer_by_name_and_template_by_family(run, tiny_tokenizer_dir, monke
 def test_the_command_itself_on_its_default_tokenizer(folder):
     (folder / "d.jsonl").write_text(json.dumps(row("图片里有什么？", "一只猫", "a.png")), "utf-8")
     done = subprocess.run([sys.executable, "-m", "extras.check_data", folder / "d.jsonl",
-                           "--images", folder], cwd=ROOT, capture_output=True, text=True)
+                           "--image_folder", folder], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "1, 0 unusable" in done.stdout, done.stderr
 
 
 def test_real_files_are_ready():
     coco = needed(shared_dir(), "data/coco128")
     names = ("ai_challenger.json", "llava_instruct_mix.parquet")
-    code = check.main([*(str(coco / name) for name in names), "--images", str(coco / "images")])
+    code = check.main([*(str(coco / name) for name in names), "--image_folder",
+                       str(coco / "images")])
     assert code == 0

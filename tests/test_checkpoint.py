@@ -121,7 +121,8 @@ def test_other_base_weights_are_refused(world, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"lacks model\.safetensors"):
         load_checkpoint(checkpoint)
     shutil.rmtree(vision)
-    with pytest.raises(FileNotFoundError, match="stands on the vision weights .*--vision DIR"):
+    with pytest.raises(FileNotFoundError,
+                       match="stands on the vision weights .*--vision_tower DIR"):
         load_checkpoint(checkpoint)
 
 
@@ -130,7 +131,7 @@ def test_base_weights_may_move(world, tmp_path):
     (tmp_path / "world" / "vision").rename(tmp_path / "elsewhere")
     loaded = load_checkpoint(checkpoint, vision=str(tmp_path / "elsewhere"))
     assert torch.equal(logits(model), logits(loaded))
-    train_sft.main([*world[:-2], "--vision", str(tmp_path / "elsewhere"), "--model",
+    train_sft.main([*world[:-2], "--vision_tower", str(tmp_path / "elsewhere"), "--model",
                     str(checkpoint), "--lora", "--out", str(tmp_path / "sft")])
     load_checkpoint(newest_checkpoint(tmp_path / "sft"))  # refers to where it lies now
 
@@ -175,7 +176,7 @@ def test_every_tensor_of_the_file_has_its_place(world, tmp_path):
 
 def test_the_newest_are_kept_and_found(world, tmp_path, monkeypatch):
     out = tmp_path / "out" / "pretrain"
-    train_pretrain.main([*world, "--save_every", "1", "--keep", "2", "--out", str(out)])
+    train_pretrain.main([*world, "--save_steps", "1", "--save_total_limit", "2", "--out", str(out)])
     assert [path.name for path in checkpoints(out)] == ["step_000005", "step_000006"]
     assert newest_checkpoint(tmp_path) is None
     assert find_model(str(out)).name == "step_000006"

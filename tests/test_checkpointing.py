@@ -140,7 +140,7 @@ def test_saved_tensors_fall():
                                    ["--train_language", "all", "--train_vision"]])
 def test_a_run_with_checkpointing_is_the_same_run(tmp_path, flags):
     world = make_world(tmp_path / "world")
-    for name, more in (("plain", []), ("less", ["--checkpointing"])):
+    for name, more in (("plain", []), ("less", ["--gradient_checkpointing"])):
         train_sft.main([*world, *flags, "--model", "none", "--steps", "3", *more,
                         "--out", str(tmp_path / name)])
     assert curve(tmp_path / "plain") == curve(tmp_path / "less")

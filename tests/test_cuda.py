@@ -336,7 +336,7 @@ def test_one_process_of_torchrun_speaks_nccl(world, tmp_path):
 def test_cached_features_change_nothing(world, tmp_path):
     flags = [*world, "--steps", "9", "--lora"]
     train_sft.main([*flags, "--out", str(tmp_path / "plain")])
-    train_sft.main([*flags, "--cache_features", str(tmp_path / "seen"),
+    train_sft.main([*flags, "--feature_cache", str(tmp_path / "seen"),
                     "--out", str(tmp_path / "cached")])
     for one, other in zip(curve(tmp_path / "plain"), curve(tmp_path / "cached"), strict=True):
         assert one == pytest.approx(other, rel=1e-4)
@@ -350,13 +350,13 @@ def test_batches_wait_in_pinned_memory():
 
 @pytest.mark.parametrize("stage, flags", [
     ("pretrain", ["--dtype", "bf16"]), ("sft", ["--dtype", "bf16", "--lora"]),
-    ("sft", ["--dtype", "fp16", "--lora", "--checkpointing"]),
+    ("sft", ["--dtype", "fp16", "--lora", "--gradient_checkpointing"]),
     ("sft", ["--dtype", "fp32", "--train_language", "all"])])
 @pytest.mark.parametrize("preset", ["emoji", "smollm2-dinov2"])
 def test_memory_is_what_was_told(preset, stage, flags):
     """torch.cuda.max_memory_allocated of two steps; below, and not by much."""
     size = [] if preset == "emoji" else ["--batch_size", "4", "--max_length", "512"]
-    plan, _ = planned(preset, stage, [*flags, *size, "--accumulate", "1"], GPU)
+    plan, _ = planned(preset, stage, [*flags, *size, "--gradient_accumulation_steps", "1"], GPU)
     config, settings, pixels, K = plan
     predicted = predict(*plan, GPU).peak
     torch.cuda.empty_cache()

@@ -8,7 +8,7 @@ import eval as script
 import train_pretrain
 import train_sft
 
-FEW = ["--steps", "2", "--batch_size", "4", "--workers", "0"]
+FEW = ["--steps", "2", "--batch_size", "4", "--num_workers", "0"]
 
 
 def test_demo_in_a_handful_of_steps(tmp_path, capsys):

@@ -190,8 +190,8 @@ def test_a_real_allocation_that_fails_is_known():
 
 
 @pytest.mark.parametrize("size, said", [
-    (4, "--batch_size 2 --accumulate 2 takes the same samples in each step"),
-    (3, "--batch_size 2 --accumulate 2 takes about as many samples"),
+    (4, "--batch_size 2 --gradient_accumulation_steps 2 takes the same samples in each step"),
+    (3, "--batch_size 2 --gradient_accumulation_steps 2 takes about as many samples"),
     (1, "What helps: --checkpoint")])
 def test_training_says_what_makes_a_step_smaller(size, said, tmp_path, monkeypatch):
     world = make_world(tmp_path / "world")
@@ -200,7 +200,8 @@ def test_training_says_what_makes_a_step_smaller(size, said, tmp_path, monkeypat
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
     monkeypatch.setattr("train_pretrain.backward", fail)
-    flags = [*world, "--batch_size", str(size), "--accumulate", "1", "--out", str(tmp_path / "run")]
+    flags = [*world, "--batch_size", str(size), "--gradient_accumulation_steps", "1", "--out",
+             str(tmp_path / "run")]
     with pytest.raises(SystemExit) as stopped:
         train_pretrain.main(flags)
     text = str(stopped.value)
@@ -208,7 +209,7 @@ def test_training_says_what_makes_a_step_smaller(size, said, tmp_path, monkeypat
     assert "--resume" not in text, "there is no checkpoint to go on from"
     assert "`python -m extras.memory emoji` with the flags of this run predicts" in text
     monkeypatch.undo()
-    train_pretrain.main([*flags, "--steps", "2", "--save_every", "2"])
+    train_pretrain.main([*flags, "--steps", "2", "--save_steps", "2"])
     monkeypatch.setattr("train_pretrain.backward", fail)
     with pytest.raises(SystemExit, match="--resume goes on from the last checkpoint"):
         train_pretrain.main([*flags, "--steps", "4", "--resume"])

@@ -12,7 +12,7 @@ from training.distributed import gpu_of_rank, start_distributed
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return [*make_world(tmp_path_factory.mktemp("world")), "--accumulate", "3"]
+    return [*make_world(tmp_path_factory.mktemp("world")), "--gradient_accumulation_steps", "3"]
 
 
 @pytest.fixture(scope="module")

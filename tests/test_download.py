@@ -246,10 +246,11 @@ def test_without_a_hub_it_says_what_to_do(hub, monkeypatch):
     message = str(ended.value)
     for expected in (
             "http://127.0.0.1:9: ConnectError", "HF_ENDPOINT=https://hf-mirror.com",
-            "http://127.0.0.1:9/toy/language/tree/main (988.0 MB)", "then add: --language weights/",
-            "preprocessor_config.json", "then add: --vision weights/vision",
+            "http://127.0.0.1:9/toy/language/tree/main (988.0 MB)",
+            "then add: --language_model weights/",
+            "preprocessor_config.json", "then add: --vision_tower weights/vision",
             "http://127.0.0.1:9/datasets/toy/data/tree/main (0.05 GB): chat.json, images.zip",
-            "-> dataset/toy/", "add --data FILE --images DIR",
+            "-> dataset/toy/", "add --data FILE --image_folder DIR",
             "by hand: http://far.example/photos.zip (19.3 GB) -> dataset/photos/"):
         assert expected in message, (expected, message)
 
@@ -274,7 +275,7 @@ def test_every_preset_can_be_named_without_a_hub(name):
     if name == "emoji":
         assert download.sources_of(preset, parts) == []
         return
-    for model in (preset.language, preset.vision):
+    for model in (preset.language_model, preset.vision_tower):
         assert f"/{model}/tree/main (" in message
     for recipe in (preset.pretrain, preset.sft):
         for file in [recipe.data] if isinstance(recipe.data, str) else recipe.data:

@@ -176,7 +176,7 @@ def test_the_whole_command_and_that_its_score_can_fail(package, tmp_path, monkey
     monkeypatch.setattr(easy_vqa, "run", carry_out)
     out = tmp_path / "out"
     easy_vqa.main(["--data", str(package), "--out", str(out), "--seed", "3",
-                   "--steps", "1", "--batch_size", "2", "--workers", "0"])
+                   "--steps", "1", "--batch_size", "2", "--num_workers", "0"])
     result, answers = json.loads((out / "result.json").read_text()), rows_of(out / "answers.jsonl")
     told = capsys.readouterr().out
     assert [a["truth"] for a in answers] == [
@@ -186,7 +186,7 @@ def test_the_whole_command_and_that_its_score_can_fail(package, tmp_path, monkey
     assert result["score"] == right / 7 < 1 and f"{right} of 7 questions of the test split" in told
     assert "image withheld" in told and "image of another sample" in told
 
-    short = ["--model", str(out / "run"), "--data", str(out / "scored.jsonl"), "--images",
+    short = ["--model", str(out / "run"), "--data", str(out / "scored.jsonl"), "--image_folder",
              str(out / "pictures"), "--report", str(out), "--max_new_tokens", "5"]
     eval_script.main(short)
     echoed = rows_of(out / "scored.jsonl")

@@ -39,7 +39,7 @@ class Terminal(io.StringIO):
 def expected(world, text, *pictures, model="sft") -> str:
     """What eval.py must print for one thing said."""
     name = model if model == "none" else str(world / model)
-    flags = script.read_flags(["--device", "cpu", "--language", str(world / "language")])
+    flags = script.read_flags(["--device", "cpu", "--language_model", str(world / "language")])
     talk = Conversation(*script.load_model(flags, name), {"max_new_tokens": 8})
     for picture in pictures:
         talk.show(world / picture)
@@ -199,7 +199,7 @@ def test_a_metric_that_is_none_is_refused(world, tmp_path):
 
 def test_a_language_model_alone_chats(world, monkeypatch, capsys):
     out, err = run(monkeypatch, capsys, ["Hello", "/image " + str(world / "red.png")],
-                   "--model", "none", "--language", world / "language")
+                   "--model", "none", "--language_model", world / "language")
     assert out == expected(world, "Hello", model="none") and "sees no images" in err
 
 

@@ -24,9 +24,10 @@ from tests.tiny import COLOURS, make_data
 # language, vision, pixels a side of a picture, flags
 MODELS = {
     "qwen2-siglip": ("Qwen2", "Siglip", 48, ["--lora"]),
-    "qwen2-siglip-early": ("Qwen2", "Siglip", 64, ["--lora", "--vision_layer", "-3"]),
+    "qwen2-siglip-early": ("Qwen2", "Siglip", 64, ["--lora", "--vision_feature_layer", "-3"]),
     "qwen3-clip-linear": ("Qwen3", "CLIP", 48, ["--lora", "--projector", "linear"]),
-    "llama-dinov2": ("Llama", "Dinov2", 32, ["--train_language", "all", "--vision_layer", "-2",
+    "llama-dinov2": ("Llama", "Dinov2", 32,
+                     ["--train_language", "all", "--vision_feature_layer", "-2",
                                              "--train_vision"]),
     "qwen2-dinov2-minimind": ("Qwen2", "Dinov2", 48, ["--lora", "--template", "minimind"]),
 }
@@ -54,15 +55,16 @@ def save_towers(language: str, vision: str, size: int, tokenizer_dir, directory)
         "image_processor_type": processor, "resample": 3, "rescale_factor": 1 / 255,
         "size": {"height": size, "width": size}, "do_center_crop": False,
         "image_mean": [0.5] * 3, "image_std": [0.25] * 3}))
-    return ["--language", str(words), "--vision", str(eyes)]
+    return ["--language_model", str(words), "--vision_tower", str(eyes)]
 
 
 def trained(directory, tokenizer_dir, language, vision, size, flags) -> str:
     """Two steps of stage two -> the run."""
     train_sft.main([
         *save_towers(language, vision, size, tokenizer_dir, directory), "--model", "none",
-        "--preset", "qwen2.5-siglip", "--data", make_data(directory, count=6), "--images",
-        str(directory), "--steps", "2", "--batch_size", "2", "--dtype", "fp32", "--workers", "0",
+        "--preset", "qwen2.5-siglip", "--data", make_data(directory, count=6), "--image_folder",
+        str(directory), "--steps", "2", "--batch_size", "2", "--dtype", "fp32", "--num_workers",
+        "0",
         "--learning_rate", "0.05", "--max_length", "256", *flags, "--out", str(directory / "sft")])
     return str(directory / "sft")
 
@@ -200,7 +202,8 @@ def test_the_answer_ends_where_ours_ends(pair):
 
 
 def test_the_demos_own_towers_go_over(tmp_path):
-    train_pretrain.main(["--steps", "1", "--batch_size", "2", "--dtype", "fp32", "--workers", "0",
+    train_pretrain.main(["--steps", "1", "--batch_size", "2", "--dtype", "fp32", "--num_workers",
+                         "0",
                          "--out", str(tmp_path / "run")])
     export.main(["--model", str(tmp_path / "run"), "--out", str(tmp_path / "out")])
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
@@ -225,8 +228,10 @@ def test_the_demos_own_towers_go_over(tmp_path):
 @pytest.mark.parametrize("flags, reason", [
     (["--pixel_shuffle", "3"], "--pixel_shuffle 3: LLaVA's projector takes one patch"),
     (["--projector", "norm_mlp"], "--projector norm_mlp: LLaVA's projector has no norm"),
-    (["--features", "class"], "--features class: LLaVA takes all patches"),
-    (["--features", "pooled"], "--features pooled: LLaVA takes all patches")])
+    (["--vision_feature_select", "class"],
+     "--vision_feature_select class: LLaVA takes all patches"),
+    (["--vision_feature_select", "pooled"],
+     "--vision_feature_select pooled: LLaVA takes all patches")])
 def test_what_llava_cannot_say_is_refused_with_the_reason(tmp_path, tiny_tokenizer_dir, flags,
                                                           reason):
     run = trained(tmp_path, tiny_tokenizer_dir, "Qwen2", "CLIP", 48, ["--lora", *flags])

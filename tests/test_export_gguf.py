@@ -22,7 +22,7 @@ from extras.export.gguf import gguf_name, interleaved, tensors_of  # noqa: E402 
 
 SYSTEMS = {  # language, vision, flags
     "qwen2-siglip": ("Qwen2", "Siglip", ["--lora"]),
-    "llama-clip": ("Llama", "CLIP", ["--lora", "--vision_layer", "-2"]),
+    "llama-clip": ("Llama", "CLIP", ["--lora", "--vision_feature_layer", "-2"]),
 }
 
 

@@ -72,10 +72,11 @@ def test_a_merged_checkpoint_is_alone_and_the_same(world, tmp_path):
 
 def train_from(directory, tmp_path, *flags):
     train_sft.main([
-        "--language", str(directory / "language"), "--vision", str(directory / "vision"),
+        "--language_model", str(directory / "language"), "--vision_tower",
+        str(directory / "vision"),
         "--model", "none", "--preset", "qwen2.5-siglip", "--data", make_data(tmp_path, count=4),
-        "--images", str(tmp_path), "--steps", "1", "--batch_size", "2", "--dtype", "fp32",
-        "--workers", "0", "--learning_rate", "1e-30", "--projector_learning_rate", "1e-30",
+        "--image_folder", str(tmp_path), "--steps", "1", "--batch_size", "2", "--dtype", "fp32",
+        "--num_workers", "0", "--learning_rate", "1e-30", "--projector_learning_rate", "1e-30",
         *flags, "--out", str(tmp_path / "out")])
     return newest_checkpoint(tmp_path / "out")
 

@@ -52,10 +52,12 @@ def twin(request, tmp_path, monkeypatch):
     else:
         save_vision_tower(vision, tmp_path / "vision")
     train_sft.main([
-        "--preset", request.param, "--model", "none", "--language", language, "--vision",
-        str(tmp_path / "vision"), "--data", make_data(tmp_path, count=4), "--images",
-        str(tmp_path), "--steps", "2", "--batch_size", "2", "--accumulate", "1", "--dtype", "fp32",
-        "--workers", "0", "--learning_rate", "0.05", "--out", str(tmp_path / "sft")])
+        "--preset", request.param, "--model", "none", "--language_model", language,
+        "--vision_tower",
+        str(tmp_path / "vision"), "--data", make_data(tmp_path, count=4), "--image_folder",
+        str(tmp_path), "--steps", "2", "--batch_size", "2", "--gradient_accumulation_steps", "1",
+        "--dtype", "fp32",
+        "--num_workers", "0", "--learning_rate", "0.05", "--out", str(tmp_path / "sft")])
     model, template, processor = export.load(export.read_flags([]), find_model(tmp_path / "sft"))
     merge_lora(model.language)
     question = Message("user", f"{IMAGE}\nWhich colour?")

@@ -19,7 +19,7 @@ from training.settings import TRACKERS
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return [*make_world(tmp_path_factory.mktemp("world")), "--eval_samples", "6",
-            "--eval_every", "3"]
+            "--eval_steps", "3"]
 
 
 def expected(out) -> dict:
@@ -32,8 +32,9 @@ def expected(out) -> dict:
 @pytest.mark.parametrize("tracker", TRACKERS)
 def test_a_missing_package_is_told_before_anything_is_loaded(tracker, monkeypatch, tmp_path):
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=f"--log {tracker}: .*pip install {tracker}"):
-        train_pretrain.main(["--log", tracker, "--language", "nowhere", "--data", "none.json",
+    with pytest.raises(SystemExit, match=f"--report_to {tracker}: .*pip install {tracker}"):
+        train_pretrain.main(["--report_to", tracker, "--language_model", "nowhere", "--data",
+                             "none.json",
                              "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
     needed = Path("requirements-extra.txt")
@@ -68,7 +69,7 @@ class StandIn(types.ModuleType):
 def test_services_are_told_the_same_numbers(world, tmp_path, monkeypatch, tracker):
     module = StandIn(tracker)
     monkeypatch.setitem(sys.modules, tracker, module)
-    train_pretrain.main([*world, "--log", tracker, "--out", str(tmp_path)])
+    train_pretrain.main([*world, "--report_to", tracker, "--out", str(tmp_path)])
     assert module.told == expected(tmp_path) and not module.open
     assert ("train/loss", 6) in module.told and ("eval/eval_loss", 6) in module.told
 
@@ -80,7 +81,7 @@ def test_tensorboard_files_hold_the_same_numbers(world, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         die_in_step(patch, 5)
-        train_pretrain.main([*world, "--log", "tensorboard", "--out", str(tmp_path)])
+        train_pretrain.main([*world, "--report_to", "tensorboard", "--out", str(tmp_path)])
     train_pretrain.main(["--resume", "--out", str(tmp_path)])
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     told = {(name, event.step): event.value for name in events.Tags()["scalars"]

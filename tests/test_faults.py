@@ -16,7 +16,8 @@
     a checkpoint without a manifest          is loaded as it is
     disk full, file size limit reached       one message, exit status 1, nothing half-written left,
                                              older checkpoints whole; with room again: as above
-    a torn one newer than what is saved      --keep counts up to the saved one: never the last good
+    a torn one newer than what is saved      --save_total_limit counts up to the saved one: never
+                                             the last good
 
 Processes are forked, not started: that costs a fraction of a second instead of many.
 """
@@ -58,8 +59,9 @@ def world(tmp_path_factory):
     """9 micro-batches an epoch, in steps of 3: 8 steps, the last of 2; bf16, and a worker."""
     world = make_world(tmp_path_factory.mktemp("world"), count=34)
     world[world.index("--steps"):world.index("--steps") + 2] = ["--epochs", "2.5"]
-    return [*world, "--batch_size", "4", "--accumulate", "3", "--model", "none", "--dtype", "bf16",
-            "--workers", "1", "--save_every", "2", "--keep", "2"]
+    return [*world, "--batch_size", "4", "--gradient_accumulation_steps", "3", "--model", "none",
+            "--dtype", "bf16",
+            "--num_workers", "1", "--save_steps", "2", "--save_total_limit", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +218,7 @@ def test_one_of_two_ranks_is_asked_and_one_process_goes_on(world, tmp_path):
     """Rank 1 gets the signal in step 2. The rest is done by one process, with the same samples."""
     script = tmp_path / "script.py"
     script.write_text(STOPPED_RANK)
-    flags = [*world, "--dtype", "fp32", "--workers", "0", "--log_samples"]
+    flags = [*world, "--dtype", "fp32", "--num_workers", "0", "--log_samples"]
     done = torchrun(["--standalone", "--nproc_per_node", "2"], script, *flags, "--batch_size", "2",
                     "--out", tmp_path / "two")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -273,7 +275,7 @@ def test_resume_from_the_one_before(whole, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(whole[train_sft], out)
     truncate(out / "step_000008" / "training_state.pt")
-    train_sft.main(["--resume", "--keep", "1", "--out", str(out)])
+    train_sft.main(["--resume", "--save_total_limit", "1", "--out", str(out)])
     assert curve(out) == curve(whole[train_sft]) and same_weights(out, whole[train_sft])
     assert [path.name for path in checkpoints(out)] == ["step_000008"]
     assert (out / "torn_step_000008_1").is_dir()

@@ -1,4 +1,4 @@
-"""Claims: a picture is looked at once in a batch, and with --cache_features once in a run; neither
+"""Claims: a picture is looked at once in a batch, and with --feature_cache once in a run; neither
 changes what is learned; whatever happens to the files on disk, only time is lost."""
 
 import json
@@ -106,7 +106,7 @@ def nobody_opens(*_):
 def test_the_cache_changes_nothing(world, tmp_path, monkeypatch, capsys, dtype):
     flags, cache = ["--dtype", dtype], tmp_path / "cache"
     plain = losses(world, tmp_path / "plain", *flags)
-    flags += ["--cache_features", str(cache)]
+    flags += ["--feature_cache", str(cache)]
     capsys.readouterr()
     close(plain, losses(world, tmp_path / "first", *flags))
     told = capsys.readouterr().out
@@ -114,12 +114,12 @@ def test_the_cache_changes_nothing(world, tmp_path, monkeypatch, capsys, dtype):
     # A worker reads ahead of the loop that writes, so it may miss what is there a moment later.
     with monkeypatch.context() as patch:
         patch.setattr(dataset.images, "load_image", nobody_opens)
-        close(plain, losses(world, tmp_path / "second", *flags, "--workers", "1"))
+        close(plain, losses(world, tmp_path / "second", *flags, "--num_workers", "1"))
     assert "0 computed" in capsys.readouterr().out
     # Stage two with adapters, from the first stage's checkpoint: the tower is still the same.
     shutil.rmtree(tmp_path / "second")
     stage_two = [*world, "--dtype", dtype, "--lora", "--model", str(tmp_path / "first"),
-                 "--eval_every", "6", "--eval_samples", "6"]
+                 "--eval_steps", "6", "--eval_samples", "6"]
     with monkeypatch.context() as patch:
         patch.setattr(dataset.images, "load_image", nobody_opens)
         train_sft.main([*stage_two, *flags, "--out", str(tmp_path / "second")])
@@ -136,7 +136,7 @@ def test_the_cache_changes_nothing(world, tmp_path, monkeypatch, capsys, dtype):
 
 def test_torn_files_are_noticed_and_made_anew(world, tmp_path, capfd):
     cache = tmp_path / "cache"
-    flags = ["--cache_features", str(cache)]
+    flags = ["--feature_cache", str(cache)]
     plain = losses(world, tmp_path / "plain", *flags)
     whole = {file: file.read_bytes() for file in files(cache)}
     cut, zeros, empty, flipped = whole
@@ -160,21 +160,21 @@ def test_it_may_be_deleted_at_any_time(world, tmp_path, monkeypatch):
         shutil.rmtree(cache)
 
     monkeypatch.setattr(FeatureCache, "write", and_delete)
-    close(plain, losses(world, tmp_path / "deleted", "--cache_features", str(cache)))
+    close(plain, losses(world, tmp_path / "deleted", "--feature_cache", str(cache)))
     assert not files(cache)
 
 
 def test_it_grows_no_larger_than_it_may(world, tmp_path, capsys):
     cache = tmp_path / "cache"
-    plain = losses(world, tmp_path / "plain", "--cache_features", str(cache))
+    plain = losses(world, tmp_path / "plain", "--feature_cache", str(cache))
     one = files(cache)[0].stat().st_size
     shutil.rmtree(cache)
     limit = 2.5 * one
-    flags = ["--cache_features", str(cache), "--cache_gb", str(limit / 1e9)]
+    flags = ["--feature_cache", str(cache), "--feature_cache_gb", str(limit / 1e9)]
     capsys.readouterr()
     close(plain, losses(world, tmp_path / "small", *flags))
     assert len(files(cache)) == 2 and sum(f.stat().st_size for f in files(cache)) <= limit
-    assert "were not kept, --cache_gb" in capsys.readouterr().out
+    assert "were not kept, --feature_cache_gb" in capsys.readouterr().out
     close(plain, losses(world, tmp_path / "again", *flags))
     assert len(files(cache)) == 2, "what is there counts"
 
@@ -182,7 +182,7 @@ def test_it_grows_no_larger_than_it_may(world, tmp_path, capsys):
 def test_a_full_disk_does_not_end_the_run(world, tmp_path, capfd):
     (tmp_path / "cache").write_text("a file where the directory should be")
     plain = losses(world, tmp_path / "plain")
-    close(plain, losses(world, tmp_path / "out", "--cache_features", str(tmp_path / "cache")))
+    close(plain, losses(world, tmp_path / "out", "--feature_cache", str(tmp_path / "cache")))
     assert capfd.readouterr().err.count("cannot keep features") == 1
 
 
@@ -245,20 +245,20 @@ def test_another_tower_or_processor_is_another_tower_fingerprint(world):
 
 
 def test_drawn_scenes_are_kept_too(tmp_path):
-    flags = ["--steps", "2", "--batch_size", "2", "--workers", "0", "--save_every", "2",
+    flags = ["--steps", "2", "--batch_size", "2", "--num_workers", "0", "--save_steps", "2",
              "--dtype", "fp32", "--overfit", "2"]
     told = [losses(flags, tmp_path / name, *cache) for name, cache in (
-        ("plain", []), ("cached", ["--cache_features", str(tmp_path / "cache")]))]
+        ("plain", []), ("cached", ["--feature_cache", str(tmp_path / "cache")]))]
     close(*told)
     assert len(files(tmp_path / "cache")) == 2
 
 
 @pytest.mark.parametrize("flags, reason", [
     (["--train_vision"], "--train_vision the tower learns"),
-    (["--cache_gb", "-1"], "--cache_gb -1.0: expected a number above 0")])
+    (["--feature_cache_gb", "-1"], "--feature_cache_gb -1.0: expected a number above 0")])
 def test_where_it_would_lie_it_is_refused(world, tmp_path, flags, reason):
     with pytest.raises(SystemExit, match=reason):
-        losses(world, tmp_path / "out", "--cache_features", str(tmp_path / "cache"), *flags)
+        losses(world, tmp_path / "out", "--feature_cache", str(tmp_path / "cache"), *flags)
     assert not (tmp_path / "out").exists()
 
 
@@ -272,9 +272,9 @@ def test_a_broken_picture_is_told_as_without_the_cache(world, tmp_path):
     for name in ("green", "blue", "white"):
         shutil.copy(Path(world[5]).parent / f"{name}.png", tmp_path)
     told = []
-    for cache in ([], ["--cache_features", str(tmp_path / "cache")]):
+    for cache in ([], ["--feature_cache", str(tmp_path / "cache")]):
         out = tmp_path / f"out{len(told)}"
-        losses(world, out, "--data", str(data), "--max_bad", "1", *cache)
+        losses(world, out, "--data", str(data), "--max_skip_ratio", "1", *cache)
         told.append(json.loads((out / "summary.json").read_text())["skipped_why"])
     assert told[0] == told[1] and sum(told[0].values()) > 0
     assert len(files(tmp_path / "cache")) == 3
@@ -284,11 +284,12 @@ def test_fast_images_reach_the_pixels_and_the_checkpoint(tmp_path):
     world = make_world(tmp_path / "world")
     noise = np.random.default_rng(0).integers(0, 256, (90, 90, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "world" / "red.png")
-    plain, fast = losses(world, tmp_path / "a"), losses(world, tmp_path / "b", "--fast_images")
+    plain, fast = losses(world, tmp_path / "a"), losses(world, tmp_path / "b",
+                                                        "--approximate_resize")
     kept = json.loads((newest_checkpoint(tmp_path / "b") / "preprocessor_config.json").read_text())
-    assert plain != fast and kept["fast_images"] is True
+    assert plain != fast and kept["approximate_resize"] is True
     train_sft.main([*world, "--model", str(tmp_path / "b"), "--out", str(tmp_path / "c")])
     assert ImageProcessor.from_directory(newest_checkpoint(tmp_path / "c")).fast
     train_sft.main([*world, "--model", str(tmp_path / "b"), "--out", str(tmp_path / "d"),
-                    "--no-fast_images"])
+                    "--no-approximate_resize"])
     assert not ImageProcessor.from_directory(newest_checkpoint(tmp_path / "d")).fast

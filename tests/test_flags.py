@@ -16,23 +16,25 @@ from training.settings import BENDS, FIXED, FREE, PRESET, SETTINGS, TRACKERS
 # Every flag with a value that no preset has; booleans have both of theirs.
 VALUES = {
     "preset": [("smollm2-dinov2", "smollm2-dinov2")], "model": [("some/dir", "some/dir")],
-    "language": [("L", "L")], "vision": [("V", "V")], "vision_layer": [("-3", -3)],
-    "features": [("class", "class"), ("pooled", "pooled"), ("patches", "patches")],
+    "language_model": [("L", "L")], "vision_tower": [("V", "V")],
+    "vision_feature_layer": [("-3", -3)],
+    "vision_feature_select": [("class", "class"), ("pooled", "pooled"), ("patches", "patches")],
     "projector": [("linear", "linear"), ("mlp", "mlp"), ("norm_mlp", "norm_mlp")],
-    "init_projector": [("P", "P")],
+    "pretrained_projector": [("P", "P")],
     "pixel_shuffle": [("3", 3)], "template": [("qwen3", "qwen3")], "image_token": [("@", "@")],
     "system": [("S", "S"), ("", "")], "data": [("D", "D"), (["D:2", "E"], ["D:2", "E"])],
-    "images": [("I", "I")], "fast_images": [(True, True), (False, False)],
-    "cache_features": [("F", "F")], "cache_gb": [("2.5", 2.5)],
+    "image_folder": [("I", "I")], "approximate_resize": [(True, True), (False, False)],
+    "feature_cache": [("F", "F")], "feature_cache_gb": [("2.5", 2.5)],
     "out": [("O", "O")], "resume": [(True, True), (False, False)], "steps": [("7", 7)],
-    "epochs": [("1.5", 1.5)], "batch_size": [("5", 5)], "accumulate": [("9", 9)],
+    "epochs": [("1.5", 1.5)], "batch_size": [("5", 5)], "gradient_accumulation_steps": [("9", 9)],
     "max_length": [("77", 77)], "learning_rate": [("0.5", 0.5)],
     "projector_learning_rate": [("0.25", 0.25)], "vision_learning_rate": [("0.125", 0.125)],
-    "weight_decay": [("0.3", 0.3)], "warmup_ratio": [("0.4", 0.4)], "clip": [("2.5", 2.5)],
+    "weight_decay": [("0.3", 0.3)], "warmup_ratio": [("0.4", 0.4)], "max_grad_norm": [("2.5", 2.5)],
     "schedule": [(name, name) for name in SCHEDULES],
     "dtype": [("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32")],
-    "checkpointing": [(True, True), (False, False)], "seed": [("8", 8)], "save_every": [("6", 6)],
-    "keep": [("4", 4)], "workers": [("0", 0)], "max_bad": [("0.2", 0.2)],
+    "gradient_checkpointing": [(True, True), (False, False)], "seed": [("8", 8)],
+    "save_steps": [("6", 6)],
+    "save_total_limit": [("4", 4)], "num_workers": [("0", 0)], "max_skip_ratio": [("0.2", 0.2)],
     "log_samples": [(True, True), (False, False)],
     "train_projector": [(True, True), (False, False)],
     "train_language": [("last:2", "last:2"), ("none", "none"), ("all", "all"),
@@ -41,9 +43,9 @@ VALUES = {
     "lora_rank": [("3", 3)], "lora_alpha": [("5", 5.0)], "lora_dropout": [("0.5", 0.5)],
     "lora_targets": [("q_proj", ["q_proj"]), (["k_proj", "up_proj"], ["k_proj", "up_proj"])],
     "lora_from": [("A", "A")], "full_checkpoint": [(True, True), (False, False)],
-    "eval_every": [("12", 12)], "eval_data": [("E", "E")], "eval_samples": [("13", 13)],
+    "eval_steps": [("12", 12)], "eval_data": [("E", "E")], "eval_samples": [("13", 13)],
     "eval_answers": [("3", 3), ("0", 0)], "overfit": [("14", 14)],
-    "log": [(name, name) for name in TRACKERS],
+    "report_to": [(name, name) for name in TRACKERS],
     "parallel": [("fsdp", "fsdp"), ("ddp", "ddp")],
 }
 
@@ -70,7 +72,7 @@ def test_every_setting_is_read_by_the_code():
     code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     unread = [name for name in settings() if not re.search(rf"(settings|flags)\.{name}\b", code)]
     # These are read by name, in a loop over names or by resolve() itself.
-    assert set(unread) <= {"language", "vision", "projector_learning_rate"}, unread
+    assert set(unread) <= {"language_model", "vision_tower", "projector_learning_rate"}, unread
     assert "getattr(settings, part)" in code
 
 
@@ -92,11 +94,11 @@ def test_presets_are_complete():
 
 
 def test_explicit_flags_win_over_the_checkpoint_and_that_over_the_preset():
-    earlier = {"language": "theirs", "preset": "qwen2.5-siglip"}
+    earlier = {"language_model": "theirs", "preset": "qwen2.5-siglip"}
     told = settings(stage="sft", earlier=earlier)
-    assert told["language"] == "theirs" and told["learning_rate"] == 3e-4
-    told = settings("--language", "mine", "--preset", "emoji", stage="sft", earlier=earlier)
-    assert told["language"] == "mine" and told["data"] == "emoji"
+    assert told["language_model"] == "theirs" and told["learning_rate"] == 3e-4
+    told = settings("--language_model", "mine", "--preset", "emoji", stage="sft", earlier=earlier)
+    assert told["language_model"] == "mine" and told["data"] == "emoji"
     assert settings("--epochs", "2")["steps"] is None
     assert settings("--epochs", "2", "--steps", "5")["steps"] == 5
     assert settings()["dtype"] == "auto"
@@ -104,11 +106,14 @@ def test_explicit_flags_win_over_the_checkpoint_and_that_over_the_preset():
 
 
 @pytest.mark.parametrize("flags", [
-    ["--batch_size", "0"], ["--accumulate", "0"], ["--steps", "0"], ["--epochs", "0"],
-    ["--learning_rate", "0"], ["--clip", "-1"], ["--keep", "0"], ["--save_every", "0"],
+    ["--batch_size", "0"], ["--gradient_accumulation_steps", "0"], ["--steps", "0"],
+    ["--epochs", "0"],
+    ["--learning_rate", "0"], ["--max_grad_norm", "-1"], ["--save_total_limit", "0"],
+    ["--save_steps", "0"],
     ["--max_length", "0"], ["--warmup_ratio", "1"], ["--lora_dropout", "1"], ["--lora_rank", "0"],
-    ["--eval_every", "-1"], ["--eval_samples", "0"], ["--eval_answers", "-1"], ["--overfit", "0"],
-    ["--cache_gb", "0"], ["--max_bad", "-0.1"], ["--workers", "-1"], ["--learning_rate", "nan"]])
+    ["--eval_steps", "-1"], ["--eval_samples", "0"], ["--eval_answers", "-1"], ["--overfit", "0"],
+    ["--feature_cache_gb", "0"], ["--max_skip_ratio", "-0.1"], ["--num_workers", "-1"],
+    ["--learning_rate", "nan"]])
 def test_impossible_numbers_are_refused(flags):
     with pytest.raises(SystemExit, match=f"{flags[0]} .*expected"):
         settings(*flags)
@@ -125,22 +130,23 @@ def told_by(out, script, flags):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--projector", "linear"], ["--pixel_shuffle", "2"], ["--vision_layer", "-2"],
-    ["--system", "Say it"], ["--batch_size", "3"], ["--accumulate", "2"], ["--seed", "1"],
+    ["--projector", "linear"], ["--pixel_shuffle", "2"], ["--vision_feature_layer", "-2"],
+    ["--system", "Say it"], ["--batch_size", "3"], ["--gradient_accumulation_steps", "2"],
+    ["--seed", "1"],
     ["--learning_rate", "0.02"], ["--projector_learning_rate", "0.02"], ["--warmup_ratio", "0.5"],
-    ["--clip", "0.001"], ["--weight_decay", "5.0"], ["--max_length", "45"]])
+    ["--max_grad_norm", "0.001"], ["--weight_decay", "5.0"], ["--max_length", "45"]])
 def test_flags_change_the_run(world, tmp_path, flags):
     """The losses are those of another run, so the flag was not only parsed."""
     plain, _ = told_by(tmp_path / "plain", train_pretrain, world)
     told, run = told_by(tmp_path / "told", train_pretrain,
-                        [*world, "--max_bad", "1", *flags])
+                        [*world, "--max_skip_ratio", "1", *flags])
     assert [m["loss"] for m in plain] != [m["loss"] for m in told]
     assert str(run["settings"][flags[0][2:]]) == flags[1]
 
 
 def test_workers_change_nothing(world, tmp_path):
     alone, _ = told_by(tmp_path / "0", train_pretrain, world)
-    helped, _ = told_by(tmp_path / "1", train_pretrain, [*world, "--workers", "1"])
+    helped, _ = told_by(tmp_path / "1", train_pretrain, [*world, "--num_workers", "1"])
     assert [m["loss"] for m in alone] == [m["loss"] for m in helped]
 
 
@@ -152,7 +158,7 @@ def test_wrong_words_are_explained(world, tmp_path):
         (["--no-train_projector", "--train_language", "none"], "nothing to train"),
         (["--lora", "--train_language", "all"], "--lora .*leave one of them out"),
         (["--lora", "--lora_targets", "c_attn"], "--lora: .*c_attn.*there are: .*q_proj"),
-        (["--vision", str(tmp_path)], "cannot build the model: .*config.json"),
+        (["--vision_tower", str(tmp_path)], "cannot build the model: .*config.json"),
         (["--data", str(tmp_path / "none.json")], "--data .*none.json"),
         (["--model", str(tmp_path)], "not a checkpoint"),
     ):

@@ -63,7 +63,7 @@ def test_measuring_changes_no_bit_of_the_training(world, unseen, tmp_path, monke
 
     monkeypatch.setattr(Validator, "losses", losses)
     train_sft.main([*flags, "--out", str(tmp_path / "off")])
-    train_sft.main([*flags, *unseen, "--eval_every", "1", "--out", str(tmp_path / "on")])
+    train_sft.main([*flags, *unseen, "--eval_steps", "1", "--out", str(tmp_path / "on")])
     assert generators == [True] * 6
     assert curve(tmp_path / "on") == curve(tmp_path / "off")
     assert same_weights(tmp_path / "on", tmp_path / "off")
@@ -77,7 +77,7 @@ def test_measuring_changes_no_bit_of_the_training(world, unseen, tmp_path, monke
 
 def test_the_loss_is_the_mean_over_all_supervised_tokens(world, unseen, tmp_path):
     """Against a sum by hand, row by row, with each row's own picture and with the next one's."""
-    flags = [*world, *unseen, "--eval_every", "6"]
+    flags = [*world, *unseen, "--eval_steps", "6"]
     settings, parts, batches = prepare(flags)
     data, _ = open_training_data(settings, "pretrain")
     held_out = open_held_out(settings, "pretrain", data)
@@ -108,7 +108,7 @@ def test_wrong_pictures_are_other_pictures_and_text_stays(world, unseen):
 
 def test_a_model_that_has_learned_to_look_loses_with_wrong_pictures(world, unseen, tmp_path):
     train_sft.main([*world, *unseen, "--model", "none", "--train_language", "all", "--steps", "80",
-                    "--batch_size", "8", "--eval_every", "40", "--save_every", "500",
+                    "--batch_size", "8", "--eval_steps", "40", "--save_steps", "500",
                     "--out", str(tmp_path)])
     told = evaluations(tmp_path)
     print(told)
@@ -140,7 +140,7 @@ def test_set_apart_does_not_depend_on_measuring(world, tmp_path):
     """--eval_samples alone decides what is trained on; a resume measures the same samples."""
     flags = [*world, "--eval_samples", "6"]
     for every in ("0", "2"):
-        train_pretrain.main([*flags, "--eval_every", every, "--out", str(tmp_path / every)])
+        train_pretrain.main([*flags, "--eval_steps", every, "--out", str(tmp_path / every)])
     assert curve(tmp_path / "0") == curve(tmp_path / "2")
     run = json.loads((tmp_path / "2" / "run.json").read_text())
     assert run["data"]["samples"] == 18
@@ -148,7 +148,7 @@ def test_set_apart_does_not_depend_on_measuring(world, tmp_path):
 
 
 def test_a_killed_run_measures_as_if_it_had_not_been_killed(world, tmp_path, monkeypatch):
-    flags = [*world, "--eval_samples", "6", "--eval_every", "2"]
+    flags = [*world, "--eval_samples", "6", "--eval_steps", "2"]
     train_pretrain.main([*flags, "--out", str(tmp_path / "whole")])
     with monkeypatch.context() as patch, pytest.raises(Killed):
         die_in_step(patch, 5)  # measured at 2 and 4, saved at 3
@@ -162,7 +162,7 @@ def test_a_killed_run_measures_as_if_it_had_not_been_killed(world, tmp_path, mon
 
 def test_two_ranks_measure_what_one_does(world, unseen, tmp_path):
     """The very first measurement, before the ranks' rounding can part: a rate of almost 0."""
-    flags = [*world, *unseen, "--eval_every", "1", "--steps", "1", "--learning_rate", "1e-9"]
+    flags = [*world, *unseen, "--eval_steps", "1", "--steps", "1", "--learning_rate", "1e-9"]
     train_pretrain.main([*flags, "--out", str(tmp_path / "one")])
     done = torchrun(["--standalone", "--nproc_per_node", "2"], ROOT / "train_pretrain.py", *flags,
                     "--batch_size", "1", "--out", tmp_path / "two")
@@ -173,14 +173,15 @@ def test_two_ranks_measure_what_one_does(world, unseen, tmp_path):
 
 def test_emoji_measures_scenes_that_nobody_trains_on(tmp_path):
     for stage in ("pretrain", "sft"):
-        settings = resolve(read_flags("", stage, ["--eval_every", "5"]), stage, {})
+        settings = resolve(read_flags("", stage, ["--eval_steps", "5"]), stage, {})
         data, _ = open_training_data(settings, stage)
         held_out = open_held_out(settings, stage, data)
         assert len(held_out) == 256
         numbers = [int(held_out[i].where.split("scene ")[1][:-1]) for i in (0, 255)]
         last = int(data[len(data) - 1].where.split("scene ")[1][:-1])
         assert numbers == [last + 1, last + 256] and numbers[1] < 10**9, "no test scenes either"
-    train_pretrain.main(["--steps", "1", "--batch_size", "2", "--workers", "0", "--eval_every", "1",
+    train_pretrain.main(["--steps", "1", "--batch_size", "2", "--num_workers", "0", "--eval_steps",
+                         "1",
                          "--eval_samples", "4", "--out", str(tmp_path)])
     told, = evaluations(tmp_path)
     assert told["samples"] == 4 and told["eval_loss_wrong_picture"] > 0
@@ -189,8 +190,9 @@ def test_emoji_measures_scenes_that_nobody_trains_on(tmp_path):
 def test_broken_samples_are_counted_and_none_at_all_is_no_number(world, tmp_path, capsys):
     lines = Path(world[5]).read_text().splitlines()
     file = tmp_path / "held.jsonl"
-    flags = [*world, "--eval_data", str(file), "--images", str(Path(world[5]).parent), "--steps",
-             "1", "--eval_every", "1", "--out", str(tmp_path / "out")]
+    flags = [*world, "--eval_data", str(file), "--image_folder", str(Path(world[5]).parent),
+             "--steps",
+             "1", "--eval_steps", "1", "--out", str(tmp_path / "out")]
     for content, expected in ((["{broken", *lines[:5]], (5, 1)), ([lines[0]], (1, 0)),
                               (["{broken"], (0, 1))):
         file.write_text("\n".join(content))
@@ -205,9 +207,9 @@ def test_broken_samples_are_counted_and_none_at_all_is_no_number(world, tmp_path
 
 def test_which_samples_must_be_said(world, tmp_path):
     for flags, message in (
-        (["--eval_every", "2"], "--eval_every 2: on which samples"),
-        (["--eval_every", "2", "--eval_samples", "24"], "--data .*24 samples are to be set apart"),
-        (["--eval_every", "2", "--eval_data", "none.json"], "--eval_data none.json: no data file"),
+        (["--eval_steps", "2"], "--eval_steps 2: on which samples"),
+        (["--eval_steps", "2", "--eval_samples", "24"], "--data .*24 samples are to be set apart"),
+        (["--eval_steps", "2", "--eval_data", "none.json"], "--eval_data none.json: no data file"),
     ):
         with pytest.raises(SystemExit, match=message):
             train_pretrain.main([*world, *flags, "--out", str(tmp_path)])
@@ -217,7 +219,7 @@ def test_overfit_learns_a_few_samples_by_heart(world, tmp_path, capsys):
     """Four samples, all of the little model: its loss falls to nearly 0, and it says what it has
     learned and no more: a model that was not taught to end would go on to the 64th token."""
     flags = [*world, "--model", "none", "--train_language", "all", "--overfit", "4",
-             "--eval_every", "50", "--batch_size", "4", "--save_every", "500"]
+             "--eval_steps", "50", "--batch_size", "4", "--save_steps", "500"]
     position = flags.index("--steps")
     del flags[position:position + 2]
     train_sft.main([*flags, "--out", str(tmp_path)])

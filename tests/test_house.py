@@ -213,8 +213,8 @@ def command(directory: Path, *words: str) -> str:
 
 @pytest.mark.parametrize("what", law(["without extras"]))
 def test_three_commands_train_both_stages_and_chat_without_extras(bare, what):
-    small = ["--steps", "2", "--batch_size", "2", "--workers", "0", "--save_every", "2",
-             "--eval_every", "2", "--eval_samples", "2"]
+    small = ["--steps", "2", "--batch_size", "2", "--num_workers", "0", "--save_steps", "2",
+             "--eval_steps", "2", "--eval_samples", "2"]
     command(bare, "train_pretrain.py", *small)
     told = command(bare, "train_sft.py", *small, "--lora")
     assert "held-out loss" in told and (bare / "out/sft/step_000002/model.safetensors").is_file()

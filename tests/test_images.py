@@ -1,5 +1,5 @@
 """Claim: pictures reach a tower exactly as the public processors would hand them over;
---fast_images changes them by a bounded amount, and is kept."""
+--approximate_resize changes them by a bounded amount, and is kept."""
 
 import io
 import json

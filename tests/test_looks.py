@@ -21,7 +21,7 @@ from training.inference import Conversation
 def world(tmp_path_factory):
     directory = tmp_path_factory.mktemp("world")
     flags = make_world(directory)
-    for name, more in (("plain", []), ("pooled", ["--features", "pooled"])):
+    for name, more in (("plain", []), ("pooled", ["--vision_feature_select", "pooled"])):
         train_pretrain.main([*flags, "--steps", "1", *more, "--out", str(directory / name)])
     return directory
 
@@ -107,7 +107,8 @@ def test_nothing_to_draw_is_said(world):
         attention.draw_attention(talk)
     talk = conversation(world, "pooled")
     ask(talk, "Which?", world / "red.png")
-    with pytest.raises(ValueError, match="--features pooled, one token for a whole image"):
+    with pytest.raises(ValueError,
+                       match="--vision_feature_select pooled, one token for a whole image"):
         attention.draw_attention(talk)
     talk = conversation(world)
     ask(talk, "Which?", world / "red.png")

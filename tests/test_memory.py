@@ -30,14 +30,14 @@ def plan(stage, *flags):
     ("pretrain", [*SMALL, "bf16"]), ("pretrain", [*SMALL, "fp32"]),
     ("sft", [*SMALL, "fp32", "--train_vision"]),
     ("sft", [*SMALL, "bf16", "--lora", "--lora_dropout", "0.1"]),
-    ("sft", [*SMALL, "fp16", "--checkpointing", "--accumulate", "2"])])
+    ("sft", [*SMALL, "fp16", "--gradient_checkpointing", "--gradient_accumulation_steps", "2"])])
 def test_a_step_on_shapes_is_the_step_with_numbers(stage, flags):
     """The embedded towers in full size: what is counted without numbers is there with them."""
     predicted = predict(*plan(stage, *flags), CPU)
     config, settings, size, K = plan(stage, *flags)
     model = random_model(config, settings)
     with start_distributed() as ranks, MemoryTracker(model) as tracker:
-        for _ in range(settings.accumulate):
+        for _ in range(settings.gradient_accumulation_steps):
             backward(model, longest_batch(config, settings, size, K), 99, settings, ranks)
     optimizer = make_optimizer(model, settings)
     optimizer.step()
@@ -59,7 +59,7 @@ def test_activations_grow_with_rows_and_fall_with_checkpointing():
     one, two = told("--batch_size", "4"), told("--batch_size", "8")
     assert two.activations == pytest.approx(2 * one.activations, rel=0.02)
     assert (one.weights, one.optimizer) == (two.weights, two.optimizer)
-    less = told("--batch_size", "8", "--checkpointing")
+    less = told("--batch_size", "8", "--gradient_checkpointing")
     assert less.activations < two.activations / 4 and less.peak < two.peak
     assert less.static == two.static
 
@@ -67,7 +67,7 @@ def test_activations_grow_with_rows_and_fall_with_checkpointing():
 def one_block(preset, rows, length):
     """The prediction for the first block of each tower."""
     flags = ["--batch_size", rows, "--max_length", length, "--dtype", "fp32", "--lora",
-             "--lora_targets", "q_proj", "--checkpointing"]
+             "--lora_targets", "q_proj", "--gradient_checkpointing"]
     config, settings, size, K = planned(preset, "sft", flags, CPU)[0]
     for part in (config.language, config.vision):
         object.__setattr__(part, "num_hidden_layers", 1)  # the config is frozen

@@ -30,7 +30,7 @@ SFT = ["--model", "none", "--train_language", "all"]
 def world(tmp_path_factory):
     """12 steps of two rows, each of them saved."""
     world = make_world(tmp_path_factory.mktemp("world"))
-    return [*world, "--steps", "12", "--save_every", "1", "--keep", "9"]
+    return [*world, "--steps", "12", "--save_steps", "1", "--save_total_limit", "9"]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,8 @@ def run_json(out):
 
 
 def commands(told: str) -> list[str]:
-    found = re.findall(r"python train_\w+\.py .*?(?= or in float32: | \(--clip| or in the|$)", told)
+    found = re.findall(r"python train_\w+\.py .*?(?= or in float32: | \(--max_grad_norm| or in "
+                       r"the|$)", told)
     assert found, told
     return found
 
@@ -109,7 +110,8 @@ def test_the_other_commands_lead_to_an_end_too(stopped, out):
 
 @pytest.mark.parametrize("flags", [
     ["--learning_rate", "0.001"], ["--learning_rate", "0.001", "--dtype", "fp32"],
-    ["--learning_rate", "0.001", "--dtype", "bf16", "--clip", "0.5", "--warmup_ratio", "0.2"],
+    ["--learning_rate", "0.001", "--dtype", "bf16", "--max_grad_norm", "0.5", "--warmup_ratio",
+     "0.2"],
     ["--learning_rate", "0.001", "--projector_learning_rate", "0.002", "--vision_learning_rate",
      "0.003"]])
 def test_what_bends_the_curve_may_change_and_is_written_down(out, flags, capsys):
@@ -156,7 +158,7 @@ def test_a_later_resume_goes_on_with_what_was_changed(out):
 
 def test_a_resume_killed_before_it_saved_has_changed_it_all_the_same(out, tmp_path, monkeypatch):
     shutil.copytree(out, tmp_path / "whole")
-    change = ["--learning_rate", "0.001", "--dtype", "fp32", "--save_every", "50"]
+    change = ["--learning_rate", "0.001", "--dtype", "fp32", "--save_steps", "50"]
     resume(tmp_path / "whole", *change)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         die_in_step(patch, 8)
@@ -287,7 +289,8 @@ def test_weights_that_are_not_finite_are_never_saved(world, tmp_path, dtype):
 def test_a_forward_pass_that_overflows_is_skipped_as_torchs_scaler_would(world, tmp_path,
                                                                          monkeypatch, capsys):
     broken_from(monkeypatch, 3, until=5)
-    train_sft.main([*world, *SFT, "--dtype", "fp16", "--out", str(tmp_path), "--clip", "10"])
+    train_sft.main([*world, *SFT, "--dtype", "fp16", "--out", str(tmp_path), "--max_grad_norm",
+                    "10"])
     theirs, weight = torch.amp.GradScaler("cpu", init_scale=2.0**16), torch.nn.Parameter(
         torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=1.0)
@@ -386,7 +389,8 @@ def test_two_ranks_skip_the_same_and_stop_at_the_same_step(world, tmp_path, para
     script = tmp_path / "script.py"
     script.write_text(ONE_RANK)
     two, out = ["--standalone", "--nproc_per_node", "2"], tmp_path / "out"
-    flags = [*world, *SFT, "--dtype", "fp16", "--clip", "10", "--out", out, "--parallel", parallel]
+    flags = [*world, *SFT, "--dtype", "fp16", "--max_grad_norm", "10", "--out", out, "--parallel",
+             parallel]
     done = torchrun(two, script, 2, 3, *flags, "--steps", "5")
     assert done.returncode == 0, done.stdout + done.stderr
     assert [m["loss"] is None for m in metrics(out)] == [False, True, True, False, False]

@@ -19,7 +19,7 @@ from training.distributed import start_distributed
 from training.optim import choose_trainable
 from training.presets import read_flags, resolve
 
-# (batch_size, accumulate, world_size), one after the other
+# (batch_size, gradient_accumulation_steps, world_size), one after the other
 SAME_TOTAL = [(4, 3, 1), (2, 3, 2), (1, 4, 3), (6, 1, 2), (12, 1, 1), (1, 1, 12)]
 ANY_TOTAL = [(4, 3, 1), (5, 1, 1), (2, 2, 4), (1, 1, 1), (3, 1, 5)]
 
@@ -37,12 +37,12 @@ def walk(samples, template, splits, steps, epochs, workers=0):
     -> of each step {epoch: [places of samples]}, all ranks together, and the bad samples.
     """
     told, bad, epoch, place, block = [], [], 0, 0, None
-    for number, (batch_size, accumulate, world_size) in enumerate(splits):
+    for number, (batch_size, gradient_accumulation_steps, world_size) in enumerate(splits):
         ranks = [Batches(Data(samples), template, PROCESSOR, batch_size, 300, 1, rank, world_size,
                          workers, window=4, bucket=block) for rank in range(world_size)]
         block = ranks[0].layout.bucket
         left = epochs * ranks[0].layout.positions - epoch * ranks[0].layout.positions - place
-        size = batch_size * accumulate * world_size
+        size = batch_size * gradient_accumulation_steps * world_size
         plan = list(ranks[0].layout.steps(epoch, place, size, left))
         plan = plan if number == len(splits) - 1 else plan[:steps]
         streams = [rank.load(itertools.chain.from_iterable(plan)) for rank in ranks]
@@ -123,8 +123,9 @@ def world(tmp_path_factory):
     """Nine blocks of 4 an epoch, steps of 12: half of 2 epochs lies inside of a step."""
     world = make_world(tmp_path_factory.mktemp("world"), count=34)
     world[world.index("--steps"):world.index("--steps") + 2] = ["--epochs", "2"]
-    return [*world, "--batch_size", "4", "--accumulate", "3", "--model", "none", "--save_every",
-            "1", "--keep", "9", "--log_samples"]
+    return [*world, "--batch_size", "4", "--gradient_accumulation_steps", "3", "--model", "none",
+            "--save_steps",
+            "1", "--save_total_limit", "9", "--log_samples"]
 
 
 def stopped_after(world, out, steps):
@@ -145,7 +146,7 @@ def test_a_run_goes_on_with_another_split(world, tmp_path):
     train_pretrain.main([*world, "--out", str(tmp_path / "whole")])
     stopped_after(world, tmp_path / "out", 2)
     train_pretrain.main(["--resume", "--out", str(tmp_path / "out"), "--batch_size", "2",
-                         "--accumulate", "6", "--workers", "1"])
+                         "--gradient_accumulation_steps", "6", "--num_workers", "1"])
     assert samples(tmp_path / "out") == samples(tmp_path / "whole")
     for one, other in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "out"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
@@ -157,7 +158,7 @@ def test_a_run_goes_on_with_another_total(world, tmp_path):
     """Steps of 5 instead of 12: more of them are left, and the learning rate goes on smoothly."""
     stopped_after(world, tmp_path / "out", 2)
     train_pretrain.main(["--resume", "--out", str(tmp_path / "out"), "--batch_size", "5",
-                         "--accumulate", "1"])
+                         "--gradient_accumulation_steps", "1"])
     told = samples(tmp_path / "out")
     for epoch in (0, 1):
         seen = Counter(where for _, e, part in told if e == epoch for where in part)

@@ -38,7 +38,7 @@ def world(tmp_path_factory):
         record["image"] = "missing.png"
         lines[number] = json.dumps(record)
     (directory / "data.jsonl").write_text("\n".join(lines))
-    return [*flags, "--accumulate", "6", "--max_bad", "1"]
+    return [*flags, "--gradient_accumulation_steps", "6", "--max_skip_ratio", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +135,10 @@ train_pretrain.main(sys.argv[1:])
 def test_one_process_then_two_with_shares_one_of_them_killed_then_one_again(
         world, tmp_path, monkeypatch):
     """A checkpoint does not know who wrote it; and torchrun starts anew from the newest one."""
-    flags = [*world, "--accumulate", "1", "--steps", "8", "--save_every", "2", "--batch_size", "4",
+    flags = [*world, "--gradient_accumulation_steps", "1", "--steps", "8", "--save_steps", "2",
+             "--batch_size", "4",
              "--train_language", "all", "--eval_data", world[world.index("--data") + 1],
-             "--eval_samples", "1", "--eval_every", "8"]
+             "--eval_samples", "1", "--eval_steps", "8"]
     whole, out = tmp_path / "whole", tmp_path / "out"
     train_pretrain.main([*flags, "--out", str(whole)])
     with monkeypatch.context() as patch, pytest.raises(Killed):

@@ -190,7 +190,7 @@ def start_at(monkeypatch, scale):
 def test_overflow_is_skipped_counted_and_survived(world, tmp_path, monkeypatch, capsys):
     """A scale that is 16 times too large: the first steps overflow, the others train."""
     start_at(monkeypatch, 2.0**22)
-    run(world, tmp_path, "--dtype", "fp16", "--save_every", "1", "--keep", "9")
+    run(world, tmp_path, "--dtype", "fp16", "--save_steps", "1", "--save_total_limit", "9")
     told = metrics(tmp_path)
     skipped = [m["step"] for m in told if m["grad_norm"] is None]
     assert skipped and skipped == list(range(1, len(skipped) + 1)) and len(skipped) < 6, skipped
@@ -208,7 +208,7 @@ def test_overflow_is_skipped_counted_and_survived(world, tmp_path, monkeypatch, 
 
 def test_the_scale_is_resumed(world, tmp_path, monkeypatch):
     start_at(monkeypatch, 2.0**22)
-    flags = ["--dtype", "fp16", "--save_every", "1", "--keep", "9"]
+    flags = ["--dtype", "fp16", "--save_steps", "1", "--save_total_limit", "9"]
     whole = run(world, tmp_path / "whole", *flags)
     run(world, tmp_path / "cut", *flags)
     for step in range(3, 7):

@@ -43,7 +43,7 @@ TABLE = {
                                     "lora_targets": ["q_proj", "k_proj", "v_proj", "up_proj",
                                                      "gate_proj"],
                                     "learning_rate": 3e-5, "projector_learning_rate": 1e-4,
-                                    "batch_size": 4, "epochs": 2, "save_every": 1000, "keep": 5,
+                                    "batch_size": 4, "epochs": 2, "save_steps": 1000, "keep": 5,
                                     "system": "你是一位图像理解助手。"}),
     "qwen3-clip": ("Qwen/Qwen3-0.6B", "openai/clip-vit-base-patch32", "mlp", 49, "qwen3",
                    None, {"lora": True, "lora_rank": 8, "lora_alpha": 16,
@@ -51,7 +51,8 @@ TABLE = {
                                      "warmup_ratio": 0.05}),
     "qwen2.5-1.5b-clip": ("Qwen/Qwen2.5-1.5B-Instruct", "openai/clip-vit-large-patch14", "mlp",
                           256, "qwen2.5-instruct", None, {"train_language": "all", "dtype": "auto",
-                                                     "accumulate": 8, "checkpointing": True}),
+                                                     "gradient_accumulation_steps": 8,
+                                                          "checkpointing": True}),
     "minimind-v": ("jingyaogong/MiniMind2-Small", "openai/clip-vit-base-patch16", "linear", 196,
                    "minimind2", "@", {"train_language": "all", "lora": False}),
     "minimind-3v": ("jingyaogong/minimind-3", "jingyaogong/siglip2-base-p32-256-ve", "norm_mlp",
@@ -64,12 +65,12 @@ TABLE = {
 def test_each_preset_is_its_row_of_the_table(name):
     language, vision, projector, tokens, template, image_token, stage_two = TABLE[name]
     settings = settings_of_preset(name, "sft")
-    assert (settings["language"], settings["vision"]) == (language, vision)
+    assert (settings["language_model"], settings["vision_tower"]) == (language, vision)
     assert (settings["projector"], image_tokens(PRESETS[name])) == (projector, tokens)
     assert (settings["template"], settings["image_token"]) == (template, image_token)
     assert {key: settings[key] for key in stage_two} == stage_two
     assert settings["train_vision"] is False and settings["train_projector"] is True
-    assert settings["features"] == "patches" and "downloads" not in settings
+    assert settings["vision_feature_select"] == "patches" and "downloads" not in settings
     assert template is None or template in CHAT_FAMILIES
     first = settings_of_preset(name, "pretrain")
     assert first["lora"] is False
@@ -79,7 +80,8 @@ def test_each_preset_is_its_row_of_the_table(name):
 def test_one_token_where_one_vector_stands_for_the_picture():
     preset = PRESETS["qwen2.5-1.5b-clip"]
     for features in ("class", "pooled"):
-        assert image_tokens(preset.__class__(**{**vars(preset), "features": features})) == 1
+        assert image_tokens(preset.__class__(**{**vars(preset),
+                                                "vision_feature_select": features})) == 1
 
 
 def test_siglip_so400m_has_729_patches_and_not_728():
@@ -116,7 +118,7 @@ def test_minimind_has_the_number_that_its_shape_makes():
 
 def test_every_lora_target_fits_the_model_it_is_for():
     for name, preset in PRESETS.items():
-        model = empty_tower(preset.language)
+        model = empty_tower(preset.language_model)
         before = len(linear_names(model))
         wrapped = add_lora(model, list(preset.lora_targets), 2, 4.0)
         layers = model.config.num_hidden_layers
@@ -138,8 +140,8 @@ def test_the_memory_that_is_told_is_the_memory_that_is_held(stage):
     """The embedded models in earnest: weights, gradients and what AdamW keeps, summed."""
     preset = PRESETS["emoji"]
     empty = empty_model(preset)
-    model = VLM(empty.config, load_language(ROOT / preset.language),
-                load_vision(ROOT / preset.vision), empty.projector.to_empty(device="cpu"))
+    model = VLM(empty.config, load_language(ROOT / preset.language_model),
+                load_vision(ROOT / preset.vision_tower), empty.projector.to_empty(device="cpu"))
     settings = argparse.Namespace(**settings_of_preset("emoji", stage))
     choose_trainable(model, settings, None)
     optimizer = make_optimizer(model, settings)
@@ -165,7 +167,7 @@ def test_the_list_tells_every_preset_in_lines_that_fit():
         assert f"{costs(name)['language']:,}" in lines[number]
         assert f"{costs(name)['vision']:,}" in lines[number]
         assert f"{preset.projector}, {image_tokens(preset)} " in lines[number]
-        assert lines[number + 1] == f"  {preset.language} + {preset.vision}"
+        assert lines[number + 1] == f"  {preset.language_model} + {preset.vision_tower}"
     seven = next(line for line in lines if line.startswith("qwen7b-clip"))
     assert "7,721,324,544" in seven and seven.endswith("17.1 + 19.4 ?")
 

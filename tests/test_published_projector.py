@@ -1,6 +1,6 @@
-"""Claims: --init_projector begins with somebody's published projector, which computes what it did
-where it was trained; a file that does not fit is told with its tensors and shapes. (MiniMind-V's
-two are compared in test_layouts.py.)"""
+"""Claims: --pretrained_projector begins with somebody's published projector, which computes what
+it did where it was trained; a file that does not fit is told with its tensors and shapes.
+(MiniMind-V's two are compared in test_layouts.py.)"""
 
 import pytest
 import torch
@@ -94,7 +94,7 @@ def test_both_stages_begin_with_it_and_a_resumed_run_does_not_begin_again(tmp_pa
     world = make_world(tmp_path, count=8)
     public, file = llava(), tmp_path / "mm_projector.bin"
     torch.save(published(public, "authors"), file)
-    flags = [*world, "--init_projector", str(file)]
+    flags = [*world, "--pretrained_projector", str(file)]
     for stage in ("pretrain", "sft"):
         settings = resolve(read_flags("", stage, [*flags, "--model", "none"]), stage, {})
         projector = load_or_build(settings, None).model.projector
@@ -109,8 +109,8 @@ def test_both_stages_begin_with_it_and_a_resumed_run_does_not_begin_again(tmp_pa
     file.unlink()  # nobody asks for it again
     train_pretrain.main(["--resume", "--steps", "6", "--out", str(tmp_path / "out")])
     assert len(curve(tmp_path / "out")) == 6
-    with pytest.raises(SystemExit, match="--init_projector .* brings its own projector"):
-        train_sft.main(["--model", str(tmp_path / "out"), "--init_projector", str(file),
+    with pytest.raises(SystemExit, match="--pretrained_projector .* brings its own projector"):
+        train_sft.main(["--model", str(tmp_path / "out"), "--pretrained_projector", str(file),
                         "--out", str(tmp_path / "sft")])
     with pytest.raises(SystemExit, match="cannot build the model: no projector file"):
         train_pretrain.main([*flags, "--out", str(tmp_path / "none")])

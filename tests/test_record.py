@@ -65,8 +65,9 @@ def test_the_summary_adds_up(world, tmp_path, monkeypatch, capsys):
         lines[number] = "{broken"
     lines[16] = lines[16].replace(".png", "_is_lost.png")
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    flags = [*world, "--data", str(tmp_path / "data.jsonl"), "--images",
-             str(Path(world[5]).parent), "--max_bad", "0.5", "--steps", "24", "--save_every", "5"]
+    flags = [*world, "--data", str(tmp_path / "data.jsonl"), "--image_folder",
+             str(Path(world[5]).parent), "--max_skip_ratio", "0.5", "--steps", "24", "--save_steps",
+             "5"]
     train_pretrain.main([*flags, "--out", str(tmp_path / "whole")])
     told = capsys.readouterr().out
     summary = read(tmp_path / "whole" / "summary.json")

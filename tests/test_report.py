@@ -30,7 +30,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unseen(tmp_path_factory):
-    return ["--eval_data", make_data(tmp_path_factory.mktemp("unseen"), count=10), "--eval_every",
+    return ["--eval_data", make_data(tmp_path_factory.mktemp("unseen"), count=10), "--eval_steps",
             "2"]
 
 
@@ -136,8 +136,8 @@ def test_only_questions_with_a_usable_picture_are_asked(run, unseen, world, tmp_
     lines = [lines[0], "{broken", lines[1].replace("green.png", "lost.png"), *lines[2:]]
     file = Path(unseen[1]).with_name("holes.jsonl")
     file.write_text("\n".join(lines))
-    train_pretrain.main([*world, "--eval_data", str(file), "--eval_every", "6", "--eval_answers",
-                         "2", "--max_bad", "1", "--out", str(tmp_path)])
+    train_pretrain.main([*world, "--eval_data", str(file), "--eval_steps", "6", "--eval_answers",
+                         "2", "--max_skip_ratio", "1", "--out", str(tmp_path)])
     asked = answers(tmp_path)[-1]["answers"]
     assert [a["where"].rpartition(":")[2] for a in asked] == ["4", "6"]
     assert Answers.__doc__ and json.loads((tmp_path / "evaluations.jsonl").read_text())["skipped"]

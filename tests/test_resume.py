@@ -33,7 +33,7 @@ def world(tmp_path_factory):
     """8.5 micro-batches an epoch in steps of 5: checkpoints lie inside of epochs."""
     world = make_world(tmp_path_factory.mktemp("world"), count=34)
     world[world.index("--steps"):world.index("--steps") + 2] = ["--epochs", "2.5"]
-    return [*world, "--batch_size", "4", "--accumulate", "3", "--model", "none"]
+    return [*world, "--batch_size", "4", "--gradient_accumulation_steps", "3", "--model", "none"]
 
 
 class Killed(BaseException):
@@ -114,8 +114,8 @@ def test_resume_counts_bad_samples_on(world, tmp_path, monkeypatch, capsys):
     lines = open(data, encoding="utf-8").read().splitlines()
     lines[11] = "{"
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    flags = [*world, "--data", str(tmp_path / "data.jsonl"), "--images",
-             str(data).rsplit("/", 1)[0], "--max_bad", "0.5", "--out", str(tmp_path / "out")]
+    flags = [*world, "--data", str(tmp_path / "data.jsonl"), "--image_folder",
+             str(data).rsplit("/", 1)[0], "--max_skip_ratio", "0.5", "--out", str(tmp_path / "out")]
     with monkeypatch.context() as patch, pytest.raises(Killed):
         die_in_step(patch, 4)
         train_pretrain.main(flags)
@@ -138,7 +138,7 @@ def test_resume_refuses_what_would_be_another_run(world, tmp_path):
     with open(data, "w", encoding="utf-8") as file:
         file.write(content)
     # More steps, or another place of the towers, is no other run.
-    train_pretrain.main([*flags, "--resume", "--steps", "5", "--workers", "0"])
+    train_pretrain.main([*flags, "--resume", "--steps", "5", "--num_workers", "0"])
     assert [m["step"] for m in metrics(tmp_path / "out")] == [1, 2, 3, 4, 5]
 
 

@@ -237,8 +237,8 @@ def test_a_worker_that_dies_is_reported_with_its_sample(world, tmp_path, monkeyp
     lines = [line for line in Path(world[5]).read_text().splitlines() if "blue" not in line]
     blue = next(line for line in Path(world[5]).read_text().splitlines() if "blue" in line)
     (tmp_path / "data.jsonl").write_text("\n".join([*lines[:8], blue, *lines[8:]]))
-    flags = [*world, "--data", str(tmp_path / "data.jsonl"), "--images",
-             str(Path(world[5]).parent), "--workers", "1", "--steps", "50", "--save_every", "1",
+    flags = [*world, "--data", str(tmp_path / "data.jsonl"), "--image_folder",
+             str(Path(world[5]).parent), "--num_workers", "1", "--steps", "50", "--save_steps", "1",
              "--out", str(tmp_path / "out")]
     monkeypatch.setattr("dataset.images.load_image", die(how))
     with pytest.raises(RuntimeError if how == "raise" else SystemExit) as stopped:
@@ -269,7 +269,7 @@ def test_a_worker_that_dies_while_its_batch_is_on_the_way(world, tmp_path, monke
 
     monkeypatch.setattr(resource_sharer._resource_sharer, "get_connection", get_connection)
     with pytest.raises(SystemExit) as stopped:
-        train_pretrain.main([*world, "--workers", "1", "--out", str(tmp_path)])
+        train_pretrain.main([*world, "--num_workers", "1", "--out", str(tmp_path)])
     assert re.search(r"which prepares data, .* it was at \S+:\d+\.", str(stopped.value))
 
 
@@ -291,7 +291,7 @@ def test_a_worker_of_one_rank_ends_all_ranks(world, tmp_path):
     """torchrun itself would wait 300 s in this test; a hang would be an error of subprocess."""
     (tmp_path / "dying.py").write_text(DYING)
     done = torchrun(["--standalone", "--nproc_per_node", "2"], tmp_path / "dying.py", *world,
-                    "--workers", "1", "--out", tmp_path / "out")
+                    "--num_workers", "1", "--out", tmp_path / "out")
     assert done.returncode != 0
     assert re.search(r"stopped: process \d+, which prepares data, .* it was at \S+data\.jsonl:\d+",
                      done.stderr), done.stderr

@@ -133,7 +133,7 @@ def test_benchmarks_are_scored_by_their_own_metric(world, monkeypatch, capsys, t
     monkeypatch.setattr(score.Predictor, "answer_batch", answer)
     files = make(tmp_path)
     folder = next(tmp_path.glob("val*"), tmp_path)
-    out, _ = run(monkeypatch, capsys, "--model", world / "sft", "--images", folder, "--data",
+    out, _ = run(monkeypatch, capsys, "--model", world / "sft", "--image_folder", folder, "--data",
                  *(files if isinstance(files, list) else [files]), "--report", tmp_path / "r",
                  "--max_new_tokens", "99")
     scores = json.loads((tmp_path / "r" / "scores.json").read_text())
@@ -176,7 +176,7 @@ def test_the_words_behind_a_question_can_be_chosen(world, monkeypatch, capsys, t
     for given, expected in ((["--suffix", "In a word."], "image?\nIn a word."),
                             (["--suffix", ""], "image?")):
         run(monkeypatch, capsys, "--model", world / "sft", "--data", file, *given,
-            "--images", tmp_path / "val2014", "--report", tmp_path / "r")
+            "--image_folder", tmp_path / "val2014", "--report", tmp_path / "r")
         assert answers(tmp_path / "r")[0]["question"].endswith(expected)
 
 
@@ -222,7 +222,7 @@ def test_what_changed_is_named_and_all_is_asked_anew(world, monkeypatch, capsys,
     data = tmp_path / "data.jsonl"
     lines = (world / "data.jsonl").read_text()
     data.write_text(lines)
-    flags = ["--data", data, "--images", world, "--report", tmp_path / "r", "--dtype", "fp32"]
+    flags = ["--data", data, "--image_folder", world, "--report", tmp_path / "r", "--dtype", "fp32"]
     run(monkeypatch, capsys, "--model", world / "sft", *flags)
     cache = tmp_path / "r" / "cache" / "sft.jsonl"
     for change, named in (
@@ -264,7 +264,8 @@ def test_broken_lines_and_pictures_are_counted(world, monkeypatch, capsys, tmp_p
     (tmp_path / "val2014" / "COCO_val2014_000000green.jpg").write_bytes(b"no picture")
     file.write_text("{broken\n" + file.read_text())
     for _ in range(2):  # from the cache the second time
-        _, err = run(monkeypatch, capsys, "--model", world / "sft", "--data", file, "--images",
+        _, err = run(monkeypatch, capsys, "--model", world / "sft", "--data", file,
+                     "--image_folder",
                      tmp_path / "val2014", "--report", tmp_path / "r")
         assert f"skipped {file}:1: not JSON" in err and f"skipped {file}:3: cannot read" in err
         details = json.loads((tmp_path / "r" / "scores.json").read_text())["details"]

@@ -95,7 +95,7 @@ def test_one_file_is_told_as_before_there_were_weights(world, tmp_path):
     for name, part in (("run.json", "settings"), ("config.json", None)):
         path = checkpoint / name
         content = json.loads(path.read_text())
-        for fact in ("template", "image_token", "features"):
+        for fact in ("template", "image_token", "vision_feature_select"):
             (content[part] if part else content).pop(fact, None)
         path.write_text(json.dumps(content))
     train_pretrain.main(["--resume", "--steps", "8", "--out", str(tmp_path / "out")])
@@ -141,7 +141,7 @@ def save_vision_tower(family: str, directory):
 
 
 def save_language_model(family: str, directory):
-    """-> what --language gets, and the transformers model where there is one."""
+    """-> what --language_model gets, and the transformers model where there is one."""
     directory.mkdir()
     if family == "Qwen-7B":
         lines = [f"{base64.b64encode(bytes([byte])).decode()} {byte}" for byte in range(256)]
@@ -168,9 +168,9 @@ SYSTEMS = {
     "qwen3-clip": ("Qwen3", "CLIP", cc3m_and_instruct_mix, "qwen3", "<|image_pad|>", 4, "lora"),
     "qwen2.5-1.5b-clip": (
         "Qwen2", "CLIP", captions_and_vqa, "qwen2.5-instruct", "<|image_pad|>", 4, "012"),
-    "qwen2.5-1.5b-clip --features class": (
+    "qwen2.5-1.5b-clip --vision_feature_select class": (
         "Qwen2", "CLIP", captions_and_vqa, "qwen2.5-instruct", "<|image_pad|>", 1, "012"),
-    "qwen2.5-1.5b-clip --features pooled": (
+    "qwen2.5-1.5b-clip --vision_feature_select pooled": (
         "Qwen2", "CLIP", captions_and_vqa, "qwen2.5-instruct", "<|image_pad|>", 1, "012"),
     "minimind-v": ("MiniMind 2", "CLIP", minimind_jsonl, "minimind2", "@", 4, "012"),
     "minimind-v --train_language none": (
@@ -187,11 +187,11 @@ def test_a_system_runs_by_its_preset(name, tmp_path, capsys):
     eyes = save_vision_tower(vision, tmp_path / "vision")
     data = publish(tmp_path / "dataset")
     preset, *more = name.split()
-    towers = ["--preset", preset, *more, "--language", language, "--vision",
+    towers = ["--preset", preset, *more, "--language_model", language, "--vision_tower",
               str(tmp_path / "vision")]
     # Each stage once through its data, of which not one sample may be unusable.
-    once = ["--epochs", "1", "--max_bad", "0", "--max_length", "512", "--batch_size", "2",
-            "--accumulate", "1", "--dtype", "fp32", "--workers", "0"]
+    once = ["--epochs", "1", "--max_skip_ratio", "0", "--max_length", "512", "--batch_size", "2",
+            "--gradient_accumulation_steps", "1", "--dtype", "fp32", "--num_workers", "0"]
     compare(load_or_build(resolve(read_flags("", "sft", [*towers, *once]), "sft", {}), None).model,
             public, eyes)
 
@@ -247,13 +247,15 @@ def test_a_pth_is_copied_into_a_full_checkpoint_and_talks_alone(tmp_path, capsys
     language, _ = save_language_model("MiniMind 2 older", tmp_path / "language")
     save_vision_tower("siglip alone", tmp_path / "vision")
     train_pretrain.main([
-        "--preset", "minimind-v", "--language", language, "--vision", str(tmp_path / "vision"),
-        "--data", make_data(tmp_path, count=4), "--images", str(tmp_path), "--steps", "1",
-        "--batch_size", "2", "--dtype", "fp32", "--workers", "0", "--train_language", "none",
+        "--preset", "minimind-v", "--language_model", language, "--vision_tower",
+        str(tmp_path / "vision"),
+        "--data", make_data(tmp_path, count=4), "--image_folder", str(tmp_path), "--steps", "1",
+        "--batch_size", "2", "--dtype", "fp32", "--num_workers", "0", "--train_language", "none",
         "--full_checkpoint", "--out", str(tmp_path / "out")])
     capsys.readouterr()
     brief = ["--prompt", "Hello", "--max_new_tokens", "3", "--device", "cpu"]
-    script.main(["--model", "none", "--language", language, "--template", "minimind2", *brief])
+    script.main(["--model", "none", "--language_model", language, "--template", "minimind2",
+                 *brief])
     alone = capsys.readouterr().out
     (tmp_path / "language").rename(tmp_path / "gone")
     script.main(["--model", str(tmp_path / "out"), *brief])
@@ -263,10 +265,12 @@ def test_a_pth_is_copied_into_a_full_checkpoint_and_talks_alone(tmp_path, capsys
 
 
 def test_one_vector_of_a_picture_leaves_nothing_to_join(tmp_path):
-    flags = [*make_world(tmp_path), "--features", "pooled", "--out", str(tmp_path / "out")]
-    with pytest.raises(SystemExit, match="--features pooled .*--pixel_shuffle 2"):
+    flags = [*make_world(tmp_path), "--vision_feature_select", "pooled", "--out",
+             str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="--vision_feature_select pooled .*--pixel_shuffle 2"):
         train_pretrain.main([*flags, "--pixel_shuffle", "2"])
     train_pretrain.main([*flags, "--steps", "1"])
-    with pytest.raises(SystemExit, match="--features patches: .* was trained with pooled"):
-        train_sft.main(["--model", str(tmp_path / "out"), "--features", "patches",
+    with pytest.raises(SystemExit,
+                       match="--vision_feature_select patches: .* was trained with pooled"):
+        train_sft.main(["--model", str(tmp_path / "out"), "--vision_feature_select", "patches",
                         "--out", str(tmp_path / "sft")])

@@ -41,7 +41,7 @@ def prepare(flags, stage="pretrain"):
     parts.config["lora"] = choose_trainable(parts.model, settings, None)
     data, _ = open_training_data(settings, "pretrain")
     batches = Batches(data, parts.template, parts.processor, settings.batch_size,
-                      settings.max_length, settings.seed, workers=settings.workers)
+                      settings.max_length, settings.seed, workers=settings.num_workers)
     return settings, parts, batches
 
 
@@ -85,7 +85,8 @@ def test_one_batch_of_four_equals_four_batches_of_one(world):
 def test_a_run_with_a_tail_equals_the_run_by_hand(world, tmp_path):
     """12 micro-batches an epoch, 1.5 epochs, 5 to a step: steps of 5, 5, 5 and 3; the third one
     reaches over the end of the epoch."""
-    flags = [*world, "--epochs", "1.5", "--accumulate", "5", "--weight_decay", "0.1"]
+    flags = [*world, "--epochs", "1.5", "--gradient_accumulation_steps", "5", "--weight_decay",
+             "0.1"]
     flags.remove("--steps"), flags.remove("6")
     train_pretrain.main([*flags, "--out", str(tmp_path / "run"), "--warmup_ratio", "0.5"])
 
@@ -236,10 +237,10 @@ def test_a_loss_that_is_not_finite_stops_with_file_and_line(world, tmp_path, mon
     lines[6] = json.dumps(record)
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     with pytest.raises(SystemExit, match=r"data\.jsonl:7.*last checkpoint is good"):
-        train_pretrain.main([*world, "--language", str(tmp_path / "language"), "--data",
-                             str(tmp_path / "data.jsonl"), "--images",
+        train_pretrain.main([*world, "--language_model", str(tmp_path / "language"), "--data",
+                             str(tmp_path / "data.jsonl"), "--image_folder",
                              str(Path(world[5]).parent), "--steps", "24",
-                             "--save_every", "1", "--out", str(tmp_path / "out")])
+                             "--save_steps", "1", "--out", str(tmp_path / "out")])
     newest = newest_checkpoint(tmp_path / "out")
     if newest:  # the broken line may come in the very first step
         assert all(t.isfinite().all() for t in load_file(newest / "model.safetensors").values())
@@ -251,20 +252,20 @@ def spoil(world, tmp_path, numbers):
     for number in numbers:
         lines[number] = "{broken"
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    return [*world, "--data", str(tmp_path / "data.jsonl"), "--images",
+    return [*world, "--data", str(tmp_path / "data.jsonl"), "--image_folder",
             str(Path(world[5]).parent), "--steps", "12", "--out", str(tmp_path / "out")]
 
 
 def test_bad_samples_are_listed_and_counted(world, tmp_path, capsys):
-    train_pretrain.main([*spoil(world, tmp_path, [3, 8]), "--max_bad", "0.5"])
+    train_pretrain.main([*spoil(world, tmp_path, [3, 8]), "--max_skip_ratio", "0.5"])
     told = capsys.readouterr().out
     assert "data.jsonl:4" in told and "data.jsonl:9" in told
     assert "2 of 24 samples skipped" in told, told
 
 
 def test_too_many_bad_samples_stop_the_run(world, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="8 of 24 samples were unusable.*--max_bad"):
-        train_pretrain.main([*spoil(world, tmp_path, range(8)), "--max_bad", "0.2"])
+    with pytest.raises(SystemExit, match="8 of 24 samples were unusable.*--max_skip_ratio"):
+        train_pretrain.main([*spoil(world, tmp_path, range(8)), "--max_skip_ratio", "0.2"])
     told = capsys.readouterr().out
     assert told.count("skipped") == 6 and "further skipped samples" in told, told
     assert newest_checkpoint(tmp_path / "out").name == "step_000009", "the good one stays"
@@ -299,5 +300,5 @@ def test_an_error_in_the_loop_ends_the_workers(world, tmp_path, monkeypatch):
     monkeypatch.setattr(train_pretrain, "record_launch", summary)
     monkeypatch.setattr(train_pretrain, "backward", fail)
     with pytest.raises(RuntimeError, match="a fault of the program"):
-        train_pretrain.main([*world, "--workers", "2", "--out", str(tmp_path)])
+        train_pretrain.main([*world, "--num_workers", "2", "--out", str(tmp_path)])
     assert left == []

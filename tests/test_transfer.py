@@ -65,9 +65,10 @@ def test_the_whole_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(transfer, "SIDE", 32)
     language, vision = make_pair(tmp_path)
     out = tmp_path / "out"
-    transfer.main(["--language", language, "--vision", vision, "--font", "f", "--out", str(out),
+    transfer.main(["--language_model", language, "--vision_tower", vision, "--font", "f", "--out",
+                   str(out),
                    "--captions", "8", "--talks", "8", "--questions", "12", "--steps", "1",
-                   "--workers", "0", "--pixel_shuffle", "1"])
+                   "--num_workers", "0", "--pixel_shuffle", "1"])
     result = json.loads((out / "result.json").read_text())
     for style in transfer.STYLES:
         answers = rows_of(out / style / "answers.jsonl")

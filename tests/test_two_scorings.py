@@ -303,7 +303,8 @@ def test_scores_of_another_model_or_data_are_moved_aside(world, run, during):
 
     Path("elsewhere").mkdir()
     shutil.copy(world / "data.jsonl", "elsewhere")
-    err = run("--model", world / "pretrain", "--data", "elsewhere/data.jsonl", "--images", world,
+    err = run("--model", world / "pretrain", "--data", "elsewhere/data.jsonl", "--image_folder",
+              world,
               "--report", "r")
     assert (f"{Path('r/scores.json')} held scores of {world / 'pretrain' / 'step_000006'} on "
             f"{world / 'data.jsonl'}. They were moved to {Path('r/earlier_2')}.") in err

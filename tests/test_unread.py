@@ -427,13 +427,13 @@ def test_a_question_with_the_mark_of_a_picture_and_none(folder, text):
         found, _ = benchmark(folder, record)
         assert isinstance(found, BadSample) and "<im" in found.reason and "image" in found.reason
         found, _ = benchmark(folder, {**record, "image": "a.png"})
-        assert len(found.images) == 1
+        assert len(found.image_folder) == 1
 
 
 def test_pictures_of_a_benchmark_are_found_under_the_same_keys_in_parquet(folder):
     for key, value in (("images", [png()]), ("image_bytes", png()), ("images", ["a.png"])):
         found, _ = benchmark(folder, {"question": "Which?", "answer": "x", key: value}, "parquet")
-        assert len(found.images) == 1, key
+        assert len(found.image_folder) == 1, key
 
 
 # ---------------------------------------------------------------- what is published, and passes
@@ -506,7 +506,7 @@ ASKED = {
 @pytest.mark.parametrize("name", ASKED)
 def test_published_benchmarks_pass(folder, name):
     found, _ = benchmark(folder, ASKED[name], "parquet")
-    assert len(found.images) == 1, found
+    assert len(found.image_folder) == 1, found
 
 
 @pytest.mark.parametrize("make", [minimind_jsonl, minimind_parquet, coco_and_challenger,
@@ -514,8 +514,8 @@ def test_published_benchmarks_pass(folder, name):
 def test_every_row_of_the_published_files_passes(tmp_path, make):
     published = make(tmp_path / "data")
     for flags in (published.pretrain, published.sft):
-        names = flags[1:flags.index("--images")] if "--images" in flags else flags[1:]
-        images = flags[flags.index("--images") + 1] if "--images" in flags else None
+        names = flags[1:flags.index("--image_folder")] if "--image_folder" in flags else flags[1:]
+        images = flags[flags.index("--image_folder") + 1] if "--image_folder" in flags else None
         for name in names:
             for file in sorted(tmp_path.glob(name[len(str(tmp_path)) + 1:])):
                 assert [*open_data(file, images)]

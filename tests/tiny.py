@@ -81,9 +81,10 @@ def make_data(directory: Path, count: int = 24, text_only: int = 3) -> str:
 def make_world(directory: Path, **facts) -> list[str]:
     """Towers and data; returns the flags that name them and keep a run small and exact."""
     language, vision = make_pair(directory)
-    return ["--language", language, "--vision", vision, "--data", make_data(directory, **facts),
-            "--batch_size", "2", "--steps", "6", "--save_every", "3", "--dtype", "fp32",
-            "--workers", "0", "--learning_rate", "0.01", "--max_length", "128"]
+    return ["--language_model", language, "--vision_tower", vision, "--data",
+            make_data(directory, **facts),
+            "--batch_size", "2", "--steps", "6", "--save_steps", "3", "--dtype", "fp32",
+            "--num_workers", "0", "--learning_rate", "0.01", "--max_length", "128"]
 
 
 def make_runs(directory: Path) -> Path:

@@ -14,6 +14,7 @@ from model.pretrained.checkpoint import base_reference, own_names, read_config, 
 from model.pretrained.load import load_checkpoint
 from model.pretrained.public_config import write_vlm_config
 from model.vlm import VLM
+from training.settings import TOWER_SETTINGS
 
 
 @dataclass
@@ -33,12 +34,12 @@ class ModelBundle:
 def load_bundle(checkpoint, settings) -> ModelBundle:
     """The model of a checkpoint, its weights in the dtype of their files.
 
-    --language and --vision say where its public towers lie now, if not where they were.
+    --language_model and --vision_tower say where its public towers lie now, if not where they were.
     """
     config = read_config(checkpoint)
     bases = config["bases"]
-    moved = {part: None if getattr(settings, part) == bases[part]["name"]
-             else getattr(settings, part) for part in bases}
+    names = {part: getattr(settings, TOWER_SETTINGS[part]) for part in bases}
+    moved = {part: None if name == bases[part]["name"] else name for part, name in names.items()}
     model = load_checkpoint(checkpoint, None, **moved)
     for part, reference in bases.items():
         name = moved[part] or (reference.get("copied") and str(checkpoint / part))
@@ -55,18 +56,18 @@ def make_inputs(settings, language_config, vision_config, language_directory, vi
     """-> the chat template and the image processor that belong to the towers."""
     tokenizer = Tokenizer.from_directory(language_directory)
     processor = ImageProcessor.from_directory(vision_directory)
-    if settings.fast_images is not None:
-        processor = replace(processor, fast=settings.fast_images)
+    if settings.approximate_resize is not None:
+        processor = replace(processor, fast=settings.approximate_resize)
     family = settings.template or language_config.model_type
     system = DEFAULT_SYSTEM[family] if settings.system is None else settings.system
     K = image_tokens(vision_config.patch_size, processor.size, settings.pixel_shuffle,
-                     settings.features)
+                     settings.vision_feature_select)
     return ChatTemplate(tokenizer, K, system or None, settings.image_token, family), processor
 
 
 def public_bases(settings) -> dict:
     """What a checkpoint says about the public towers that it stands on."""
-    return {part: base_reference(getattr(settings, part)) for part in ("language", "vision")}
+    return {part: base_reference(getattr(settings, name)) for part, name in TOWER_SETTINGS.items()}
 
 
 def checkpoint_config(model, template, settings, bases: dict, lora: dict | None) -> dict:
@@ -93,7 +94,8 @@ def image_tokens(patch_size: int, size: tuple[int, int], pixel_shuffle: int,
     """
     if features != "patches":  # one vector for the whole image
         if pixel_shuffle > 1:
-            raise ValueError(f"--features {features} makes one token of an image, so there is "
+            raise ValueError(f"--vision_feature_select {features} makes one token of an image, so "
+                             f"there is "
                              f"nothing for --pixel_shuffle {pixel_shuffle} to join")
         return 1
     rows, columns = size[0] // patch_size, size[1] // patch_size

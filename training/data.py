@@ -51,7 +51,7 @@ def open_training_data(settings, stage: str):
 
 def open_held_out(settings, stage: str, data):
     """-> the held-out samples, or None when nothing is measured. data: what is trained on."""
-    if not settings.eval_every or settings.overfit:
+    if not settings.eval_steps or settings.overfit:
         return None
     if settings.eval_data:
         samples = open_files("eval_data", settings)
@@ -82,7 +82,7 @@ def open_files(flag: str, settings, apart: int = 0):
     files = named if isinstance(named, list) else [named]
     try:
         return open_mixture([name for file in files for name in matching(file)],
-                            settings.images, settings.seed, apart)
+                            settings.image_folder, settings.seed, apart)
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(f"--{flag} {' '.join(files)}: {error}") from error
 
@@ -98,7 +98,7 @@ def matching(source: str) -> list[str]:
 def batch_maker(bundle, settings, distributed):
     """-> a function: samples -> the Batches of this rank."""
     cache = None
-    if settings.cache_features:
+    if settings.feature_cache:
         from extras.fast.feature_cache import open_feature_cache, use_cache  # here: an extra
 
         cache = open_feature_cache(bundle.model, bundle.processor, settings, distributed)
@@ -106,7 +106,7 @@ def batch_maker(bundle, settings, distributed):
     def make_batches(samples, **order) -> Batches:
         loader = Batches(samples, bundle.template, bundle.processor, settings.batch_size,
                          settings.max_length, settings.seed, distributed.rank,
-                         distributed.world_size, settings.workers, **order)
+                         distributed.world_size, settings.num_workers, **order)
         return use_cache(loader, cache, bundle.model, settings.dtype) if cache else loader
 
     return make_batches

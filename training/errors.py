@@ -57,10 +57,12 @@ def explain_errors(settings, loaders=(), advice=None):
 def out_of_memory(error: BaseException, settings) -> str:
     """The order of samples follows from the seed, so the same step would fail again: say what
     makes a step smaller and leaves its samples as they are."""
-    size, times = settings.batch_size, settings.accumulate
-    ways = ["--checkpointing keeps fewer activations", "a lower --max_length cuts long rows"]
+    size, times = settings.batch_size, settings.gradient_accumulation_steps
+    ways = ["--gradient_checkpointing keeps fewer activations",
+            "a lower --max_length cuts long rows"]
     if size > 1:
-        ways.insert(0, f"--batch_size {math.ceil(size / 2)} --accumulate {times * 2} takes "
+        ways.insert(0, f"--batch_size {math.ceil(size / 2)} --gradient_accumulation_steps "
+                       f"{times * 2} takes "
                     f"{'the same samples' if size % 2 == 0 else 'about as many samples'} in "
                     "each step, half of them at a time")
     go_on = "; --resume goes on from the last checkpoint" if checkpoints(settings.out) else ""
@@ -70,14 +72,15 @@ def out_of_memory(error: BaseException, settings) -> str:
 
 
 def check_skipped(state, max_share: float, at_end: bool = False) -> None:
-    """Stop when too many samples are unusable: most likely --images or the format is wrong."""
+    """Stop when too many samples are unusable: --image_folder or the format is likely wrong."""
     met = state.samples + state.skipped
     enough = at_end or (met >= MIN_SAMPLES and state.skipped >= MIN_SKIPPED)
     if enough and state.skipped > max_share * met:
         raise StopTraining(
             f"{state.skipped:,} of {met:,} samples were unusable ({state.skipped / met:.1%}), "
-            f"more than --max_bad {max_share:g} allows; the first ones are listed above. "
-            "Repair the data or check --images and --max_length; or allow more with --max_bad.")
+            f"more than --max_skip_ratio {max_share:g} allows; the first ones are listed above. "
+            "Repair the data or check --image_folder and --max_length; or allow more with "
+            "--max_skip_ratio.")
 
 
 def not_finite(step: int, totals: tuple, batches, losses, unfit: str | None,

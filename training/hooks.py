@@ -1,6 +1,6 @@
 """What attaches to the training loop from outside: hook(step, metrics), after each step.
 
-    the log, --log_samples, --eval_every, --eval_answers, --log TRACKER -> hooks
+    the log, --log_samples, --eval_steps, --eval_answers, --report_to TRACKER -> hooks
 """
 
 from contextlib import nullcontext
@@ -10,7 +10,7 @@ def make_hooks(bundle, steps, log, validator, held_out) -> list:
     """held_out: the samples that the validator measures, or None without any."""
     settings, distributed = steps.settings, steps.distributed
     hooks = [log.step]
-    if settings.log and distributed.main:
+    if settings.report_to and distributed.main:
         from extras.trackers import open_tracker  # here: a tracker is an extra
 
         write, close = open_tracker(settings, log.first_step)
@@ -44,9 +44,9 @@ def answer_hooks(bundle, steps, log, held_out) -> list:
 
 
 def every_eval(steps, act):
-    """-> a hook that calls act(step) on every --eval_every-th step and after the last."""
+    """-> a hook that calls act(step) on every --eval_steps-th step and after the last."""
     def hook(step: int, metrics: dict) -> None:
-        if step % steps.settings.eval_every == 0 or step == steps.total:
+        if step % steps.settings.eval_steps == 0 or step == steps.total:
             act(step)
 
     return hook

@@ -30,8 +30,10 @@ from training.precision import NUMBERS, choose_dtype
 def add_model_flags(parser) -> None:
     """How a model is loaded, whichever program asks."""
     add = parser.add_argument
-    add("--language", help="where the public language model lies, if not where it was in training")
-    add("--vision", help="where the public vision tower lies, if not where it was in training")
+    add("--language_model",
+        help="where the public language model lies, if not where it was in training")
+    add("--vision_tower",
+        help="where the public vision tower lies, if not where it was in training")
     add("--dtype", choices=("fp32", "bf16"), help="default: bf16 where the GPU or the processor "
         "is faster in it, else fp32; eval.py --stats tells which and why")
     add("--quantize", choices=("int8", "int4"), help="the language model's weights in so many "
@@ -42,7 +44,7 @@ def add_model_flags(parser) -> None:
 def load_model(flags, name: str | None) -> tuple:
     """A checkpoint or run (None: the newest) -> (model, template, processor).
 
-    Name "none": the language model of --language alone, whose processor is None.
+    Name "none": the language model of --language_model alone, whose processor is None.
     flags: those of add_model_flags, and template and system, as eval.py reads them.
     """
     device = choose_device(flags.device)
@@ -54,7 +56,7 @@ def load_model(flags, name: str | None) -> tuple:
     if getattr(flags, "stats", False):
         print(f"dtype: {str(dtype).removeprefix('torch.')} ({why})", file=sys.stderr)
     if name == "none":
-        directory = resolve(flags.language or "dataset/emoji/language")
+        directory = resolve(flags.language_model or "dataset/emoji/language")
         model = load_language(directory, load_dtype).eval()
         tokenizer = Tokenizer.from_directory(directory)
         family = flags.template or model.config.model_type
@@ -64,7 +66,7 @@ def load_model(flags, name: str | None) -> tuple:
     else:
         directory = find_model(name)
         config = read_config(directory)
-        model = load_checkpoint(directory, load_dtype, flags.language, flags.vision)
+        model = load_checkpoint(directory, load_dtype, flags.language_model, flags.vision_tower)
         merge_lora(model.language)  # adapters would cost two more products in every layer
         template = ChatTemplate(Tokenizer.from_directory(directory), config["image_tokens"],
                                 config["system"], config.get("image_token"), config["template"])

@@ -128,7 +128,7 @@ class Log:
 
     def finish(self, stage: str, next_command: str) -> None:
         """The last lines on the screen. All ranks call it."""
-        if cache := getattr(self.run.loader, "features", None):  # --cache_features
+        if cache := getattr(self.run.loader, "features", None):  # --feature_cache
             self.say(cache.summary(self.run.distributed))
         if self.run.state.step < self.steps:
             self.say(stopped(self.run.state.step, stage, self.settings))

@@ -35,7 +35,7 @@ def introduction(model, optimizer, settings, steps, facts: dict) -> str:
         f"data      {data:,} samples from {' '.join(files)}, "
         f"{steps.loader.batches_per_epoch:,} batches in an epoch",
         f"run       {steps.total:,} steps of {steps.step_size} samples ({settings.batch_size} x "
-        f"{settings.accumulate} accumulated x {distributed.world_size} processes)",
+        f"{settings.gradient_accumulation_steps} accumulated x {distributed.world_size} processes)",
         f"settings  preset {settings.preset}, peak learning rate {peaks}, {settings.dtype} on "
         f"{distributed.device}, seed {settings.seed}, to {settings.out}",
     ]
@@ -43,7 +43,7 @@ def introduction(model, optimizer, settings, steps, facts: dict) -> str:
         lines.append(
             f"overfit   these {data:,} samples only, over and over: the loss should fall to "
             "nearly 0; if it does not, the fault is not in the rest of the data"
-            + ("; held-out samples are not looked at" if settings.eval_every else ""))
+            + ("; held-out samples are not looked at" if settings.eval_steps else ""))
     lines += ["changed   from step {from_step}: {setting} is {now}, before it was {before}".format(
         **change) for change in facts["changes"]]
     return "\n".join(lines)
@@ -90,7 +90,8 @@ def way_out(settings, start) -> str:
                        (saved[-1], saved[-1].with_name(f"bad_{saved[-1].name}")))
         further = f"leave it out, and the same goes on from {saved[-2].name}: mv {last} {aside}"
     return (f"The last checkpoint is good: {saved[-1]}. If the samples are sound, go on from it "
-            f"with {commands} (--clip and --warmup_ratio may change too). If it then stops here "
+            f"with {commands} (--max_grad_norm and --warmup_ratio may change too). If it then "
+            f"stops here "
             f"again, the weights of that checkpoint are the reason; {further}")
 
 

@@ -81,7 +81,7 @@ def check(settings: dict) -> None:
     """Refuse numbers that no run can use, before anything is loaded."""
     for setting in SETTINGS:
         setting.check(settings[setting.name])
-    if settings["eval_every"] and not settings["overfit"] and settings["data"] != "emoji" and not (
+    if settings["eval_steps"] and not settings["overfit"] and settings["data"] != "emoji" and not (
             settings["eval_data"] or settings["eval_samples"]):
-        raise SystemExit(f"--eval_every {settings['eval_every']}: on which samples? Give "
+        raise SystemExit(f"--eval_steps {settings['eval_steps']}: on which samples? Give "
                          "--eval_data FILE, or --eval_samples N to set the last N of --data apart")

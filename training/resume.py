@@ -25,7 +25,7 @@ from model.pretrained.pickle_loader import load_plain
 from training.errors import StopTraining
 from training.presets import read_flags, resolve
 from training.run_metadata import FILES, read_object
-from training.settings import BENDING, CHANGEABLE
+from training.settings import BENDING, CHANGEABLE, TOWER_SETTINGS
 from training.state import TrainerState
 from training.writable import check_directory, free_name
 
@@ -59,10 +59,10 @@ def read_settings(stage: str, description: str, arguments=None, start_from=()) -
     except (OSError, ValueError) as error:
         raise SystemExit(f"cannot start: {error}") from error
     settings = resolve(flags, stage, earlier)
-    if settings.log:
+    if settings.report_to:
         from extras.trackers import check_installed  # here: a tracker is an extra
 
-        check_installed(settings.log)
+        check_installed(settings.report_to)
     return settings, Start(stage, arguments, checkpoint)
 
 
@@ -109,19 +109,20 @@ def settings_of_run(flags, checkpoint: Path) -> dict:
 
 def model_facts(flags, checkpoint: Path) -> dict:
     """What a checkpoint says about its model, for a new run that begins with it."""
-    if flags.init_projector:
-        raise SystemExit(f"--init_projector {flags.init_projector}: {checkpoint} brings its own "
+    if flags.pretrained_projector:
+        raise SystemExit(f"--pretrained_projector {flags.pretrained_projector}: {checkpoint} "
+                         f"brings its own "
                          "projector; --model none starts from the public towers")
     config, run = read_config(checkpoint), read_run(checkpoint)
     facts = {"preset": run["settings"]["preset"], "system": config["system"] or "",
              **template_facts(config)}
-    for name in ("projector", "pixel_shuffle", "vision_layer", "features"):
+    for name in ("projector", "pixel_shuffle", "vision_feature_layer", "vision_feature_select"):
         facts[name] = config[name]
         if getattr(flags, name) not in (None, facts[name]):
             raise SystemExit(f"--{name} {getattr(flags, name)}: {checkpoint} was trained with "
                              f"{facts[name]}, and its projector fits nothing else")
     for part, reference in config["bases"].items():
-        facts[part] = reference["name"]
+        facts[TOWER_SETTINGS[part]] = reference["name"]
     if config["lora"]:
         facts.update({f"lora_{name}": value for name, value in config["lora"].items()})
     return facts
@@ -217,7 +218,7 @@ def save(bundle, optimizer, state: TrainerState, settings, facts: dict, distribu
             save_checkpoint(settings.out, state.step, tensors, bundle.config,
                             {"step": state.step, **facts},
                             (bundle.template.tokenizer, bundle.processor), training_state,
-                            settings.keep, settings.full_checkpoint)
+                            settings.save_total_limit, settings.full_checkpoint)
         except OSError as error:
             problem = error
     # Also a barrier: else a rank could be gone, or far ahead, before the files are there.

@@ -30,6 +30,9 @@ def projector_kind(name: str) -> str:
 
 TRACKERS = ("tensorboard", "wandb", "swanlab", "trackio")  # extras/trackers.py
 
+# Which setting names the tower of each part.
+TOWER_SETTINGS = {"language": "language_model", "vision": "vision_tower"}
+
 PRESET = object()  # the default stands in the preset (preset_table.py)
 
 
@@ -80,13 +83,15 @@ SETTINGS = (
             "projector (default: none in stage one, the newest in out/pretrain in stage two)",
             default=None, metavar="DIR", on_resume=FREE),
     # The model.
-    Setting("language", "language model: a directory or a name on the hub", on_resume=FREE),
-    Setting("vision", "vision tower: a directory or a name on the hub", on_resume=FREE),
-    Setting("vision_layer", "whose features are used: -1 the last layer's, -2 ...", int),
-    Setting("features", "what of an image is used: all patches, the class token alone, or the "
+    Setting("language_model", "language model: a directory or a name on the hub", on_resume=FREE),
+    Setting("vision_tower", "vision tower: a directory or a name on the hub", on_resume=FREE),
+    Setting("vision_feature_layer", "whose features are used: -1 the last layer's, -2 ...", int),
+    Setting("vision_feature_select",
+            "what of an image is used: all patches, the class token alone, or the "
             "patches' mean", choices=("patches", "class", "pooled")),
     Setting("projector", "what joins the two towers", projector_kind),
-    Setting("init_projector", "begin with the projector of this .safetensors, .bin or .pth, by "
+    Setting("pretrained_projector",
+            "begin with the projector of this .safetensors, .bin or .pth, by "
             "LLaVA's, transformers' or MiniMind-V's names", default=None, metavar="FILE"),
     Setting("pixel_shuffle", "n: n x n patches become one token", int, above=0),
     Setting("template", "whose chat template (default: the language model's)",
@@ -97,14 +102,15 @@ SETTINGS = (
     # The data.
     Setting("data", "training file, or emoji for the embedded world; several are mixed, and FILE:2 "
             "comes twice in an epoch", metavar="FILE", several=True),
-    Setting("images", "directory that the file's image names are relative to"),
-    Setting("fast_images", "decode large JPEGs at a half, a quarter or an eighth and resize "
+    Setting("image_folder", "directory that the file's image names are relative to"),
+    Setting("approximate_resize", "decode large JPEGs at a half, a quarter or an eighth and resize "
             "faster: slightly other pixels (default: as the tower's files say, exactly)", bool,
             default=None),
-    Setting("cache_features", "keep the frozen vision tower's features of each image there, and "
+    Setting("feature_cache", "keep the frozen vision tower's features of each image there, and "
             "read them when the image comes again; may be deleted at any time", default=None,
             metavar="DIR", on_resume=FREE),
-    Setting("cache_gb", "how large that directory may grow (default: 10)", float, default=10.0,
+    Setting("feature_cache_gb", "how large that directory may grow (default: 10)", float,
+            default=10.0,
             above=0, on_resume=FREE),
     # The run.
     Setting("out", "directory of this run (default: %(default)s)",
@@ -115,7 +121,8 @@ SETTINGS = (
     Setting("epochs", "times through the data", float, above=0, on_resume=FREE),
     Setting("batch_size", "conversations in a micro-batch, on each process", int, above=0,
             on_resume=FREE),
-    Setting("accumulate", "micro-batches in an optimizer step", int, above=0, on_resume=FREE),
+    Setting("gradient_accumulation_steps", "micro-batches in an optimizer step", int, above=0,
+            on_resume=FREE),
     Setting("max_length", "tokens of a conversation, images included", int, above=0),
     # The optimizer.
     Setting("learning_rate", "peak, for every part without its own", float, above=0,
@@ -127,24 +134,25 @@ SETTINGS = (
             at_least=0, below=1, on_resume=BENDS),
     Setting("schedule", "how the learning rate falls after the warmup (default: cosine)",
             default="cosine", choices=SCHEDULES),
-    Setting("clip", "longest gradient; longer ones are scaled down to it", float, above=0,
+    Setting("max_grad_norm", "longest gradient; longer ones are scaled down to it", float, above=0,
             on_resume=BENDS),
     Setting("dtype", "of the matrix products; auto: bf16 where the hardware multiplies it "
             "natively, else fp16 on CUDA, fp32 on a processor",
             choices=("auto", "bf16", "fp16", "fp32"), on_resume=BENDS),
-    Setting("checkpointing", "keep each block's input alone for the backward pass and compute the "
+    Setting("gradient_checkpointing",
+            "keep each block's input alone for the backward pass and compute the "
             "block again there: less memory, a third more time", bool, on_resume=FREE),
     Setting("parallel", "with several processes: each holds the whole model, or a share of it "
             "(default: ddp)", default="ddp", choices=("ddp", "fsdp"), on_resume=FREE),
     Setting("seed", "of new weights, data order, dropout (default: 0)", int, default=0),
     # Checkpoints and workers.
-    Setting("save_every", "steps between checkpoints", int, above=0, on_resume=FREE),
-    Setting("keep", "newest checkpoints that are kept", int, above=0, on_resume=FREE),
+    Setting("save_steps", "steps between checkpoints", int, above=0, on_resume=FREE),
+    Setting("save_total_limit", "newest checkpoints that are kept", int, above=0, on_resume=FREE),
     Setting("log_samples", "write where each step's samples stand to OUT/samples.jsonl "
             "(default: no)", bool, default=False, on_resume=FREE),
-    Setting("workers", "processes that prepare data (default: 2)", int, default=2, at_least=0,
+    Setting("num_workers", "processes that prepare data (default: 2)", int, default=2, at_least=0,
             on_resume=FREE),
-    Setting("max_bad", "share of unusable samples that stops the run (default: 0.01)", float,
+    Setting("max_skip_ratio", "share of unusable samples that stops the run (default: 0.01)", float,
             default=0.01, at_least=0, on_resume=FREE),
     # What is trained.
     Setting("train_projector", "train the projector", bool),
@@ -158,7 +166,7 @@ SETTINGS = (
             below=1),
     Setting("lora_targets", "names of the linear layers that get an adapter", several=True),
     # What is measured and shown.
-    Setting("eval_every", "steps between measurements of the loss on held-out samples (default: "
+    Setting("eval_steps", "steps between measurements of the loss on held-out samples (default: "
             "0, never)", int, default=0, at_least=0, on_resume=FREE),
     Setting("eval_data", "held-out samples; without it the emoji world has its own, and other "
             "--data needs --eval_samples", default=None, metavar="FILE", on_resume=FREE),
@@ -170,7 +178,7 @@ SETTINGS = (
     Setting("overfit", "train on the first N samples only, over and over: the first thing to try "
             "when a loss looks wrong (200 steps, if nothing else is said)", int, default=None,
             metavar="N", at_least=1),
-    Setting("log", "show the figures of metrics.jsonl and evaluations.jsonl there too "
+    Setting("report_to", "show the figures of metrics.jsonl and evaluations.jsonl there too "
             "(requirements-extra.txt)", default=None,
             choices=TRACKERS, on_resume=FREE),
     Setting("lora_from", "begin with the adapters of a peft directory; it says their rank, alpha "

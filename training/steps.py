@@ -29,7 +29,7 @@ class Steps:
         self.loader, self.settings, self.state = loader, settings, state
         self.distributed = distributed
         self.on_skipped = lambda lines: None  # called with a line for each unusable sample
-        self.step_size = loader.global_batch * settings.accumulate  # samples
+        self.step_size = loader.global_batch * settings.gradient_accumulation_steps  # samples
         self.total = state.step + max(0, math.ceil(self.samples_left() / self.step_size))
         done = state.epoch * loader.layout.positions + state.place
         # Rounded, so that every later resume finds the same number to the last bit.
@@ -96,7 +96,7 @@ class Steps:
             if reason not in state.skip_reasons and len(state.skip_reasons) >= MAX_REASONS:
                 reason = "other reasons"
             state.skip_reasons[reason] = state.skip_reasons.get(reason, 0) + 1
-        check_skipped(state, self.settings.max_bad)
+        check_skipped(state, self.settings.max_skip_ratio)
         return batches
 
     def count(self, batches) -> None:

@@ -45,7 +45,7 @@ def parse(public: dict) -> dict:
             "resample": values.get("resample", Image.Resampling.BICUBIC),
             "mean": as_tuple(values["image_mean"]) if normalize else (0.0, 0.0, 0.0),
             "std": as_tuple(values["image_std"]) if normalize else (1.0, 1.0, 1.0),
-            "fast": values.get("fast_images", False) is True}
+            "fast": values.get("approximate_resize", False) is True}
 
 
 def to_public(processor) -> dict:
@@ -58,7 +58,7 @@ def to_public(processor) -> dict:
         "do_normalize": True, "image_mean": processor.mean, "image_std": processor.std,
     }
     if processor.fast:  # our own key, which other libraries pass over
-        public["fast_images"] = True
+        public["approximate_resize"] = True
     if isinstance(processor.resize, tuple):
         public["size"] = dict(zip(("height", "width"), processor.resize))
     elif processor.resize is not None:

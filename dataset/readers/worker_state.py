@@ -91,5 +91,6 @@ def explain(error: Exception, states: list[WorkerState]) -> str | None:
     lines = [f"process {pid}, which prepares data, {died[2].strip().rstrip('.')}; it was at "
              f"{at.get(int(pid), 'no sample yet')}." for pid in died[1].split(", ")]
     return " ".join([*lines, "If memory ran out (the system's log names killed processes), fewer "
-                     "--workers or a smaller --batch_size help; otherwise look at that sample. The "
+                     "--num_workers or a smaller --batch_size help; otherwise look at that sample. "
+                     "The "
                      "last checkpoint is good: go on with --resume."])

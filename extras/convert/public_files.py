@@ -5,8 +5,8 @@
 
     python -m extras.convert SOURCE OUT
 
-A directory or file of that kind that --language names is converted by itself, into a directory
-"converted" beside it.
+A directory or file of that kind that --language_model names is converted by itself, into a
+directory "converted" beside it.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""A projector that somebody published -> the weights of ours, for --init_projector.
+"""A projector that somebody published -> the weights of ours, for --pretrained_projector.
 
     a file -> names and shapes of its tensors -> which kind it is -> load_projector -> Projector
 

@@ -55,8 +55,10 @@ def read_flags(arguments=None) -> argparse.Namespace:
         "or fp32, which keeps every digit; with --to gguf f16 (default), bf16, q8_0 or fp32")
     add("--quantize", choices=("int8", "int4"), help="with --to merged: the language model's "
         "matrices in so many bits; eval.py opens it as any checkpoint")
-    add("--language", help="where the public language model lies, if not where it was in training")
-    add("--vision", help="where the public vision tower lies, if not where it was in training")
+    add("--language_model",
+        help="where the public language model lies, if not where it was in training")
+    add("--vision_tower",
+        help="where the public vision tower lies, if not where it was in training")
     add("--push", metavar="USER/NAME", help="write a model card into --out and list all that would "
         "be uploaded; an --out that is there already is taken as it is")
     add("--yes", action="store_true", help="with --push: do upload it")
@@ -77,7 +79,7 @@ def read_flags(arguments=None) -> argparse.Namespace:
 def load(flags, checkpoint: Path):
     """-> the model in float32 with its adapters in place, template, image processor."""
     config = read_config(checkpoint)
-    model = load_checkpoint(checkpoint, torch.float32, flags.language, flags.vision)
+    model = load_checkpoint(checkpoint, torch.float32, flags.language_model, flags.vision_tower)
     account_for_all(model)
     template = ChatTemplate(Tokenizer.from_directory(checkpoint), config["image_tokens"],
                             config["system"], config.get("image_token"), config["template"])

@@ -128,7 +128,8 @@ def check_exportable(vlm: VLM, processor) -> None:
             vision.hidden_act not in ("quick_gelu", "gelu_pytorch_tanh"),
         f"--projector {kind}: it has LLaVA's, linear, gelu, linear": kind != "mlp",
         f"--pixel_shuffle {shuffle}: its LLaVA projector takes one patch at a time": shuffle > 1,
-        f"--features {vision.features}: it takes all patches": vision.features != "patches",
+        f"--vision_feature_select {vision.features}: it takes all patches":
+            vision.features != "patches",
         "images that are not square": processor.size[0] != processor.size[1]}
     for reason, holds in reasons.items():
         if holds:

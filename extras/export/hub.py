@@ -103,7 +103,7 @@ def model_card(checkpoint: Path, form: str, name: str) -> str:
             for part, base in bases.items()),
         projector=config["projector"], image_tokens=config["image_tokens"], stage=run["stage"],
         step=run["step"], rate=settings["learning_rate"],
-        samples=settings["batch_size"] * settings["accumulate"] * run["processes"],
+        samples=settings["batch_size"] * settings["gradient_accumulation_steps"] * run["processes"],
         trained=(f"LoRA of rank {settings['lora_rank']} in the language model" if settings["lora"]
                  else f"trained of the language model: {settings['train_language']}"),
         data=", ".join(f"`{Path(about['file']).name}`" for about in data.get("files") or [data]),

@@ -109,7 +109,7 @@ def add_peft(language: nn.Module, directory, dropout: float = 0.0) -> dict:
         if (config.get(name) or plain) != plain:
             raise ValueError(f"{directory}: adapter_config.json has {name} = {config[name]!r}; "
                              f"only {plain!r} is supported here. Merge it with peft "
-                             "(merge_and_unload) and give the result as --language")
+                             "(merge_and_unload) and give the result as --language_model")
     if config.get("init_lora_weights", True) not in BEGINNINGS:
         raise ValueError(f"{directory}: init_lora_weights = {config['init_lora_weights']!r} "
                          "changes the base weights: save it with peft's option "

@@ -77,7 +77,8 @@ def check_exportable(vlm: VLM, size: tuple[int, int]) -> None:
         "--projector norm_mlp: LLaVA's projector has no norm in front": kind == "norm_mlp",
         f"--projector {kind}: LLaVA's projector is {' or '.join(LLAVA_PROJECTORS)}":
             kind not in LLAVA_PROJECTORS,
-        f"--features {features}: LLaVA takes all patches, with the class token or without, and "
+        f"--vision_feature_select {features}: LLaVA takes all patches, with the class token or "
+        f"without, and "
         "never one vector": features != "patches",
         f"images of {size[0]} x {size[1]} pixels: LLaVA's towers have one image_size for both "
         "sides": size[0] != size[1]}
@@ -203,7 +204,8 @@ def norm_as_block(vision: VisionTransformer, prefix: str) -> dict[str, torch.Ten
     if middle < 2 * width:
         raise ValueError(f"this model cannot be expressed as a LLaVA: the vision tower's last norm "
                          f"becomes one more block, which needs an MLP of 2 x {width}, and this "
-                         f"tower's has {middle}. Train with --vision_layer -2, or export it with "
+                         f"tower's has {middle}. Train with --vision_feature_layer -2, or export "
+                         f"it with "
                          "--to merged")
     like = vision.layers[0].state_dict()
     block = {name: torch.zeros_like(tensor) for name, tensor in like.items()}

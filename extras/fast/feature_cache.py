@@ -1,4 +1,4 @@
-"""--cache_features DIR: run a frozen vision tower once for each image, not once an epoch.
+"""--feature_cache DIR: run a frozen vision tower once for each image, not once an epoch.
 
     image -> its content -> key -> DIR/3f/a1c8... -> features (P,Dv), or None: not there yet
 
@@ -41,17 +41,18 @@ STALE = 3600  # seconds after which a file that was begun is taken to be a kille
 
 
 def open_feature_cache(model, processor, settings, distributed) -> "FeatureCache":
-    """The files of --cache_features. SystemExit where their features would be wrong."""
-    directory = settings.cache_features
+    """The files of --feature_cache. SystemExit where their features would be wrong."""
+    directory = settings.feature_cache
     if settings.train_vision:
-        raise SystemExit(f"--cache_features {directory}: with --train_vision the tower learns, and "
+        raise SystemExit(f"--feature_cache {directory}: with --train_vision the tower learns, and "
                          "its features of the last epoch are not those of now; leave one out")
     if settings.parallel == "fsdp" and distributed.world_size > 1:
-        raise SystemExit(f"--cache_features {directory}: under --parallel fsdp the ranks run the "
+        raise SystemExit(f"--feature_cache {directory}: under --parallel fsdp the ranks run the "
                          "tower together, and one that found its images on disk would leave the "
                          "others waiting; use --parallel ddp, or leave the cache out")
     fingerprint = tower_fingerprint(model.vision, processor, settings.dtype)
-    return FeatureCache(directory, fingerprint, settings.cache_gb * 1e9, distributed.world_size)
+    return FeatureCache(directory, fingerprint, settings.feature_cache_gb * 1e9,
+                        distributed.world_size)
 
 
 def tower_fingerprint(vision, processor, dtype: str) -> str:
@@ -227,6 +228,6 @@ class FeatureCache:
         found, computed, written = map(int, distributed.sum(self.found, self.computed,
                                                             self.written))
         full = "" if written == computed else (f"; {computed - written:,} were not kept, "
-                                               "--cache_gb is used up or the disk is full")
+                                               "--feature_cache_gb is used up or the disk is full")
         return (f"features  of {found + computed:,} pictures {found:,} were found in "
                 f"{self.directory}, {computed:,} computed{full}")

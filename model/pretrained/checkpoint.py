@@ -34,7 +34,8 @@ from model.pretrained.hub import resolve
 STEP = re.compile(r"step_(\d+)")
 MANIFEST = "manifest.json"
 # What config.json has to say, and as what.
-FACTS = {"language": dict, "vision": dict, "vision_layer": int, "features": str, "projector": str,
+FACTS = {"language": dict, "vision": dict, "vision_feature_layer": int,
+         "vision_feature_select": str, "projector": str,
          "pixel_shuffle": int, "image_token_id": int, "image_tokens": int, "template": str,
          "lora": (dict, type(None)), "bases": dict}
 LORA = {"targets": list, "rank": int, "alpha": (int, float), "dropout": (int, float)}

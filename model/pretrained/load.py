@@ -156,7 +156,7 @@ def put_tensors(model, tensors: dict, directory: Path, dtype: torch.dtype | None
         if problem:
             raise ValueError(f"{file}: {name} holds {problem}")
         # Not copied into what is there: a base in bf16 would round what was trained in float32.
-        # Nor the mapped file itself, which --keep may delete: copied once, in its final dtype.
+        # Nor the mapped file itself, which may be deleted (--save_total_limit): copied once.
         final = tensor.dtype if integers or dtype is None else dtype
         parameters[name].data = tensor.to(final, copy=True)
     missing = [name for name in own_names(model) if name not in tensors]

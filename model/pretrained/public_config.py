@@ -205,7 +205,8 @@ def write_qwen(config: LanguageConfig, public: dict) -> dict:
 def read_vlm_config(config: dict) -> VLMConfig:
     check_values({"pixel_shuffle": config["pixel_shuffle"]})
     language = read_language_config(config["language"])
-    vision = read_vision_config(config["vision"], config["vision_layer"], config["features"])
+    vision = read_vision_config(config["vision"], config["vision_feature_layer"],
+                                config["vision_feature_select"])
     projector = ProjectorConfig(config["projector"], vision.hidden_size, language.hidden_size,
                                 config["pixel_shuffle"])
     return VLMConfig(language, vision, projector, config["image_token_id"])
@@ -214,7 +215,8 @@ def read_vlm_config(config: dict) -> VLMConfig:
 def write_vlm_config(config: VLMConfig) -> dict:
     """The model's part of a checkpoint's config.json, as read_vlm_config reads it."""
     return {"model_type": "vlm", "language": write_config(config.language),
-            "vision": write_config(config.vision), "vision_layer": config.vision.feature_layer,
-            "features": config.vision.features, "projector": config.projector.kind,
+            "vision": write_config(config.vision),
+            "vision_feature_layer": config.vision.feature_layer,
+            "vision_feature_select": config.vision.features, "projector": config.projector.kind,
             "pixel_shuffle": config.projector.pixel_shuffle,
             "image_token_id": config.image_token_id}
