@@ -43,6 +43,7 @@ from PIL import Image
 
 from dataset.chat import IMAGE, Message
 from extras.preset_list import LANGUAGE, ROOT, VISION
+from model.pretrained.meta_device import meta_device
 from model.pretrained.public_config import read_language_config, read_vision_config
 from training.precision import NUMBERS
 
@@ -75,7 +76,7 @@ def write_public(name: str, place: Path) -> None:
              lambda f: LanguageModel(read_language_config(f)), save_language),
             ("vision", VISION[vision],
              lambda f: VisionTransformer(read_vision_config(f)), save_vision)):
-        with torch.device("meta"):
+        with meta_device():
             model = make(facts)
         model = model.to(torch.bfloat16).to_empty(device="cpu")
         for weight_name, parameter in model.named_parameters():

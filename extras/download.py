@@ -27,7 +27,6 @@ from training.writable import check_directory
 PARTS = ("language", "vision", "data")
 
 
-
 def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(prog="python -m extras.download",
                                      description=__doc__.split("\n\n")[0])

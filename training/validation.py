@@ -91,8 +91,8 @@ def mean_loss(model, loader: Batches, settings, distributed) -> tuple[float | No
                 continue
             batch = batch.to(distributed.device, non_blocking=True)
             with autocast(settings.dtype, distributed.device):
-                images = batch.pixels if batch.features is None else batch.features
-                loss, count = model(batch.ids, batch.labels, images, batch.order)
+                inputs = batch.pixels if batch.features is None else batch.features
+                loss, count = model(batch.ids, batch.labels, inputs, batch.order)
             total, tokens = total + float(loss), tokens + int(count)
             samples += len(batch.where)
             num_images += 0 if batch.order is None else len(batch.order)

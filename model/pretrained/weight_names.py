@@ -1,6 +1,6 @@
 """What published files call their tensors: names in a file on the left, ours on the right.
 
-    a table -> towers.py reads it from left to right to load, from right to left to save
+    a table -> read from left to right to load (load.py), from right to left to save (save.py)
 
 A line names one tensor, or a layer, and then stands for its weight and its bias. Where one
 published matrix holds several of ours, stacked, the right side lists them in their order.
