@@ -73,7 +73,7 @@ def test_every_setting_is_read_by_the_code():
     unread = [name for name in settings() if not re.search(rf"(settings|flags)\.{name}\b", code)]
     # These are read by name, in a loop over names or by resolve() itself.
     assert set(unread) <= {"language_model", "vision_tower", "projector_learning_rate"}, unread
-    assert "getattr(settings, part)" in code
+    assert "getattr(settings, TOWER_SETTINGS[part])" in code
 
 
 def test_presets_are_complete():
