@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from dataset.batching import Batch
 from extras.export.transformers import llava
 from extras.fast import prepare_for_training
-from extras.fast.feature_cache import FeatureCache, with_cached_features
+from extras.fast.feature_cache import CachedBatch, FeatureCache, with_cached_features
 from extras.preset_list import LANGUAGE, ROOT, VISION
 from model.config import ProjectorConfig, VLMConfig
 from model.pretrained.meta_device import meta_device
@@ -155,7 +155,7 @@ def found(batch: Batch, files: FeatureCache) -> Batch:
     keys = tuple(files.key(pixels.numpy().tobytes()) for pixels in batch.pixels)
     known = [files.read(key) for key in keys]
     if any(features is None for features in known):
-        return replace(batch, keys=keys)
+        return CachedBatch(**vars(batch), keys=keys)
     return replace(batch, pixels=None, features=torch.stack(known))
 
 

@@ -192,7 +192,7 @@ def test_a_real_allocation_that_fails_is_known():
 @pytest.mark.parametrize("size, said", [
     (4, "--batch_size 2 --gradient_accumulation_steps 2 takes the same samples in each step"),
     (3, "--batch_size 2 --gradient_accumulation_steps 2 takes about as many samples"),
-    (1, "What helps: --checkpoint")])
+    (1, "What helps: --gradient_checkpoint")])
 def test_training_says_what_makes_a_step_smaller(size, said, tmp_path, monkeypatch):
     world = make_world(tmp_path / "world")
 

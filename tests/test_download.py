@@ -133,7 +133,7 @@ def hub(running, monkeypatch, tmp_path):
     """The server; a preset "toy" of its files; an empty cache; an empty working directory."""
     running.cut, running.spoiled, running.sent = set(), set(), []
     toy = replace(
-        PRESETS["qwen2.5-siglip"], language="toy/language", vision="toy/vision",
+        PRESETS["qwen2.5-siglip"], language_model="toy/language", vision_tower="toy/vision",
         downloads=(Download("toy/data", ("chat.json", "images.zip"), "dataset/toy", 0.05,
                             unpack="dataset/toy/images"),
                    Download("http://far.example/photos.zip", ("photos.zip",), "dataset/photos",
@@ -257,7 +257,7 @@ def test_without_a_hub_it_says_what_to_do(hub, monkeypatch):
 
 def test_what_the_hub_refuses_is_told(hub, monkeypatch):
     monkeypatch.setitem(download.PRESETS, "toy",
-                        replace(download.PRESETS["toy"], language="toy/gone"))
+                        replace(download.PRESETS["toy"], language_model="toy/gone"))
     with pytest.raises(SystemExit, match="RepositoryNotFoundError"):
         download.main(["toy", "--part", "language"])
     moved = Download("toy/data", ("older.jsonl",), "dataset/toy", None)

@@ -28,8 +28,8 @@ def twin(monkeypatch):
     monkeypatch.setitem(VISION, "eyes", dict(
         model_type="clip_vision_model", hidden_size=24, intermediate_size=32, num_hidden_layers=2,
         num_attention_heads=2, image_size=32, patch_size=8))
-    monkeypatch.setitem(PRESETS, "twin", replace(PRESETS["qwen3-clip"], language="words",
-                                                 vision="eyes"))
+    monkeypatch.setitem(PRESETS, "twin", replace(PRESETS["qwen3-clip"], language_model="words",
+                                                 vision_tower="eyes"))
 
 
 @pytest.mark.parametrize("stage,trained,row", [

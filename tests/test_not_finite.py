@@ -171,7 +171,7 @@ def test_a_resume_killed_before_it_saved_has_changed_it_all_the_same(out, tmp_pa
 
 
 BENT = {"learning_rate": "0.5", "projector_learning_rate": "0.5", "vision_learning_rate": "0.5",
-        "warmup_ratio": "0.5", "clip": "0.5", "dtype": "bf16"}
+        "warmup_ratio": "0.5", "max_grad_norm": "0.5", "dtype": "bf16"}
 
 
 @pytest.mark.parametrize("name", BENT)

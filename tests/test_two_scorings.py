@@ -149,7 +149,7 @@ def test_answers_are_of_the_checkpoint_that_was_loaded(world, run, monkeypatch):
 
 
 def name(*data, model="run/step_000006", language=None) -> str:
-    return result_name(Namespace(data=list(map(str, data)), language=language), model)
+    return result_name(Namespace(data=list(map(str, data)), language_model=language), model)
 
 
 def test_the_name_says_model_and_data(tmp_path):

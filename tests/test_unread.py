@@ -427,13 +427,13 @@ def test_a_question_with_the_mark_of_a_picture_and_none(folder, text):
         found, _ = benchmark(folder, record)
         assert isinstance(found, BadSample) and "<im" in found.reason and "image" in found.reason
         found, _ = benchmark(folder, {**record, "image": "a.png"})
-        assert len(found.image_folder) == 1
+        assert len(found.images) == 1
 
 
 def test_pictures_of_a_benchmark_are_found_under_the_same_keys_in_parquet(folder):
     for key, value in (("images", [png()]), ("image_bytes", png()), ("images", ["a.png"])):
         found, _ = benchmark(folder, {"question": "Which?", "answer": "x", key: value}, "parquet")
-        assert len(found.image_folder) == 1, key
+        assert len(found.images) == 1, key
 
 
 # ---------------------------------------------------------------- what is published, and passes
@@ -506,7 +506,7 @@ ASKED = {
 @pytest.mark.parametrize("name", ASKED)
 def test_published_benchmarks_pass(folder, name):
     found, _ = benchmark(folder, ASKED[name], "parquet")
-    assert len(found.image_folder) == 1, found
+    assert len(found.images) == 1, found
 
 
 @pytest.mark.parametrize("make", [minimind_jsonl, minimind_parquet, coco_and_challenger,

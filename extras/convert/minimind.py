@@ -57,6 +57,7 @@ def load_minimind(source: Path) -> LanguageModel:
     public = read_json(config_file) if config_file.is_file() else {}
     with with_filename(file):
         config = minimind_config(shapes, public, file)
+        check_values(vars(config), "the file")
     older = is_older(shapes)
     known = LANGUAGE_FAMILIES[config.model_type]
     family = Family(known.architecture, OLDER, unread=UNREAD) if older else replace(

@@ -37,6 +37,9 @@ from model.pretrained.public_config import (
 from model.vision import VisionTransformer
 from model.vlm import VLM, build_model
 
+# What the commands call the place of each tower.
+FLAGS = {"language": "language_model", "vision": "vision_tower"}
+
 
 def load_language(name, dtype: torch.dtype | None = torch.float32) -> LanguageModel:
     """A public decoder from a directory or from the hub, in dtype.
@@ -174,7 +177,7 @@ def find_base(directory: Path, part: str, reference: dict, moved: str | None) ->
         raise FileNotFoundError(
             f"{refers_to(directory, part, reference)}, and {str(name)!r} was found neither here, "
             f"nor in {ROOT}, nor on the hub ({error}). Put the directory back, or say where it is "
-            f"now with --{part} DIR.") from error
+            f"now with --{FLAGS[part]} DIR.") from error
 
 
 def check_base(base: Path, directory: Path, part: str, reference: dict) -> None:
@@ -186,7 +189,7 @@ def check_base(base: Path, directory: Path, part: str, reference: dict) -> None:
                 f"{refers_to(directory, part, reference)}, but {base / file} differs from the file "
                 f"it was trained with: sha256 {str(hashes.get(file))[:16]}..., expected "
                 f"{expected[:16]}.... Get the same release of {reference['name']}, or give "
-                f"another place with --{part} DIR.")
+                f"another place with --{FLAGS[part]} DIR.")
 
 
 def refers_to(directory: Path, part: str, reference: dict) -> str:
