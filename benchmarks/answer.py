@@ -20,7 +20,7 @@ ratios on a machine that has other work as well. Without it the seconds are a cl
 
 Further: 16 questions of unequal length in one batch, about 16 pictures or about one, against one by
 one; from the start of a process to the first token of an answer, against transformers; how many
-greedy tokens of an answer change in fewer bits does not depend on time, and is told by
+greedy tokens of an answer change in fewer bits does not depend on time, and is printed by
 `python eval.py --quantize`.
 """
 
@@ -226,8 +226,8 @@ def llama_cpp(place: Path, numbers: str, device: str):
         answer = server.handle_completions({
             "prompt": ids, "n_predict": tokens, "temperature": 0, "ignore_eos": True,
             "cache_prompt": False})
-        told = (answer if isinstance(answer, dict) else json.loads(answer))["timings"]
-        assert (told["prompt_n"], told["predicted_n"]) == (len(ids), tokens), told
+        timings = (answer if isinstance(answer, dict) else json.loads(answer))["timings"]
+        assert (timings["prompt_n"], timings["predicted_n"]) == (len(ids), tokens), timings
         return now() - began
 
     def ask() -> list[float]:

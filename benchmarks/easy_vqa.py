@@ -22,7 +22,7 @@ What takes thought with any data:
 - First eyes: the tower learns to tell shapes and colours by itself (easy_vqa_tower.py says why),
   and is frozen then, which makes a step of the others a third shorter. Then what is there, then all
   that can be asked of it. Three quarters of the questions want yes or no, and can be half answered
-  without looking; a model that learned from all of them at once told every colour after 31,000
+  without looking; a model that learned from all of them at once named every colour after 31,000
   rows, and called every shape a circle. So the tower and stage one are given the questions that
   name a colour or a shape, and stage two all of them.
 - The projector is the only part that starts from noise, so it learns ten times as fast as

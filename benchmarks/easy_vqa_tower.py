@@ -51,7 +51,7 @@ def write_processor(directory: Path) -> None:
 
 
 def train(rows: list[tuple[str, str, str]], images: Path, out: Path, seed: int) -> float:
-    """Train on each row once and write OUT; return the share told rightly in the last tenth."""
+    """Train on each row once and write OUT; return the accuracy over the last tenth."""
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     write_processor(out)
@@ -63,7 +63,7 @@ def train(rows: list[tuple[str, str, str]], images: Path, out: Path, seed: int) 
     optimizer = torch.optim.AdamW([{"params": trained, "peak": LEARNING_RATE}], weight_decay=0.01)
 
     rows = random.Random(seed).sample(rows, len(rows))
-    steps, told = -(-len(rows) // BATCH_SIZE), []
+    steps, correct = -(-len(rows) // BATCH_SIZE), []
     for step in (bar := tqdm(range(steps), mininterval=5)):
         batch = rows[step * BATCH_SIZE:(step + 1) * BATCH_SIZE]
         pixels = torch.stack([processor(Image.open(images / name)) for name, _, _ in batch])
@@ -77,10 +77,10 @@ def train(rows: list[tuple[str, str, str]], images: Path, out: Path, seed: int) 
         set_learning_rate(optimizer, cosine(step + 1, steps, WARMUP))
         optimizer.step()
         optimizer.zero_grad()
-        told += (logits.argmax(-1) == truth).tolist()
+        correct += (logits.argmax(-1) == truth).tolist()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     save_vision(tower.cpu(), out)
-    last = told[-max(1, len(told) // 10):]
+    last = correct[-max(1, len(correct) // 10):]
     return sum(last) / len(last)
 
 
@@ -93,7 +93,7 @@ def main(arguments=None) -> None:
     add("--seed", type=int, default=0)
     flags = parser.parse_args(arguments)
     share = train(read_rows(flags.data), flags.image_folder, flags.out, flags.seed)
-    print(f"of the last tenth, each seen for the first time, {share:.1%} were told rightly; "
+    print(f"of the last tenth, each seen for the first time, {share:.1%} were right; "
           f"the tower: {flags.out}")
 
 

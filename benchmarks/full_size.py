@@ -107,12 +107,12 @@ def one_step(preset: str, stage: str, flags: list[str], batch_size: int) -> str:
                     "--max_length", "4096", "--num_workers", "0", *flags])
         finally:
             script.load_or_build, train_pretrain.save = keep_load, keep_save
-        told = json.loads(Path(f"{temporary}/out/metrics.jsonl").read_text().splitlines()[0])
+        step = json.loads(Path(f"{temporary}/out/metrics.jsonl").read_text().splitlines()[0])
     model, template = seen["parts"].model, seen["parts"].template
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     words = sum(STAGES[stage]) + template.image_tokens
     return (f"| `{preset}` | {stage} | {trained:,} | {batch_size} x {words} | "
-            f"{flags[flags.index('--dtype') + 1]} | {told['seconds']:.1f} | "
+            f"{flags[flags.index('--dtype') + 1]} | {step['seconds']:.1f} | "
             f"{peak_bytes() / 1e9:.1f} GB |")
 
 

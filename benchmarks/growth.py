@@ -44,12 +44,12 @@ def measure(work: Work, sides: dict[str, Side], steps: int,
     with tempfile.TemporaryDirectory() as directory:
         write_weights(work, Path(directory))
         began = {name: side.begin(work, directory, "fp32") for name, side in sides.items()}
-        told = {name: [] for name in sides}
+        measured = {name: [] for name in sides}
         for _ in range(steps + 1):  # the first one warms up
             for name, side in sides.items():
-                told[name].append(side.step(0))
+                measured[name].append(side.step(0))
         return {name: (median(step[clock] for step in steps[1:]),
-                       (steps[-1]["peak"] - began[name]) / 1e6) for name, steps in told.items()}
+                       (steps[-1]["peak"] - began[name]) / 1e6) for name, steps in measured.items()}
 
 
 def draw(found: dict, out: Path) -> None:
@@ -64,7 +64,7 @@ def draw(found: dict, out: Path) -> None:
             panel = axes[row][column]
             for side, colour in (("theirs", "tab:orange"), ("ours", "tab:blue")):
                 panel.plot([value for value, _ in points],
-                           [told[side][row] for _, told in points], "o-", color=colour,
+                           [measured[side][row] for _, measured in points], "o-", color=colour,
                            markersize=4, label={"theirs": "transformers", "ours": "ours"}[side])
             panel.set_ylim(bottom=0)
             panel.set_xlim(left=0)
@@ -81,8 +81,8 @@ def table(found: dict) -> str:
     lines = ["| varied | value | ours: s, MB | transformers: s, MB | faster | memory |",
              "| --- " * 6 + "|"]
     for axis, points in found.items():
-        for value, told in points:
-            (own, mine), (other, peak) = told["ours"], told["theirs"]
+        for value, measured in points:
+            (own, mine), (other, peak) = measured["ours"], measured["theirs"]
             lines.append(f"| {axis} | {value:,} | {own:.2f}, {mine:.0f} | {other:.2f}, {peak:.0f} "
                          f"| {other / own:.2f} | {mine / peak:.2f} |")
     return "\n".join(lines)
@@ -108,9 +108,9 @@ def main(arguments=None) -> None:
     for axis in flags.axes:
         found[axis] = []
         for value in POINTS[axis]:
-            told = measure(work_at(axis, value), sides, flags.steps, flags.clock)
-            found[axis].append((value, told))
-            print(json.dumps({axis: value, **told}), flush=True)
+            measured = measure(work_at(axis, value), sides, flags.steps, flags.clock)
+            found[axis].append((value, measured))
+            print(json.dumps({axis: value, **measured}), flush=True)
     for side in sides.values():
         side.end()
     print(table(found))

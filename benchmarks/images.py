@@ -141,10 +141,11 @@ def main(arguments=None) -> None:
                         help="measure the difference of --approximate_resize "
                         "on these (default: on the made-up one)")
     flags = parser.parse_args(arguments)
-    told = measure(flags.pictures)
+    speeds = measure(flags.pictures)
     print("JPEG 640 x 480 -> 224 x 224, normalised, pictures a second on one core:")
-    for name, speed in told.items():
-        beside = f", {speed / told['transformers']:.2f} x transformers" * ("transformers" in told)
+    for name, speed in speeds.items():
+        public = speeds.get("transformers")
+        beside = f", {speed / public:.2f} x transformers" if public else ""
         print(f"{name:<14}{speed:>6,.0f}{beside}")
     files = [*Path(flags.photos).iterdir()] if flags.photos else [photo()]
     mean, largest = steps_apart(files)
@@ -157,7 +158,7 @@ def main(arguments=None) -> None:
         for stage in ("pretrain", "sft"):
             needed = flags.gpu / operations(name, stage)
             print(f"{name:<20}{stage:<10}{operations(name, stage):>12.2e}{needed:>12,.0f}"
-                  f"{math.ceil(needed / told['exact']):>9,}")
+                  f"{math.ceil(needed / speeds['exact']):>9,}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     Work -> random weights in the published shapes -> ours.safetensors; a LLaVA for transformers
     Work -> batches, ids labels pixels             -> our Batch;        its dictionary of tensors
-    Side(...) -> a process of its own, that makes a step when it is told to
+    Side(...) -> a process of its own, that makes a step when it is asked to
 
 Each side is written as its own documentation would have it. Ours is the training loop's: backward,
 clipping, AdamW from training/. Theirs is LlavaForConditionalGeneration with its default attention,
@@ -244,14 +244,14 @@ def serve(side: str, threads: int) -> None:
     torch.set_num_threads(threads)
     step = None
     for line in sys.stdin:
-        told = json.loads(line)
-        if "work" in told:
+        message = json.loads(line)
+        if "work" in message:
             step = None  # let the last model go, and its memory
             gc.collect()
             with suppress(OSError, AttributeError):  # Linux's C library
                 ctypes.CDLL("libc.so.6").malloc_trim(0)
-            work, directory = Work(**told["work"]), Path(told["directory"])
-            numbers = told["numbers"]
+            work, directory = Work(**message["work"]), Path(message["directory"])
+            numbers = message["numbers"]
             if side == "theirs":
                 step = theirs(work, directory, numbers, device)
             else:
@@ -259,15 +259,15 @@ def serve(side: str, threads: int) -> None:
             peak_bytes(reset=True)
             print(json.dumps(peak_bytes()), flush=True)
             continue
-        counter = count_products() if told["count"] else nullcontext()
+        counter = count_products() if message["count"] else nullcontext()
         began, busy = time.perf_counter(), time.process_time()
         with counter:
-            loss = step(told["step"])
+            loss = step(message["step"])
         if device.type == "cuda":
             torch.cuda.synchronize()
         answer = {"seconds": time.perf_counter() - began, "loss": loss,
                   "busy": time.process_time() - busy, "peak": peak_bytes()}
-        if told["count"]:
+        if message["count"]:
             answer |= {"flops": counter.get_total_flops(),
                        "rate": product_rate(NUMBERS[numbers], device)}
         print(json.dumps(answer), flush=True)
@@ -313,15 +313,15 @@ def race(sides: list[tuple[str, Work]], numbers: str, rounds: int, threads: int)
     with tempfile.TemporaryDirectory() as directory:
         write_weights(sides[0][1], Path(directory))
         running = [(Side(side, threads), work) for side, work in sides]
-        told = [{"seconds": [], "busy": []} for _ in running]
-        for (side, _), (process, work), one in zip(sides, running, told):
+        results = [{"seconds": [], "busy": []} for _ in running]
+        for (side, _), (process, work), one in zip(sides, running, results):
             process.begin(work, directory, numbers)
             if side == "cached":  # the first epoch: features are computed, and kept on disk
                 one["loss"] = process.step(0)["loss"]
                 for number in range(1, len(work.batches)):
                     process.step(number)
         for turn in range(-1, rounds):
-            for (process, work), one in zip(running, told):
+            for (process, work), one in zip(running, results):
                 steps = [process.step(number, turn < 0) for number in range(len(work.batches))]
                 one.setdefault("loss", steps[0]["loss"])
                 one["peak"] = steps[-1]["peak"]
@@ -333,7 +333,7 @@ def race(sides: list[tuple[str, Work]], numbers: str, rounds: int, threads: int)
                         one[name].append(sum(step[name] for step in steps))
         for process, _ in running:
             process.end()
-    return told
+    return results
 
 
 if __name__ == "__main__":

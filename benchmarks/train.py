@@ -51,10 +51,10 @@ def length_mix(rows: int, batch_size: int) -> tuple[Work, Work]:
                  for order in (sorted(lengths), lengths))
 
 
-def rows_of(name: str, numbers: str, told: dict[str, dict], works: dict[str, Work]) -> list[str]:
+def rows_of(name: str, numbers: str, by_side: dict[str, dict], works: dict[str, Work]) -> list[str]:
     """Markdown rows of one work; ratios to "theirs". Busy seconds where threads is 1: see main."""
-    theirs, lines, rate = told["theirs"], [], max(one["rate"] for one in told.values())
-    for side, one in told.items():
+    theirs, lines, rate = by_side["theirs"], [], max(one["rate"] for one in by_side.values())
+    for side, one in by_side.items():
         useful = sum(map(sum, works[side].batches))
         seconds, peak = one["clock"], one["peak"]
         lines.append(
@@ -75,10 +75,10 @@ def measure(name: str, numbers: str, flags) -> list[str]:
                                                   for rows in WORKS[name].batches))
         works = dict.fromkeys(("theirs", "ours", "cached"), work)
     found = race([*works.items()], numbers, 1 if name == "mix" else flags.rounds, flags.threads)
-    told = dict(zip(works, found))
-    for one in told.values():
+    by_side = dict(zip(works, found))
+    for one in by_side.values():
         one["clock"] = one[flags.clock]
-    return rows_of(name, numbers, told, works)
+    return rows_of(name, numbers, by_side, works)
 
 
 def about(flags) -> str:
