@@ -14,7 +14,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny import ROOT, environment, make_runs
+from test_scoring import elsewhere as elsewhere  # fixtures
+from test_scoring import world as world
+from tiny import ROOT, environment
 
 import eval as script
 import evaluation.score as score
@@ -22,16 +24,6 @@ from evaluation import results_cache
 from evaluation.results_cache import ResultsCache, locked
 from evaluation.run import result_name
 from training.writable import free_name
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_runs(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # results go to out/scores/... from here
 
 
 @pytest.fixture
