@@ -19,7 +19,7 @@ from dataset.families import CHAT_FAMILIES
 from model.pretrained.checkpoint import find_model
 from training.inference import Conversation, add_model_flags, exit_on_error, load_model
 from training.terminal import HELP, command, prepare_editing, printable, read_turn
-from training.writable import check_directory, check_picture
+from training.writable import check_directory, check_image
 
 
 def main(arguments=None) -> None:
@@ -29,7 +29,7 @@ def main(arguments=None) -> None:
         if flags.data:
             check_directory("--report", "out/scores" if flags.report is None else flags.report)
         if flags.attention is not None:
-            check_picture("--attention", flags.attention)
+            check_image("--attention", flags.attention)
 
         # 1. Load the weights, the chat template and the image processor: all lie in the checkpoint.
         name = flags.model

@@ -10,7 +10,7 @@
 
 The question is one picture (196 tokens; DINOv2's 256) and 32 tokens of text, and 64 tokens are
 answered, greedily, whatever they say. Time counts from the ready pixels to the last token;
-llama.cpp gets the same number of tokens without a picture. "while decoding" is what follows the
+llama.cpp gets the same number of tokens without an image. "while decoding" is what follows the
 first token. The share of read bandwidth takes the bytes of the language model's matrices (of the
 table only what the head reads, once) for each token, and a sum over 256 MB, measured in the same
 rounds.

@@ -28,7 +28,7 @@ What takes thought with any data:
 - The projector is the only part that starts from noise, so it learns ten times as fast as
   the language model (--projector_learning_rate).
 - 4,000 pictures are few, and 3,579 of them have a ground of their own: who knows the pale colour
-  by heart needs no look at the shape. So each row has a picture of its own, its shape drawn anew on
+  by heart needs no look at the shape. So each row has an image of its own, its shape drawn anew on
   the ground of another training picture, mirrored or not and at another place. That changes no
   answer. In size it stays as it is, for a small circle made smaller is no circle any more.
 
@@ -99,7 +99,7 @@ def write_training(asked: dict, source: Path, out: Path, seed: int) -> int:
     """Write train.jsonl, naming.jsonl and looks.jsonl into OUT; return the number of train.jsonl's.
 
     train.jsonl has a row for each question, naming.jsonl those of them that ask for a colour or a
-    shape, once more, and looks.jsonl the same LOOKS times. Each row has a picture of its own, drawn
+    shape, once more, and looks.jsonl the same LOOKS times. Each row has an image of its own, drawn
     anew; only the first about a picture is as it is.
     """
     dice, rows = random.Random(seed), {"train": [], "naming": [], "looks": []}

@@ -61,7 +61,7 @@ class ImageProcessor:
         file = Path(path) / "preprocessor_config.json"
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing; it says how the vision tower wants its "
-                                    "pictures, and is published beside its weights")
+                                    "images, and is published beside its weights")
         try:
             return cls.from_public(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, RecursionError) as error:
@@ -87,7 +87,7 @@ class ImageProcessor:
         if self.resize is not None:
             height, width = fit_size(image, self.resize)
             if height * width > MOST_PIXELS:  # one pixel wide and very long
-                raise ValueError(f"a picture of {image.width} x {image.height} would be resized to "
+                raise ValueError(f"an image of {image.width} x {image.height} would be resized to "
                                  f"{width} x {height}, more than {MOST_PIXELS:,} pixels")
             pixels = self.resized(image, height, width)
         else:

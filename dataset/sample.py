@@ -128,7 +128,7 @@ def to_sample(record: dict, images_dir: Path, where: str, index: int = 0,
                                f"{LONGEST_TEXT:,}, is it a whole book?")
     refuse_blind(record, (*keys, image_key(record), *TAGS), turns, messages, images, where)
     if read is read_captions and not images:
-        raise BadSample(where, "a caption without a picture; expected the name or the bytes of its "
+        raise BadSample(where, "a caption without an image; expected the name or the bytes of its "
                                "file under 'image'")
     if any(message.role == "assistant" and not message.content.strip() for message in messages):
         raise BadSample(where, "an answer is empty: it would teach to say nothing")
@@ -136,12 +136,12 @@ def to_sample(record: dict, images_dir: Path, where: str, index: int = 0,
     if images and not markers:  # some data sets leave the marker out: the image comes first
         first = next((i for i, message in enumerate(messages) if message.role == "user"), None)
         if first is None:
-            raise BadSample(where, "a picture, but no user turn that could show it")
+            raise BadSample(where, "an image, but no user turn that could show it")
         messages[first] = Message("user", f"{IMAGE}\n" * len(images) + messages[first].content)
         markers = len(images)
     if markers != len(images):
-        raise BadSample(where, f"{markers} {IMAGE} markers for {len(images)} pictures; "
-                               "each picture needs its own")
+        raise BadSample(where, f"{markers} {IMAGE} markers for {len(images)} images; "
+                               "each image needs its own")
     # Other data may use these names for something else: a list cannot name a group of scores.
     tags = {name: record[name] for name in TAGS
             if isinstance(record.get(name), str) and record[name].isprintable()}

@@ -132,8 +132,8 @@ def conditions(flags, runs: list[Path], checkpoint, predictor: Predictor, questi
     files = model_files(flags, checkpoint)
     yield "sft", predictor, questions, files
     if any(q.images for q in questions):
-        yield "no_picture", predictor, without_images(questions), files
-        yield "wrong_picture", predictor, with_shuffled_images(questions), files
+        yield "no_image", predictor, without_images(questions), files
+        yield "shuffled_images", predictor, with_shuffled_images(questions), files
 
 
 # ---------------------------------------------------------------- where the scores lie

@@ -19,9 +19,9 @@ from evaluation.metrics import METRICS, fall, figures, intervals
 from evaluation.score import Prediction
 
 CONDITIONS = {"before": "before training: a random projector", "pretrain": "after stage one",
-              "sft": "this model", "no_picture": "this model, image withheld",
-              "wrong_picture": "this model, image of another sample"}
-CONTROLS = {"no_picture": "is withheld", "wrong_picture": "is another one"}
+              "sft": "this model", "no_image": "this model, image withheld",
+              "shuffled_images": "this model, image of another sample"}
+CONTROLS = {"no_image": "is withheld", "shuffled_images": "is another one"}
 
 
 def accuracy(predictions: list[Prediction]) -> float:
@@ -116,7 +116,7 @@ def write_predictions(predictions: dict[str, list], path: Path) -> None:
     with open(path, "w", encoding="utf-8") as file:
         for p in predictions["sft"]:
             q = p.question
-            line = {"where": q.where, **q.tags, "picture": [image_name(q, i) for i in q.images],
+            line = {"where": q.where, **q.tags, "image": [image_name(q, i) for i in q.images],
                     "question": q.messages[-1].content.replace(IMAGE, "").strip(),
                     "truth": list(q.truths) if len(q.truths) > 1 else q.truth,
                     "answer": p.answer, "score": p.points, "right": p.correct}

@@ -104,7 +104,7 @@ def heading(run: RunRecord, name: str, colour: str) -> str:
                  + text(mean_loss(run.metrics[-20:]))]
     for last in [e for e in run.evaluations if e["eval_loss"] is not None][-1:]:
         facts += [f"held-out loss {text(last['eval_loss'])}",
-                  f"with wrong images {text(last['eval_loss_wrong_picture'])}"]
+                  f"with wrong images {text(last['eval_loss_shuffled_images'])}"]
     return (f'<h1><b style="color: {colour}">&#9632;</b> {text(name)}</h1>'
             f"<p>{text(', '.join(facts))}</p>")
 
@@ -142,7 +142,7 @@ def curves(runs: list[RunRecord]) -> str:
         for run, colour in zip(runs, COLOURS * len(runs)):
             if name == "held-out loss":
                 draw(axes, run.evaluations, "eval_loss", "-o", c=colour, label="own images")
-                draw(axes, run.evaluations, "eval_loss_wrong_picture", ":x", c=colour,
+                draw(axes, run.evaluations, "eval_loss_shuffled_images", ":x", c=colour,
                      label="wrong images")
                 continue
             if alone:  # the single steps, behind their mean
@@ -209,7 +209,7 @@ def answers(runs: list[RunRecord], names: list[str]) -> str:
 
 def held_out_image(run: RunRecord, about: dict) -> str:
     """The small image that a training keeps of a question: no file outside OUT/held_out."""
-    file = run.out / "held_out" / Path(str(about.get("picture"))).name
+    file = run.out / "held_out" / Path(str(about.get("image"))).name
     return image(file.read_bytes(), "jpeg") if file.is_file() else f"<p>{text(about['where'])}</p>"
 
 

@@ -59,7 +59,7 @@ class Answers:
             texts = self.generate(model, settings, ranks) if self.questions else []
         except Exception as error:  # no memory, no disk: the training has them, and goes on
             return {"problem": f"{type(error).__name__}: {error}".strip(), "answers": []}
-        return {"answers": [{"where": question.where, "picture": question.image, "question":
+        return {"answers": [{"where": question.where, "image": question.image, "question":
                              question.text, "truth": question.truth, "answer": text}
                             for question, text in zip(self.questions, texts)]}
 

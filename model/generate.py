@@ -98,7 +98,7 @@ def language_model_of(model) -> LanguageModel:
 def embed(model, ids, pixels):
     """ids (B,T), pixels (N,3,H,W) or None -> (B,T,D)"""
     if pixels is not None and isinstance(model, LanguageModel):
-        raise ValueError("this is a language model alone: it takes no pictures")
+        raise ValueError("this is a language model alone: it takes no images")
     return model.embed(ids) if pixels is None else model.embed(ids, pixels)
 
 

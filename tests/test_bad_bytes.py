@@ -114,7 +114,7 @@ def test_pictures(format, count):
                     other += 1
                     assert processor(image).shape == (3, 224, 224)
             except OSError as error:
-                assert "cannot read a picture of" in str(error)
+                assert "cannot read an image of" in str(error)
                 refused += 1
             except ValueError as error:
                 assert "would be resized to" in str(error)

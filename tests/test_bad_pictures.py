@@ -155,7 +155,7 @@ REFUSED = [  # name, file, what the message says
     ("empty", b"", UNKNOWN),
     ("one byte", b"\x89", UNKNOWN),
     ("zeros", bytes(1000), UNKNOWN),
-    ("words", b"no picture at all", UNKNOWN),
+    ("words", b"no image at all", UNKNOWN),
     ("a web page", b"<!DOCTYPE html><html>404 Not Found</html>", UNKNOWN),
     ("JSON", b'{"error": "rate limit"}', UNKNOWN),
     ("a git-lfs pointer", b"version https://git-lfs.github.com/spec/v1\n", UNKNOWN),
@@ -194,7 +194,7 @@ def test_what_is_no_picture_is_refused_in_one_sentence(tmp_path, monkeypatch, na
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "picture.png"
     path.write_bytes(data)
-    for source, called in ((data, f"a picture of {len(data)} bytes"), (path, str(path))):
+    for source, called in ((data, f"an image of {len(data)} bytes"), (path, str(path))):
         with watched() as seen, pytest.raises(OSError) as caught:
             load_image(source)
         caught.match(f"cannot read .*({words})")

@@ -151,7 +151,7 @@ def broken():
     samples[40] = Sample((Message("user", "word " * 300), Message("assistant", "x")), (), "data:40")
     samples[41] = sample(41, 1, [picture(1)] * 150)  # more image tokens than fit
     samples[9] = sample(9, 3, [picture(9)[:-40]])  # truncated
-    samples[10] = sample(10, 3, [picture(9), b"no picture"])
+    samples[10] = sample(10, 3, [picture(9), b"no image"])
     samples[12] = sample(12, 3, ["nowhere.png"])
     return samples
 

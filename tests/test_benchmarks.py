@@ -93,7 +93,7 @@ def easy_vqa(directory):
     (directory / "answers.txt").write_text("\n".join(["circle", "red", "yes", "no", "blue"]))
     return write_json(directory / "test" / "questions.json", [
         ["what color is the shape?", "red", 0], ["is there a circle?", "no", 2],
-        ["what color is it?", "mauve", 1], ["no picture?", "yes", 77]])
+        ["what color is it?", "mauve", 1], ["no image?", "yes", 77]])
 
 
 def opened(files, images=None, **more):
@@ -266,7 +266,7 @@ def test_broken_lines_are_told_and_the_others_read(tmp_path):
     {"question": "?", "choices": ["a", "b"], "answer": None},
     {"question": ["?"], "answer": "yes"}, {"question": " ", "answer": "yes"},
     {"caption": []}, {"caption": ["", "x"]}, {"caption": "text", "image": 5},
-    {"caption": "no picture"}])
+    {"caption": "no image"}])
 def test_records_that_cannot_be_questions(tmp_path, record):
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps(record) + "\n")

@@ -65,7 +65,7 @@ def test_each_fault_is_counted_and_named_with_its_line(run, folder):
                  "1 images that are not there", "1 images that cannot be opened",
                  "2 conversations that training refuses",
                  "cut 1 lose their end at --max_length 60, 2 are refused",
-                 f"{folder / 'd.jsonl'}:2: not JSON", f":3: no picture {folder / 'gone.png'}",
+                 f"{folder / 'd.jsonl'}:2: not JSON", f":3: no image {folder / 'gone.png'}",
                  f":4: cannot read {folder / 'cut.png'}", ":5: no supervised token",
                  ":6: no supervised token within max_length 60",
                  "NOT READY: 62.5% unusable, more than 1%"):
@@ -114,7 +114,7 @@ def test_more_than_one_percent_fails(run):
 
 def test_the_first_dozen_is_listed_and_the_rest_counted(run):
     _, out, _ = run([row(image=f"gone{i}.png") for i in range(30)])
-    assert out.count("no picture") == 12 and "... and 18 more" in out
+    assert out.count("no image") == 12 and "... and 18 more" in out
     assert "gone11.png" in out and "gone12.png" not in out
     assert "most images are missing, is --image_folder right?" in out
 

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def batch(rows=3, answers=9):
-    """ids, labels (rows, 21 tokens), pixels: a picture of 9 tokens each, the rest text."""
+    """ids, labels (rows, 21 tokens), pixels: an image of 9 tokens each, the rest text."""
     torch.manual_seed(1)
     ids = torch.randint(0, 60, (rows, 21))
     ids[:, 2:11] = 60

@@ -19,7 +19,7 @@ def test_demo_in_a_handful_of_steps(tmp_path, capsys):
     script.main(["--model", sft, "--data", "emoji", "--limit", "28", "--report", str(tmp_path)])
     out = capsys.readouterr().out
     scores = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
-    assert list(scores) == ["before", "pretrain", "sft", "no_picture", "wrong_picture", "by_kind",
+    assert list(scores) == ["before", "pretrain", "sft", "no_image", "shuffled_images", "by_kind",
                             "by_language", "details"]
     assert set(scores["by_language"]) == {"en", "zh"} and len(scores["by_kind"]) >= 5
     for name in scores["by_kind"]:

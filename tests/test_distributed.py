@@ -1,4 +1,4 @@
-"""Claims: two processes equal one, also when one of them has no picture; bare torchrun works."""
+"""Claims: two processes equal one, also when one of them has no image; bare torchrun works."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def two(world, tmp_path_factory):
 
 @pytest.mark.parametrize("number", range(len(TRAINED)))
 def test_gradients_of_two_processes_equal_one(world, two, number):
-    """Three micro-batches; some of a rank's batches have no picture at all."""
+    """Three micro-batches; some of a rank's batches have no image at all."""
     told = torch.load(two / f"gradients_{number}.pt", weights_only=True)
     with start_distributed() as ranks:
         alone, images = gradients(ranks, [*world, *TRAINED[number]])

@@ -130,7 +130,7 @@ def test_the_cache_changes_nothing(world, tmp_path, monkeypatch, capsys, dtype):
     evaluated = [json.loads(line) for out in ("second", "plain_second") for line in
                  (tmp_path / out / "evaluations.jsonl").read_text().splitlines()]
     for one, other in zip(evaluated[:2], evaluated[2:], strict=True):
-        assert one["eval_loss_wrong_picture"] == pytest.approx(other["eval_loss_wrong_picture"])
+        assert one["eval_loss_shuffled_images"] == pytest.approx(other["eval_loss_shuffled_images"])
         assert one["eval_loss"] == pytest.approx(other["eval_loss"])
 
 

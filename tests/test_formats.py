@@ -155,11 +155,11 @@ BROKEN = {
     "no content": ({"conversations": [{"role": "user"}]}, "not text"),
     "half a character": ('{"conversations": [{"role": "user", "content": "\\ud83d"}]}', "utf-8"),
     "missing picture": ({**MINIMIND, "image": "nowhere.png"}, "nowhere.png"),
-    "long name": ({**MINIMIND, "image": "n" * 5000}, "no picture"),
-    "zero byte": ({**MINIMIND, "image": "a\0b"}, "no picture"),
-    "too few pictures": (MINIMIND, "1 <image> markers for 0 pictures"),
+    "long name": ({**MINIMIND, "image": "n" * 5000}, "no image"),
+    "zero byte": ({**MINIMIND, "image": "a\0b"}, "no image"),
+    "too few pictures": (MINIMIND, "1 <image> markers for 0 images"),
     "too many pictures": ({**MINIMIND, "image": "a.png,b.png"}, "1 <image> markers for 2"),
-    "image is a number": ({**MINIMIND, "image": 7}, "'image' is '7', not a picture"),
+    "image is a number": ({**MINIMIND, "image": 7}, "'image' is '7', not an image"),
     "a broken line": ('{"conversations": [}', "not JSON: .* at character 20 of the record"),
     "nested without end": ("{" + '"a":[' * 100_000, "not JSON"),
     "prompt alone is a number": ({"prompt": 7, "completion": "x"}, "prompt and completion"),
@@ -167,7 +167,7 @@ BROKEN = {
     "a pair without its half": ({"texts": [{"user": "u"}]}, "assistant turn is None, not text"),
     "caption is a number": ({"caption": 7, "image": "a.png"}, "'caption' is '7'"),
     "no caption": ({"caption": ["", " "], "image_id": "a.png"}, "'caption' holds no text"),
-    "caption of nothing": ({"caption": ["x"], "image_id": "gone.jpg"}, "no picture .*gone.jpg"),
+    "caption of nothing": ({"caption": ["x"], "image_id": "gone.jpg"}, "no image .*gone.jpg"),
     "no user": ({"conversations": [{"from": "gpt", "value": "x"}], "image": "a.png"}, "no user"),
 }
 
@@ -203,7 +203,7 @@ def test_broken_rows_of_a_parquet_file_are_named(folder):
         folder / "data", [MINIMIND, "{oops", MINIMIND, MINIMIND, MINIMIND],
         image_bytes=[[picture()], [picture()], [None], [b""], [picture()]]))
     assert data[4].messages == MESSAGES and data[0].messages == MESSAGES
-    for row, reason in ((1, "cannot read"), (2, "not a picture"), (3, "not a picture")):
+    for row, reason in ((1, "cannot read"), (2, "not an image"), (3, "not an image")):
         with pytest.raises(BadSample, match=reason) as caught:
             data[row]
         assert caught.value.where == f"{folder / 'data'}:{row + 1}"
@@ -349,7 +349,7 @@ def test_cauldron_and_finevision(folder):
     data = open_data(write_columns(folder / "y", images=[None, [{"bytes": None, "path": "a.png"}]],
                                    texts=texts[::-1]))
     assert data[0].images == () and data[1].images == (folder / "a.png",)
-    with pytest.raises(BadSample, match=r"y:1: 'images' is 'None', not a picture"):
+    with pytest.raises(BadSample, match=r"y:1: 'images' is 'None', not an image"):
         open_data(write_columns(folder / "y", texts=texts[:1],
                                 images=[[{"bytes": None, "path": None}]]))[0]
 
@@ -418,7 +418,7 @@ def test_coco_mistakes_are_named(folder):
     path = folder / "x.json"
     with pytest.raises(BadSample, match="x.json:1: image_id -90 is none of the file's 3 images"):
         open_data(write_coco(path, [(100, "x")]))[0]
-    with pytest.raises(MissingImage, match="no picture .*gone.jpg"):
+    with pytest.raises(MissingImage, match="no image .*gone.jpg"):
         open_data(write_coco(path, [(0, "x")], [{"id": 10, "file_name": "gone.jpg"}]))[0]
     with pytest.raises(BadSample, match="image 10 has no 'file_name'"):
         open_data(write_coco(path, [(0, "x")], [{"id": 10}]))[0]

@@ -291,7 +291,7 @@ def test_ends_at_the_last_trained_position():
 
 
 def test_a_language_model_takes_no_pictures(language):
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         list(generate(language, [1], torch.zeros(1, 3, 16, 16)))
 
 

@@ -71,7 +71,7 @@ def test_measuring_changes_no_bit_of_the_training(world, unseen, tmp_path, monke
     assert list(metrics(tmp_path / "on")[0]) == list(metrics(tmp_path / "off")[0])
     told = evaluations(tmp_path / "on")
     assert [line["step"] for line in told] == [1, 2, 3, 4, 5, 6]
-    assert list(told[0])[:3] == ["step", "eval_loss", "eval_loss_wrong_picture"]
+    assert list(told[0])[:3] == ["step", "eval_loss", "eval_loss_shuffled_images"]
     assert [line["samples"] for line in told] == [10] * 6
 
 
@@ -87,13 +87,13 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens(world, unseen, tmp_path
                 parts.model, settings, ranks)
     assert parts.model.training, "training goes on with dropout"
     for name, samples in (("eval_loss", held_out),
-                          ("eval_loss_wrong_picture", ShuffledImages(held_out))):
+                          ("eval_loss_shuffled_images", ShuffledImages(held_out))):
         total = count = 0
         for batch, _ in Batches(samples, parts.template, parts.processor, 1, 128, 0).epoch(0):
             loss, tokens = parts.model(batch.ids, batch.labels, batch.pixels, batch.order)
             total, count = total + loss.item(), count + tokens.item()
         assert told[name] == pytest.approx(total / count, abs=1e-5), name
-    assert told["eval_loss"] != told["eval_loss_wrong_picture"]
+    assert told["eval_loss"] != told["eval_loss_shuffled_images"]
 
 
 def test_wrong_pictures_are_other_pictures_and_text_stays(world, unseen):
@@ -112,7 +112,7 @@ def test_a_model_that_has_learned_to_look_loses_with_wrong_pictures(world, unsee
                     "--out", str(tmp_path)])
     told = evaluations(tmp_path)
     print(told)
-    assert told[-1]["eval_loss_wrong_picture"] > 2 * told[-1]["eval_loss"]
+    assert told[-1]["eval_loss_shuffled_images"] > 2 * told[-1]["eval_loss"]
     summary = json.loads((tmp_path / "summary.json").read_text())
     best = min(told, key=lambda line: line["eval_loss"])
     assert (summary["best_eval_loss"], summary["best_eval_step"]) == (
@@ -184,7 +184,7 @@ def test_emoji_measures_scenes_that_nobody_trains_on(tmp_path):
                          "1",
                          "--eval_samples", "4", "--out", str(tmp_path)])
     told, = evaluations(tmp_path)
-    assert told["samples"] == 4 and told["eval_loss_wrong_picture"] > 0
+    assert told["samples"] == 4 and told["eval_loss_shuffled_images"] > 0
 
 
 def test_broken_samples_are_counted_and_none_at_all_is_no_number(world, tmp_path, capsys):
@@ -201,7 +201,7 @@ def test_broken_samples_are_counted_and_none_at_all_is_no_number(world, tmp_path
         assert (told["samples"], told["skipped"]) == expected
         assert (told["eval_loss"] is None) == (expected[0] == 0)
         text_only = content == [lines[0]]
-        assert (told["eval_loss_wrong_picture"] is None) == (text_only or expected[0] == 0)
+        assert (told["eval_loss_shuffled_images"] is None) == (text_only or expected[0] == 0)
     assert "held-out loss none" in capsys.readouterr().out
 
 

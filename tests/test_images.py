@@ -142,7 +142,7 @@ def test_truncated_files_raise_and_whole_ones_load(fmt, tmp_path):
 
 
 def test_a_missing_or_foreign_file_is_named(tmp_path):
-    (tmp_path / "notes.jpg").write_text("no picture at all")
+    (tmp_path / "notes.jpg").write_text("no image at all")
     for name in ("missing.jpg", "notes.jpg"):
         with pytest.raises(OSError, match=name):
             load_image(tmp_path / name)
@@ -174,7 +174,7 @@ def test_older_spellings_mean_the_same():
 @pytest.mark.parametrize("wrong", [
     {"image_processor_type": "Siglip2ImageProcessor"}, {},
     {**CLIP, "size": {"shortest_edge": 224, "longest_edge": 300}},
-    {**CLIP, "do_center_crop": False},  # pictures of unlike sizes
+    {**CLIP, "do_center_crop": False},  # images of unlike sizes
 ])
 def test_what_we_would_get_wrong_raises(wrong):
     with pytest.raises(ValueError, match="preprocessor_config.json"):

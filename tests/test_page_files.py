@@ -178,7 +178,7 @@ def no_calls_yet(server):
 
 @pytest.fixture
 def secret(tmp_path) -> str:
-    """The path of a picture of this machine that is no business of the page."""
+    """The path of an image of this machine that is no business of the page."""
     file = tmp_path / "private_scan.png"
     file.write_bytes(SECRET)
     return str(file)

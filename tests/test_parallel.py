@@ -28,8 +28,8 @@ TWO = ["--standalone", "--nproc_per_node", "2"]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """24 samples, 4 to a micro-batch, all 6 of these to a step. Every third has no picture, and the
-    pictures of four are missing: on 4 ranks some batches have no picture and some no row."""
+    """24 samples, 4 to a micro-batch, all 6 of these to a step. Every third has no image, and the
+    pictures of four are missing: on 4 ranks some batches have no image and some no row."""
     directory = tmp_path_factory.mktemp("world")
     flags = make_world(directory)
     lines = (directory / "data.jsonl").read_text().splitlines()

@@ -76,7 +76,7 @@ def test_the_summary_adds_up(world, tmp_path, monkeypatch, capsys):
     assert summary["samples_skipped"] == 8
     assert sorted(summary["skipped_why"].values()) == [2, 6]
     assert "6 x not JSON" in told and "8 of 48 samples skipped" in told
-    assert any("no picture FILE" in reason for reason in summary["skipped_why"])
+    assert any("no image FILE" in reason for reason in summary["skipped_why"])
     assert summary["tokens_supervised"] == sum(m["supervised_tokens"] for m in steps)
     assert 0 < summary["tokens_supervised"] < summary["tokens"] - summary["tokens_padding"]
     assert summary["tokens_useful_share"] == pytest.approx(
@@ -110,14 +110,14 @@ def test_an_earlier_runs_record_is_moved_aside(world, tmp_path):
 
 
 @pytest.mark.parametrize("one, other", [
-    ("no picture /a/b c/1.png; is the image directory right?",
-     "no picture /a/b d/22.png; is the image directory right?"),
+    ("no image /a/b c/1.png; is the image directory right?",
+     "no image /a/b d/22.png; is the image directory right?"),
     ("cannot read a.jpg: image file is truncated (12 bytes not processed)",
      "cannot read x/b.jpeg: image file is truncated (7 bytes not processed)"),
     ("expected an object, found '[1'", "expected an object, found 'null'"),
-    ("1 <image> markers for 2 pictures; each", "30 <image> markers for 1,000 pictures; each"),
+    ("1 <image> markers for 2 images; each", "30 <image> markers for 1,000 images; each"),
 ])
 def test_reasons_are_counted_without_names_and_numbers(one, other):
     assert kind_of(one) == kind_of(other)
     assert kind_of(one) != kind_of("not JSON: Extra data at character 3 of the record")
-    assert any(word in kind_of(one) for word in ("picture", "truncated", "object"))
+    assert any(word in kind_of(one) for word in ("image", "truncated", "object"))

@@ -104,7 +104,7 @@ def test_the_answers_are_those_that_the_checkpoint_gives(run, unseen):
         talk.show(Path(unseen[1]).parent / picture)
         assert asked["answer"] == "".join(talk.reply(asked["question"]))
         assert asked["question"] == "Which colour?" and "It is" in asked["truth"]
-        assert (run / asked["picture"]).is_file()
+        assert (run / asked["image"]).is_file()
 
 
 def test_a_killed_run_has_each_answer_once(world, unseen, tmp_path, monkeypatch, run):
@@ -131,7 +131,7 @@ def test_what_fails_while_asking_or_drawing_is_told_and_loses_nothing(
 
 
 def test_only_questions_with_a_usable_picture_are_asked(run, unseen, world, tmp_path):
-    """The first line has no picture; a broken one and one whose picture is lost are passed over."""
+    """The first line has no image; a broken one and one whose picture is lost are passed over."""
     lines = Path(unseen[1]).read_text().splitlines()
     lines = [lines[0], "{broken", lines[1].replace("green.png", "lost.png"), *lines[2:]]
     file = Path(unseen[1]).with_name("holes.jsonl")
@@ -156,7 +156,7 @@ def test_the_page_tells_what_happened_and_needs_nothing_else(run):
     assert not re.search(r"https?:|url\(|@import", content)
     assert "default-src 'none'" in content, "the browser would fetch nothing either"
     for words in ("finished", f"{last['eval_loss']:.4g}",
-                  f"{last['eval_loss_wrong_picture']:.4g}", f"{summary['tokens']:,}",
+                  f"{last['eval_loss_shuffled_images']:.4g}", f"{summary['tokens']:,}",
                   "learning_rate 0.01 (the preset: 0.002)", "Which colour?", "launches: 1: outcome",
                   answers(run)[-1]["answers"][0]["truth"]):
         assert words in shown.text, words
@@ -167,7 +167,7 @@ def test_text_from_data_is_no_markup(run, tmp_path):
     for name in ("run.json", "metrics.jsonl"):
         (tmp_path / name).write_bytes((run / name).read_bytes())
     evil = "<script>alert(1)</script><img src=//evil>"
-    line = {"step": 2, "answers": [{"where": "x", "picture": "../../secret.jpg", "question": evil,
+    line = {"step": 2, "answers": [{"where": "x", "image": "../../secret.jpg", "question": evil,
                                     "truth": evil, "answer": evil}]}
     (tmp_path / "answers.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(
         {"step": 4, "problem": evil, "answers": []}) + '\n{"step": 6, "ans')
@@ -302,7 +302,7 @@ def test_scores_of_two_checkpoints_stand_side_by_side(tmp_path):
     """Directories that eval.py has written: the same questions, first those answered otherwise."""
     for name, word in (("one", "red"), ("two", "blue")):
         (tmp_path / name).mkdir()
-        lines = [{"where": f"data.jsonl:{i}", "picture": ["/elsewhere/large.png"],
+        lines = [{"where": f"data.jsonl:{i}", "image": ["/elsewhere/large.png"],
                   "question": f"Question {i}?", "truth": "red", "right": word == "red",
                   "answer": word if i == 30 else "green"} for i in range(report.CARDS + 5)]
         (tmp_path / name / "answers.jsonl").write_text("\n".join(map(json.dumps, lines)))

@@ -140,7 +140,7 @@ def test_questions_about_one_picture_stand_together_and_read_it_once(parts, tmp_
         picture(file.stem).save(file)
     questions = [Question((Message("user", f"<image>\n{'long ' * (n % 4)}{n}?"),),
                                 (files[n % 3],), "t", f"f:{n}") for n in range(12)]
-    questions.append(Question((Message("user", "no picture? " * 9),), (), "t", "f:12"))
+    questions.append(Question((Message("user", "no image? " * 9),), (), "t", "f:12"))
     read, load = [], score.load_image
     monkeypatch.setattr(score, "load_image", lambda file, *draft: read.append(file)
                         or load(file, *draft))
@@ -158,7 +158,7 @@ def test_questions_about_one_picture_stand_together_and_read_it_once(parts, tmp_
 
 def test_questions_that_cannot_be_asked_are_told(parts, tmp_path):
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     questions = [Question((Message("user", "<image>?"),), (broken,), "a", "f:1"),
                  Question((Message("user", "long " * 200),), (), "a", "f:2"),
                  Question((Message("user", "fine"),), (), "a", "f:3")]
@@ -193,9 +193,9 @@ def test_table_by_hand():
 
 
 def test_scores_json(tmp_path):
-    report.write_scores({"sft": 0.75, "no_picture": 0.1}, TAGGED, tmp_path / "scores.json")
+    report.write_scores({"sft": 0.75, "no_image": 0.1}, TAGGED, tmp_path / "scores.json")
     assert json.loads((tmp_path / "scores.json").read_text()) == {
-        "sft": 0.75, "no_picture": 0.1, "by_kind": {"what": 0.5, "count": 1.0},
+        "sft": 0.75, "no_image": 0.1, "by_kind": {"what": 0.5, "count": 1.0},
         "by_language": {"en": 1.0, "zh": 0.0}}
 
 

@@ -49,11 +49,11 @@ def test_a_file_is_scored(world, monkeypatch, capsys, tmp_path):
     assert out.partition("\n\n")[2].splitlines()[1].split()[-1] == "5"
     written, = (tmp_path / "out" / "scores").glob("sft-step_000006-data.jsonl-*")
     assert sorted(path.name for path in written.iterdir()) == [
-        "answers.jsonl", "cache", "scores.json"]  # and no picture
+        "answers.jsonl", "cache", "scores.json"]  # and no image
     first = answers(written)[1]
-    assert list(first) == ["where", "picture", "question", "truth", "answer", "score", "right",
-                           "no_picture", "wrong_picture"]
-    assert (first["where"], first["question"], first["truth"], first["picture"]) == (
+    assert list(first) == ["where", "image", "question", "truth", "answer", "score", "right",
+                           "no_image", "shuffled_images"]
+    assert (first["where"], first["question"], first["truth"], first["image"]) == (
         f"{world / 'data.jsonl'}:2", "Which colour?", "It is green!", [str(world / "green.png")])
     with pytest.raises(SystemExit, match="no data file"):
         script.main(["--model", str(world / "sft"), "--data", "no_such.jsonl"])
@@ -87,14 +87,14 @@ def test_report_writes_everything(world, monkeypatch, capsys, tmp_path):
     out, _ = run(monkeypatch, capsys, "--model", world / "sft", "--data", data,
                  "--report", tmp_path)
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert list(scores) == ["before", "pretrain", "sft", "no_picture", "wrong_picture", "by_kind",
+    assert list(scores) == ["before", "pretrain", "sft", "no_image", "shuffled_images", "by_kind",
                             "by_language", "details"]
     assert list(scores["by_kind"]) == ["hello", "what"]
     assert list(scores["by_language"]) == ["en", "zh"]
     assert all(0 <= value <= 1 for value in [*list(scores.values())[:5],
                                              *scores["by_kind"].values()])
     assert scores["details"]["questions"] == {"pretrain": 24, "before": 24, "sft": 24,
-                                              "no_picture": 16, "wrong_picture": 16}
+                                              "no_image": 16, "shuffled_images": 16}
     told = answers(tmp_path)
     assert len(told) == len(lines) == 24
     assert sum(a["right"] for a in told) == round(scores["sft"] * 24)
@@ -137,7 +137,7 @@ def test_benchmarks_are_scored_by_their_own_metric(world, monkeypatch, capsys, t
                  *(files if isinstance(files, list) else [files]), "--report", tmp_path / "r",
                  "--max_new_tokens", "99")
     scores = json.loads((tmp_path / "r" / "scores.json").read_text())
-    found = [scores.get(name) for name in ("sft", "no_picture", "wrong_picture")]
+    found = [scores.get(name) for name in ("sft", "no_image", "shuffled_images")]
     details = scores["details"]
     assert details["metric"] == metric
     # Only where a longer answer is wrong whatever follows, it is cut: "pink" and 8 bytes more.
@@ -245,13 +245,13 @@ def test_what_changed_is_named_and_all_is_asked_anew(world, monkeypatch, capsys,
 def test_a_results_cache_counts_its_broken_lines(tmp_path, capsys):
     file = tmp_path / "sft.jsonl"
     cache = ResultsCache(file, {"model": "a"})
-    cache.add({0: "yes\n", 5: "\u4e2d"}, {2: "no picture"})
+    cache.add({0: "yes\n", 5: "\u4e2d"}, {2: "no image"})
     with open(file, "a") as opened:
         opened.write('{"index": "x"}\n[1]\nnonsense\n{"index": 7, "answer": "good"}\n')
     again = ResultsCache(file, {"model": "a"})
     assert "3 broken lines" in capsys.readouterr().err
     assert again.answers == {0: "yes\n", 5: "\u4e2d", 7: "good"}
-    assert again.errors == {2: "no picture"}
+    assert again.errors == {2: "no image"}
     assert [again.has(i) for i in (0, 1, 2, 7)] == [True, False, True, True]
     for wrong in ("", "garbage\n{}\n", '{"key": 3}\n{"index": 0, "answer": "a"}\n'):
         file.write_text(wrong)
@@ -261,7 +261,7 @@ def test_a_results_cache_counts_its_broken_lines(tmp_path, capsys):
 
 def test_broken_lines_and_pictures_are_counted(world, monkeypatch, capsys, tmp_path):
     file = pope(tmp_path)
-    (tmp_path / "val2014" / "COCO_val2014_000000green.jpg").write_bytes(b"no picture")
+    (tmp_path / "val2014" / "COCO_val2014_000000green.jpg").write_bytes(b"no image")
     file.write_text("{broken\n" + file.read_text())
     for _ in range(2):  # from the cache the second time
         _, err = run(monkeypatch, capsys, "--model", world / "sft", "--data", file,
@@ -270,5 +270,5 @@ def test_broken_lines_and_pictures_are_counted(world, monkeypatch, capsys, tmp_p
         assert f"skipped {file}:1: not JSON" in err and f"skipped {file}:3: cannot read" in err
         details = json.loads((tmp_path / "r" / "scores.json").read_text())["details"]
         assert details["skipped"] == {"data": 1, "pretrain": 1, "before": 1, "sft": 1,
-                                      "no_picture": 0, "wrong_picture": 1}
+                                      "no_image": 0, "shuffled_images": 1}
         assert details["questions"]["sft"] == 3 and len(answers(tmp_path / "r")) == 3

@@ -74,7 +74,7 @@ def test_the_whole_command(tmp_path, monkeypatch, capsys):
         answers = rows_of(out / style / "answers.jsonl")
         right = sum(a["answer"].strip() == a["truth"] for a in answers)
         assert len(answers) == 12 and result["scores"][style]["sft"] == right / 12
-        assert {"no_picture", "wrong_picture"} < set(result["scores"][style])
+        assert {"no_image", "shuffled_images"} < set(result["scores"][style])
     assert result["flags"][:2] == ["--steps", "1"]
     assert "in the style it learned" in capsys.readouterr().out
     assert ImageProcessor.from_directory(out / "vision").size == (32, 32)

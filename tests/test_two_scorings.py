@@ -256,7 +256,7 @@ def test_a_cache_that_was_replaced_takes_no_answers(tmp_path, change, resumed):
     ours.add({0: "yes"}, {})
     if resumed:
         ours = ResultsCache(file, {"model": "a", "system": "\u4f60"})
-    ours.add({1: "no"}, {2: "no picture"})
+    ours.add({1: "no"}, {2: "no image"})
     if change == "another":
         ResultsCache(file, {"model": "b"})
     elif change == "empty":

@@ -224,7 +224,7 @@ def test_a_caption_without_a_picture_is_refused(folder):
     for more in ({}, {"image": None}, {"image": ""}, {"images": []}):
         for form in ("lines", "array", "parquet"):
             file, line = write(folder, {"caption": ["A cat.", "Cats."], **more}, form)
-            with pytest.raises(BadSample, match=f"data:{line}: a caption without a picture; exp"):
+            with pytest.raises(BadSample, match=f"data:{line}: a caption without an image; exp"):
                 open_data(file)[line - 1]
 
 

@@ -16,7 +16,7 @@ import train_sft
 from extras import download
 from tests.test_download import cache_of_the_test, hub, running  # noqa: F401
 from tests.tiny import ROOT, environment
-from training.writable import check_directory, check_file, check_picture
+from training.writable import check_directory, check_file, check_image
 
 PLACES = {  # what stands for DIR, what is said
     "": "expected the name of a directory",
@@ -117,7 +117,7 @@ def test_what_can_be_written_is_left_as_it_was(here):
     for place in ("file", "new.png", "new/below.png"):
         check_file("--out", place)
     for place in ("new.png", "new.JPG", "new/below.webp"):
-        check_picture("--attention", place)
+        check_image("--attention", place)
 
 
 def test_the_command_itself_ends_with_1_and_a_sentence(here):

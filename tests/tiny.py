@@ -59,7 +59,7 @@ def make_pair(directory: Path) -> tuple[str, str]:
 
 
 def make_data(directory: Path, count: int = 24, text_only: int = 3) -> str:
-    """JSON Lines about one-coloured pictures; every text_only-th sample has no picture."""
+    """JSON Lines about one-coloured pictures; every text_only-th sample has no image."""
     for name, colour in COLOURS.items():
         Image.new("RGB", (20, 18), colour).save(directory / f"{name}.png")
     lines = []

@@ -81,9 +81,9 @@ class Log:
         self.append("evaluations", {"step": step, **losses})
         self.notify("eval", step, losses)
         right, wrong = (f"{loss:.3f}" if loss is not None else "none" for loss in
-                        (losses["eval_loss"], losses["eval_loss_wrong_picture"]))
+                        (losses["eval_loss"], losses["eval_loss_shuffled_images"]))
         unusable = f", {losses['skipped']:,} unusable" if losses["skipped"] else ""
-        self.say(f"step {step}/{self.steps}  held-out loss {right}, with wrong pictures {wrong} "
+        self.say(f"step {step}/{self.steps}  held-out loss {right}, with wrong images {wrong} "
                  f"({losses['samples']:,} samples{unusable})")
 
     def answers(self, step: int, answers: dict | None) -> None:

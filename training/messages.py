@@ -123,8 +123,8 @@ def closing(summary: dict, checkpoint: Path, next_command: str) -> str:
     if s["last_loss"] is not None:
         lines.append(f"last loss {s['last_loss']:.3f}, lowest of a step {s['best_loss']:.3f}")
     if s["best_eval_loss"] is not None:
-        wrong = s["last_evaluation"]["eval_loss_wrong_picture"]
+        wrong = s["last_evaluation"]["eval_loss_shuffled_images"]
         lines.append(f"best held-out loss {s['best_eval_loss']:.3f} at step {s['best_eval_step']}, "
                      f"at last {s['last_evaluation']['eval_loss']:.3f}"
-                     + (f", with wrong pictures {wrong:.3f}" if wrong is not None else ""))
+                     + (f", with wrong images {wrong:.3f}" if wrong is not None else ""))
     return "\n".join([*lines, f"checkpoint: {checkpoint}", f"next: {next_command}"])

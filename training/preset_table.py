@@ -26,7 +26,7 @@ class Recipe:
     steps: int | None = None  # optimizer steps; None: `epochs` decides
     epochs: float = 1
     gradient_accumulation_steps: int = 1  # micro-batches in an optimizer step
-    image_folder: str | None = None  # directory of the pictures; None: beside the file
+    image_folder: str | None = None  # directory of the images; None: beside the file
     max_length: int = 512  # tokens in a row, image tokens included
     projector_learning_rate: float | None = None  # None: learning_rate
     vision_learning_rate: float | None = None  # None: learning_rate
@@ -50,7 +50,7 @@ class Download:
     files: tuple  # names there, "*" for any letters
     to: str  # directory that they are put into
     gigabytes: float | None  # 1e9 bytes, as published; None: the authors do not say
-    unpack: str | None = None  # directory that an archive's pictures are unpacked into
+    unpack: str | None = None  # directory that an archive's images are unpacked into
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class Preset:
 
 # The data.
 
-# 1.27 million captions; the second file holds them too, and 1.4 million answers about pictures.
-# Until December 2025 the hub had JSON Lines and zipped pictures in their place. Who has those:
+# 1.27 million captions; the second file holds them too, and 1.4 million answers about images.
+# Until December 2025 the hub had JSON Lines and zipped images in their place. Who has those:
 # --data dataset/pretrain_data.jsonl --image_folder dataset/pretrain_images (and sft_...).
 MINIMIND_PRETRAIN, MINIMIND_SFT = "dataset/pretrain_i2t.parquet", "dataset/sft_i2t.parquet"
 MINIMIND_FILES = (
@@ -95,7 +95,7 @@ COCO = "dataset/coco/train2017"
 COCO_IMAGES = Download("http://images.cocodataset.org/zips/train2017.zip", ("train2017.zip",),
                        "dataset/coco", 19.3, unpack="dataset/coco")
 
-AI_CHALLENGER = "dataset/ai_challenger/caption_train_images_20170902"  # five captions a picture
+AI_CHALLENGER = "dataset/ai_challenger/caption_train_images_20170902"  # five captions an image
 AI_CHALLENGER_FILES = Download(
     "https://tianchi.aliyun.com/dataset/145781",
     ("*.jpg", "caption_train_annotations_20170902.json"), AI_CHALLENGER, None)

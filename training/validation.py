@@ -41,7 +41,7 @@ class Validator:
         """-> a line of evaluations.jsonl, but for the step. All ranks call it."""
         loss, samples, images, skipped = mean_loss(model, self.loader, settings, distributed)
         wrong = mean_loss(model, self.shuffled, settings, distributed)[0] if images else None
-        return {"eval_loss": loss, "eval_loss_wrong_picture": wrong, "samples": samples,
+        return {"eval_loss": loss, "eval_loss_shuffled_images": wrong, "samples": samples,
                 "skipped": skipped}
 
 
@@ -72,7 +72,7 @@ class ShuffledImages:
             if self.may_lend(sample, following):
                 others += [image for image in following.images if image not in sample.images]
         if len(others) < len(sample.images):
-            raise BadSample(sample.where, "no other picture to show in the place of its own")
+            raise BadSample(sample.where, "no other image to show in the place of its own")
         return replace(sample, images=tuple(others[:len(sample.images)]))
 
 

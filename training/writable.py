@@ -36,11 +36,11 @@ def check_file(name: str, path) -> None:
     try_to_write(name, path)
 
 
-def check_picture(name: str, path) -> None:
-    """check_file, and ValueError where the name's end is that of no kind of picture."""
+def check_image(name: str, path) -> None:
+    """check_file, and ValueError where the name's end is that of no kind of image."""
     check_file(name, path)
     if Image.registered_extensions().get(Path(path).suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"{name} {path}: no kind of picture that can be written ends in "
+        raise ValueError(f"{name} {path}: no kind of image that can be written ends in "
                          f"{Path(path).suffix!r}; give a name that ends in .png")
 
 

@@ -4,7 +4,7 @@ LONGEST_REASON = 500  # characters of a message; a name can be as long as the fi
 
 
 class BadSample(Exception):
-    """A row or a picture that cannot be used: where it stands, and what is wrong with it."""
+    """A row or an image that cannot be used: where it stands, and what is wrong with it."""
 
     def __init__(self, where: str, reason: str):
         super().__init__(where, reason)  # both, so that it can be pickled by a loader's worker

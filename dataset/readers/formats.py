@@ -25,7 +25,7 @@ __all__ = ["BadSample", "MissingImage", "Sample", "open_data"]
 def open_data(file, images_dir=None):
     """A data file -> an object with len() and [i] -> Sample, which raises BadSample.
 
-    images_dir: what the picture names in the file start from; default: where the file lies.
+    images_dir: what the image names in the file start from; default: where the file lies.
     Raises FileNotFoundError, or ValueError for a file that cannot be read at all.
     """
     file = Path(file)

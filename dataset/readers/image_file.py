@@ -35,7 +35,7 @@ def load_image(source, draft: int | None = None) -> Image.Image:
     missing part with grey, and the model would learn to describe what it cannot see. So does one
     of more than MOST_PIXELS: a file of 1 KB can unfold to gigabytes.
     """
-    name = f"a picture of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+    name = f"an image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
     try:
         if callable(source):
             source = source()

@@ -131,7 +131,7 @@ class CocoData:
                          caption_index)
 
     def record(self, i: int) -> dict:
-        """Annotation i and its picture's name: {"caption": "A cat.", "image": ["9.jpg"]}."""
+        """Annotation i and its image's name: {"caption": "A cat.", "image": ["9.jpg"]}."""
         where, annotation = self.annotations.where(i), self.annotations.read(i)
         if "caption" not in annotation:
             raise BadSample(where, "the annotation has no 'caption'; boxes and key points cannot "

@@ -44,7 +44,7 @@ class ParquetData:
                              ) from error
         self.file, self.images_dir = file, images_dir
         # Only these are read: ratings, embeddings and whatever else stands there costs nothing.
-        # What seems to hold pictures or options is read too, so that its rows can be refused.
+        # What seems to hold images or options is read too, so that its rows can be refused.
         read, names = columns or (*TEXT_KEYS, *IMAGE_KEYS, *TAGS), schema.names
         self.columns = [name for name in read if name in names]
         self.columns += [field.name for field in schema if field.name not in read
@@ -140,7 +140,7 @@ def may_hold_unread(field: pa.Field, metadata: pq.FileMetaData) -> bool:
     kind = field.type
     while pa.types.is_list(kind) or pa.types.is_large_list(kind):
         kind = kind.value_type
-    if pa.types.is_struct(kind):  # as the datasets library stores a picture
+    if pa.types.is_struct(kind):  # as the datasets library stores an image
         return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
     binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
     if not (binary or pa.types.is_string(kind) or pa.types.is_large_string(kind)):

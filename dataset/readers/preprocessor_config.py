@@ -87,7 +87,7 @@ def check(processor) -> None:
                              f"expected {expected}")
     if processor.crop is None and not isinstance(processor.resize, tuple):
         raise ValueError("preprocessor_config.json neither crops nor resizes to a fixed height "
-                         "and width; pictures of unlike sizes cannot share a batch")
+                         "and width; images of unlike sizes cannot share a batch")
 
 
 def read_size(size) -> int | tuple[int, int]:

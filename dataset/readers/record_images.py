@@ -22,23 +22,23 @@ def find_images(record: dict, images_dir: Path, where: str) -> list:
     found = record[key]
     if isinstance(found, str):  # "a.jpg", or "a.jpg, b.jpg" as minimind-v writes several
         found = found.split(",")
-    pictures = []
+    images = []
     for item in found if isinstance(found, list) else [found]:
-        if isinstance(item, dict):  # as the datasets library stores a picture
+        if isinstance(item, dict):  # as the datasets library stores an image
             item = item.get("bytes") or item.get("path")
         if isinstance(item, bytes) and item:
-            pictures.append(item)
+            images.append(item)
         elif isinstance(item, str):
             if item.strip():
-                pictures.append(image_path(images_dir, item.strip(), where))
+                images.append(image_path(images_dir, item.strip(), where))
         else:
-            raise BadSample(where, f"{key!r} is {shown(item)}, not a picture; expected a "
+            raise BadSample(where, f"{key!r} is {shown(item)}, not an image; expected a "
                                    "file name, the bytes of an image file, or a list of them")
-    return pictures
+    return images
 
 
 def image_key(record: dict) -> str | None:
-    """The key that holds the pictures; None: there are none."""
+    """The key that holds the images; None: there are none."""
     key = next((key for key in IMAGE_KEYS if record.get(key) is not None), None)
     return None if key == "image_id" and "caption" not in record else key
 
@@ -52,10 +52,10 @@ def image_path(images_dir: Path, name: str, where: str) -> Path:
     except ValueError:  # a zero byte or half a character: no file can have such a name
         folder = real = None
     if folder and not Path(real).is_relative_to(folder):
-        raise BadSample(where, f"the picture {name!r} leads out of the image folder {folder}, to "
-                               f"{real}: not opened; give a folder that holds all the pictures")
+        raise BadSample(where, f"the image {name!r} leads out of the image folder {folder}, to "
+                               f"{real}: not opened; give a folder that holds all the images")
     if not os.path.isfile(path):
         if os.path.exists(path):  # opening a pipe would wait for ever
-            raise MissingImage(where, f"no picture: {path} is a directory, pipe or device")
-        raise MissingImage(where, f"no picture {path}; is the image directory right?")
+            raise MissingImage(where, f"no image: {path} is a directory, pipe or device")
+        raise MissingImage(where, f"no image {path}; is the image directory right?")
     return path

@@ -38,7 +38,7 @@ OTHER_FILE = re.compile(r"(?!\w+://)[^\n]*\.[a-z]\w{0,4}\s*", re.IGNORECASE)
 MEDIA_BYTES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"ID3",
                b"OggS", b"fLaC")
 MEDIA_TEXT = ("data:image/", "data:video/", "data:audio/", "/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
-# What other programs write into a text where a picture, a video or a sound belongs.
+# What other programs write into a text where an image, a video or a sound belongs.
 MARK = re.compile(r"<\|?(image|img|picture|video|audio)((?:_pad|_placeholder|[_ ]?\d+)?\|?)>",
                   re.IGNORECASE)
 MEDIA_KINDS = {"image", "video", "file"}
@@ -84,13 +84,13 @@ def refuse_unread(record: dict, read, where: str, images=(), text: str = "",
                 media[key] = value
         elif kinds & {"ignored", "id"} and "image" not in kinds:
             continue
-        # A file may be any; not where the record says that it has no picture, see IMAGE_KEYS.
+        # A file may be any; not where the record says that it has no image, see IMAGE_KEYS.
         elif holds_media(value, names) or not images and ("image" in kinds or (
                 "file" in kinds and record.keys().isdisjoint(IMAGE_KEYS)
                 and not (isinstance(value, str) and OTHER_FILE.fullmatch(value)))):
             media[key] = value
     for found, what in (
-            (media, "a picture, a video or a sound: pictures are read from one of the record's "
+            (media, "an image, a video or a sound: images are read from one of the record's "
              "keys 'image', 'images', 'image_bytes'; rename it, or take it out if it means none"),
             (options, "options to choose from: write them into the question, or for scoring into "
              "'choices' (a list) or 'A', 'B', ... beside 'question' and 'answer'")):
@@ -119,11 +119,11 @@ def is_nothing(value, depth: int = 4) -> bool:
 
 
 def holds_media(value, names: set | None, depth: int = 4) -> bool:
-    """Whether a value is a picture, a video or a sound, or names a file of one that is not in
+    """Whether a value is an image, a video or a sound, or names a file of one that is not in
     names: of the images that were read, none for bytes; None where there are no images."""
     if isinstance(value, list) and depth:
         return any(holds_media(each, names, depth - 1) for each in value)
-    if isinstance(value, dict):  # as the datasets library stores a picture; or {"url": ...}
+    if isinstance(value, dict):  # as the datasets library stores an image; or {"url": ...}
         place = value.get("path") or value.get("url")
         return not is_nothing(value.get("bytes")) or (
             value.keys() <= {"bytes", "path", "url", "detail"} and holds_media(place, names, 0))
@@ -169,7 +169,7 @@ def refuse_mark(text: str, where: str, images=()) -> None:
     for mark in MARK.finditer(text):
         name, rest, end = mark[1].lower(), mark[2], mark.end()
         if name not in ("video", "audio") and (images or mark[0] == IMAGE):
-            continue  # as many as pictures: counted elsewhere
+            continue  # as many as images: counted elsewhere
         inside, partner, _ = text[end:end + 2000].partition(f"</{mark[1]}>")
         if partner:
             blind = bool(inside) and not set("<>\n") & set(inside)
@@ -179,4 +179,4 @@ def refuse_mark(text: str, where: str, images=()) -> None:
             blind = bool(rest) or not before.strip() or not after.strip()
         if blind:
             raise BadSample(where, f"the text has {mark[0]} for something to see or to hear, and "
-                                   f"none is read; expected {IMAGE} and a picture under 'image'")
+                                   f"none is read; expected {IMAGE} and an image under 'image'")

@@ -46,7 +46,7 @@ JINJA = """\
         {%- set text = parts.text -%}
     {%- endif -%}
     {%- if message.role != 'assistant' -%}
-        {%- set text = text | replace('<image>', PICTURE) -%}
+        {%- set text = text | replace('<image>', IMAGE_TOKENS) -%}
     {%- endif -%}
     {{- text + END + '\\n' -}}
 {%- endfor -%}
@@ -110,12 +110,12 @@ class PublicTemplate:
         facts = {"START": self.start, "END": self.end, "SYSTEM": template.default_system,
                  "OPENING": template.answer_opening, "EVERY": template.opens_every_answer,
                  "BEFORE": self.before, "AFTER": self.after,
-                 "PICTURE": self.before + self.image_token + self.after}
+                 "IMAGE_TOKENS": self.before + self.image_token + self.after}
         written = {True: "true", False: "false", None: "none"}
         lines = [f"{{%- set {name} = "
                  + (written[value] if value in written else json.dumps(value, ensure_ascii=False))
                  + " -%}\n" for name, value in facts.items()]
-        last = "PICTURE) -%}\n"
+        last = "IMAGE_TOKENS) -%}\n"
         text = JINJA.replace(last, last + MARKS) if llama_cpp else JINJA
         return "".join(lines) + text.replace("<image>", IMAGE)
 

@@ -229,5 +229,5 @@ class FeatureCache:
                                                             self.written))
         full = "" if written == computed else (f"; {computed - written:,} were not kept, "
                                                "--feature_cache_gb is used up or the disk is full")
-        return (f"features  of {found + computed:,} pictures {found:,} were found in "
+        return (f"features  of {found + computed:,} images {found:,} were found in "
                 f"{self.directory}, {computed:,} computed{full}")
