@@ -1,6 +1,6 @@
 """Stage one, alignment: the projector learns to turn image features into token embeddings.
 
-    python train_pretrain.py                                 the embedded emoji world, on a CPU
+    python train_pretrain.py                                 the embedded emoji world
     torchrun --nproc_per_node 4 train_pretrain.py --preset qwen2.5-siglip --data FILE
 
 Both towers are frozen. The projector starts from random weights, and the gradient that comes back
@@ -115,8 +115,9 @@ def place_model(bundle, settings, distributed) -> None:
     model.set_checkpointing(settings.gradient_checkpointing)
     try:
         from extras.fast import prepare_for_training  # here: the same results, faster
-    except ModuleNotFoundError:  # the plain layers
-        pass
+    except ModuleNotFoundError as error:  # without extras/: the plain layers
+        if not error.name.startswith("extras"):
+            raise
     else:
         prepare_for_training(model)
     distributed.place_model(model, settings)
@@ -128,6 +129,7 @@ def fit(bundle, data, settings, start, distributed) -> Log:
     # 5. Optimizer. --resume restores its state, and how far the run had come.
     optimizer = make_optimizer(bundle.model, settings)
     state = restore(settings, start.checkpoint, optimizer, data_facts, distributed)
+    distributed.check_same_start(state.step)
 
     # 6. Batches: Sample -> ids, labels (B,T), pixels (N,3,H,W). Held-out samples go the same way.
     make_batches = batch_maker(bundle, settings, distributed)

@@ -5,7 +5,7 @@ facts of LanguageConfig. The hidden states form a residual stream, to which each
 attention lets a token look at the tokens before it, the MLP then treats each token by itself. Both
 read a normalised copy of the stream (pre-norm).
 
-Shapes here and in every other file: B rows, T tokens, N images, P patches, K language tokens of an
+Shapes here and in every other file: B rows, T tokens, N images, P patches, K image tokens of an
 image, D language width, Dv vision width, H query heads, Hkv key/value heads, hd head width,
 V vocabulary.
 

@@ -16,12 +16,13 @@ from torch.utils.checkpoint import checkpoint
 CHUNK = 2**24  # logits that exist at a time: 64 MB in float32, enough to keep a processor busy
 
 
-def chunked_cross_entropy(language_model, hidden, labels):
+def chunked_cross_entropy(language_model, hidden, labels, most: int | None = None):
     """hidden (S,D), labels (S,) -> summed cross entropy of language_model.logits(hidden), float32.
 
-    A sum, not a mean: the training loop divides by the supervised tokens of the whole step.
+    most: logits that exist at a time; default CHUNK. A sum, not a mean: the training loop divides
+    by the supervised tokens of the whole step.
     """
-    rows = max(1, CHUNK // language_model.config.vocab_size)
+    rows = max(1, (most or CHUNK) // language_model.config.vocab_size)
     total = torch.zeros((), device=hidden.device)
     for chunk, chunk_labels in zip(hidden.split(rows), labels.split(rows)):
         total = total + checkpoint(chunk_loss, language_model, chunk, chunk_labels,

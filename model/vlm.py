@@ -73,11 +73,12 @@ class VLM(nn.Module):
         return embeds.masked_scatter(placeholder[:, :, None], tokens.to(embeds.dtype))
 
     def dummy_image_loss(self, device):
-        """A dummy image loss of zero, so that every rank runs the same collectives.
+        """A dummy image loss: a zero that depends on vision tower and projector.
 
-        Each rank waits for the others' gradient of every trained parameter, and where the weights
-        are sharded (force_vision_forward) for their shards of the frozen ones too. A rank whose
-        batch has no image would leave the others waiting, so it encodes the smallest image.
+        A batch of text alone would reach no weight of a projector that is trained by itself, so its
+        loss would have no gradient. And where the weights are sharded (force_vision_forward), each
+        rank takes part in gathering them, whatever its batch holds. Here it encodes the smallest
+        image.
         """
         trained = any(p.requires_grad for part in (self.vision, self.projector)
                       for p in part.parameters())

@@ -4,10 +4,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import train_pretrain
 from model.pretrained.checkpoint import newest_checkpoint
 from tests.ranks_worker import TRAINED, gradients
 from tests.tiny import ROOT, make_world, metrics, torchrun
-from training.distributed import gpu_of_rank, start_distributed
+from training.distributed import Distributed, gpu_of_rank, start_distributed
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +71,22 @@ def test_more_processes_than_gpus(monkeypatch):
         gpu_of_rank(2, 2)
     with pytest.raises(SystemExit, match="sees 1 GPU for them"):
         gpu_of_rank(1, 1)
+
+
+def test_ranks_that_do_not_start_alike_stop(world, tmp_path, monkeypatch):
+    """A checkpoint that is torn on one machine, an --out that is not shared: they would drift."""
+    def gather(self, items):
+        return [*items, "step 7"] if items == ["step 0"] else items
+
+    monkeypatch.setattr(Distributed, "gather", gather)
+    with pytest.raises(SystemExit, match="same point:\n  rank 0: step 0\n  rank 1: step 7\n"):
+        train_pretrain.main([*world, "--out", str(tmp_path)])
+
+
+def test_the_same_start_is_compared_after_a_resume(world, tmp_path, monkeypatch):
+    compared, plain = [], Distributed.check_same_start
+    monkeypatch.setattr(Distributed, "check_same_start",
+                        lambda self, step: compared.append(step) or plain(self, step))
+    train_pretrain.main([*world, "--steps", "2", "--save_steps", "2", "--out", str(tmp_path)])
+    train_pretrain.main([*world, "--steps", "3", "--out", str(tmp_path), "--resume"])
+    assert compared == [0, 2]

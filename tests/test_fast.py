@@ -16,6 +16,7 @@ from model.generate import generate
 from model.lora import add_lora, merge_lora
 from tests.test_checkpointing import batch, learn, trained
 from tests.tiny import ROOT
+from training import inference
 
 CPU = torch.device("cpu")
 
@@ -115,3 +116,16 @@ def test_the_models_work_alone():
     done = subprocess.run([sys.executable, "-c", CORE_ALONE], cwd=ROOT, capture_output=True,
                           text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.stdout.strip() == "4", done.stdout + done.stderr
+
+
+def test_a_package_that_is_missing_inside_the_extras_is_an_error(monkeypatch):
+    """Only where extras/ itself is not there the plain layers serve, without a word."""
+    class Broken:
+        def find_spec(self, name, path=None, target=None):
+            if name == "extras.fast":
+                raise ModuleNotFoundError("No module named 'gone'", name="gone")
+
+    monkeypatch.delitem(sys.modules, "extras.fast", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.raises(ModuleNotFoundError, match="gone"):
+        inference.make_ready(tiny_vlm(), torch.device("cpu"), torch.float32, None)

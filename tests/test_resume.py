@@ -162,3 +162,31 @@ def test_lines_after_the_checkpoint_are_cut(tmp_path):
     path.write_text("".join(json.dumps({"step": s}) + "\n" for s in range(1, 6)) + '{"step": 6')
     cut_metrics(path, 3)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_first_start_with_resume_changes_nothing(world, tmp_path):
+    """Stage two is not stage one resumed, whatever --resume finds: nothing of it was changed."""
+    flags = [flag for flag in world if flag not in ("--model", "none")]
+    train_pretrain.main([*flags, "--learning_rate", "0.004", "--out", str(tmp_path / "one")])
+    train_sft.main([*flags, "--lora", "--resume", "--model", str(tmp_path / "one"),
+                    "--learning_rate", "0.001", "--out", str(tmp_path / "two")])
+    for file in (tmp_path / "two" / "run.json", newest_checkpoint(tmp_path / "two") / "run.json"):
+        run = json.loads(file.read_text())
+        assert run["changes"] == [] and run["settings"]["resume"] is False
+    train_sft.main(["--resume", "--epochs", "3", "--out", str(tmp_path / "two")])
+    run = json.loads((tmp_path / "two" / "run.json").read_text())
+    assert run["changes"] == [] and run["settings"]["resume"] is True
+
+
+@pytest.mark.parametrize("spoil", [lambda state: state.pop("trainer"),
+                                   lambda state: state["trainer"].update(other=1),
+                                   lambda state: state["optimizer"]["param_groups"].pop()])
+def test_a_training_state_of_another_kind_is_named(world, tmp_path, spoil):
+    train_pretrain.main([*world, "--out", str(tmp_path)])
+    file = newest_checkpoint(tmp_path) / "training_state.pt"
+    state = torch.load(file, weights_only=True)
+    spoil(state)
+    torch.save(state, file)
+    (file.parent / "manifest.json").unlink()
+    with pytest.raises(SystemExit, match="cannot go on: .*training_state.pt does not fit this run"):
+        train_pretrain.main(["--resume", "--out", str(tmp_path)])

@@ -282,3 +282,13 @@ def test_a_terminal_gets_no_colour_and_no_picture(world, tmp_path):
     screen.type("/quit\n")
     assert screen.ends() == 0
     assert "/save FILE.json" in seen and "\x1b[38" not in seen and "\u2580" not in seen
+
+
+def test_a_terminal_that_is_gone_ends_the_chat(conversation, monkeypatch):
+    """Asked again, it would fail again, for ever."""
+    def gone(prompt):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("builtins.input", gone)
+    with pytest.raises(SystemExit, match="cannot read from the terminal .*Input/output error"):
+        script.chat(conversation, stats=False)

@@ -16,7 +16,7 @@ import torch
 
 from dataset.chat import IMAGE, ChatTemplate, Message
 from dataset.families import DEFAULT_SYSTEM
-from dataset.images import ImageProcessor, load_image
+from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
 from model.generate import TextStreamer, generate
 from model.lora import merge_lora
@@ -87,14 +87,18 @@ def inference_dtype(device: torch.device, name: str | None) -> tuple[torch.dtype
     if name:
         return NUMBERS[name], "as asked"
     chosen, why = choose_dtype("auto", device)
-    return (NUMBERS[chosen], why) if chosen == "bf16" else (torch.float32, why)
+    if chosen == "bf16":
+        return torch.bfloat16, why
+    return torch.float32, why.removesuffix("; with scaled gradients")
 
 
 def make_ready(model, device: torch.device, dtype: torch.dtype, bits: str | None) -> None:
     """Move the model to the device, with its layers as fast as they can be."""
     try:
         from extras.fast import prepare_for_inference
-    except ModuleNotFoundError as error:  # without extras/ everything else works, slower
+    except ModuleNotFoundError as error:  # without extras/ a chat works, slower
+        if not error.name.startswith("extras"):
+            raise
         if bits:
             raise ValueError(f"--quantize {bits} needs extras/fast, which is missing") from error
         model.to(device, dtype)
@@ -126,7 +130,7 @@ class Conversation:
         """A path or a PIL image goes with the next message. OSError: it cannot be read."""
         if self.processor is None:
             raise ValueError("a language model alone sees no images")
-        self.waiting.append(self.processor(load_image(image, self.processor.draft)))
+        self.waiting.append(self.processor.read(image))
         self.sources.append(image)
 
     def transcript(self) -> list[Message]:
@@ -178,7 +182,9 @@ class Conversation:
 def new_prefix_cache():
     try:
         from extras.fast.prefix_cache import PrefixCache
-    except ModuleNotFoundError:  # without extras/ each prompt is computed anew
+    except ModuleNotFoundError as error:  # without extras/ each prompt is computed anew
+        if not error.name.startswith("extras"):
+            raise
         return None
     return PrefixCache()
 

@@ -59,6 +59,9 @@ def read_settings(stage: str, description: str, arguments=None, start_from=()) -
     except (OSError, ValueError) as error:
         raise SystemExit(f"cannot start: {error}") from error
     settings = resolve(flags, stage, earlier)
+    # On a first start there is nothing to resume: the run starts from another run's checkpoint.
+    settings.resume = bool(settings.resume and checkpoint
+                           and checkpoint.parent == Path(settings.out))
     if settings.report_to:
         from extras.trackers import check_installed  # here: a tracker is an extra
 
@@ -135,7 +138,7 @@ def template_facts(config: dict) -> dict:
 def changes(settings, checkpoint: Path | None) -> list[dict]:
     """What of BENDING was changed since the run began, for run.json: each with the first step that
     was made with it. The last ones are those of this very resume."""
-    if not (settings.resume and checkpoint):
+    if not settings.resume:
         return []
     run = read_run(checkpoint)
     return run.get("changes", []) + [
@@ -152,7 +155,7 @@ def restore(settings, checkpoint: Path | None, optimizer, data_facts: dict,
     """
     out = Path(settings.out)
     distributed.barrier()  # every rank has looked for its start by now
-    if not (settings.resume and checkpoint and checkpoint.parent == out):
+    if not settings.resume:
         if distributed.main:
             move_aside(out)
         distributed.barrier()
@@ -167,13 +170,14 @@ def restore(settings, checkpoint: Path | None, optimizer, data_facts: dict,
     with distributed.one_rank_at_a_time():
         try:
             saved = load_training_state(checkpoint)
-        except ValueError as error:
-            raise SystemExit(f"cannot go on: {error}") from error
-        peaks = [group["peak"] for group in optimizer.param_groups]
-        distributed.load_optimizer(optimizer, saved["optimizer"])
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["peak"] = peak  # the settings', which may have changed since
-    state = TrainerState(**saved["trainer"])
+            peaks = [group["peak"] for group in optimizer.param_groups]
+            distributed.load_optimizer(optimizer, saved["optimizer"])
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["peak"] = peak  # the settings', which may have changed since
+            state = TrainerState(**saved["trainer"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise SystemExit(f"cannot go on: {checkpoint / 'training_state.pt'} does not fit this "
+                             f"run: {error}") from error
     if changes(settings, checkpoint) != run.get("changes", []):
         # With another dtype or learning rate the loss scale is searched for anew: it may have
         # fallen to 1 before the run stopped.

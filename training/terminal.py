@@ -51,7 +51,10 @@ def read_turn(prompt: str, continuation: str) -> str:
 
     A command is one line always: a path on Windows may end with \\.
     """
-    line = input(prompt).strip()
+    try:
+        line = input(prompt).strip()
+    except OSError as error:  # the terminal is gone: asking again would never end
+        raise SystemExit(f"cannot read from the terminal or the pipe: {error}") from error
     try:
         if line.startswith(QUOTES):
             lines = [line[len(QUOTES):]]

@@ -47,7 +47,7 @@ TURN_KEYS = ("role", "content", "from", "value", "user", "assistant")
 
 def refuse_blind(record: dict, read, turns, messages, images, where: str) -> None:
     """BadSample where a record, its turns or their parts hold what refuse_unread does not let
-    pass. read: the keys of the record that are read; turns: as find_turns gives them."""
+    pass. read: the keys of the record that are read; turns: as RECORD_LAYOUTS reads them."""
     text = "\n".join(message.content for message in messages if message.role != "assistant")
     refuse_unread(record, read, where, images, text)
     for turn in turns:

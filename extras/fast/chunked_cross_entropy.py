@@ -34,7 +34,7 @@ def chunked_cross_entropy(language_model, hidden, labels, device_type: str | Non
                               reduction="sum")
                    for chunk, chunk_labels in zip(hidden.split(rows), labels.split(rows)))
     if compute_dtype(hidden) == torch.float16:
-        return loss.chunked_cross_entropy(language_model, hidden, labels)
+        return loss.chunked_cross_entropy(language_model, hidden, labels, most)
     tied = language_model.config.tie_word_embeddings
     head = language_model.embed_tokens if tied else language_model.lm_head
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]

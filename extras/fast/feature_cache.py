@@ -80,7 +80,7 @@ class CachedBatch(Batch):
 
 
 class CachedBatches(Batches):
-    """Batches that come with the features of all their images, on the model's device."""
+    """Batches that come with the features of all their images."""
 
     def read_image(self, image) -> ImageInput:
         image = load_image(image) if callable(image) else image  # drawn: its pixels are the key
@@ -124,15 +124,19 @@ def use_cache(loader: Batches, cache: "FeatureCache", model, dtype: str) -> Batc
 
 @torch.no_grad()
 def with_cached_features(model, batch: CachedBatch, cache: "FeatureCache", dtype: str) -> Batch:
-    """The batch with the features of all its images; those that are new are written to disk."""
+    """The batch with the features of all its images; those that are new are written to disk.
+
+    All are in the memory of the CPU: a step's micro-batches are collected before the first of them
+    is computed, and a GPU need hold the features of one alone.
+    """
     device = next(model.parameters()).device
     if batch.pixels is None:
         cache.found += 0 if batch.features is None else len(batch.features)
         return batch
-    batch = batch.to(device, non_blocking=True)
     with autocast(dtype, device):
         # Rounded before they are used, so that it makes no difference whether they were found.
-        features = model.vision_features(batch.pixels).to(NUMBERS[dtype])  # (N,P,Dv)
+        features = model.vision_features(batch.pixels.to(device, non_blocking=True))  # (N,P,Dv)
+        features = features.to(NUMBERS[dtype]).cpu()
     for key, each in zip(batch.keys, features, strict=True):
         if key:
             cache.write(key, each)
