@@ -1,4 +1,4 @@
-# make demo: install, train and test the embedded default.   make test: the whole suite.
+# make demo: install, train and score the embedded default.   make test: the whole suite.
 # Without make (Windows): the commands below are plain; README lists them.
 
 PYTHON ?= python3

@@ -20,8 +20,7 @@ ratios on a machine that has other work as well. Without it the seconds are a cl
 
 Further: 16 questions of unequal length in one batch, about 16 pictures or about one, against one by
 one; from the start of a process to the first token of an answer, against transformers; how many
-greedy tokens of an answer change in fewer bits does not depend on time, and is printed by
-`python eval.py --quantize`.
+greedy tokens of an answer change in fewer bits does not depend on time: docs/benchmarks.md has it.
 """
 
 import argparse
@@ -404,7 +403,8 @@ def starts(place: Path, repeats: int, *how) -> None:
 
 def main(arguments=None) -> None:
     global now
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.answer", description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", choices=MODELS, default="smollm2")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))

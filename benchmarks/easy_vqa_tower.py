@@ -85,7 +85,8 @@ def train(rows: list[tuple[str, str, str]], images: Path, out: Path, seed: int) 
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.easy_vqa_tower", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--data", type=Path, required=True, help="JSON Lines with a kind for each row")
     add("--image_folder", type=Path, required=True, help="directory of the pictures")

@@ -134,7 +134,8 @@ def free_bytes() -> int:
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.full_size", description=__doc__.split("\n\n")[0])
     parser.add_argument("--presets", nargs="+", choices=PRESETS, metavar="PRESET",
                         default=[name for name in PRESETS if name not in TOO_LARGE])
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))

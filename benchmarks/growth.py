@@ -96,7 +96,8 @@ def beyond_linear(points: list) -> dict[str, float]:
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.growth", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--steps", type=int, default=2, help="counted steps of each point (default: %(default)s)")
     add("--axes", nargs="+", choices=POINTS, default=[*POINTS], metavar="AXIS")

@@ -133,7 +133,8 @@ def through(module, tokens: int, layers: int = 0, width: int = 0, back: bool = F
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.images", description=__doc__.split("\n\n")[0])
     parser.add_argument("--pictures", type=int, default=40, help="in each of five rounds")
     parser.add_argument("--gpu", type=float, default=GPU, help="operations a second that training "
                         "reaches (default: %(default).3g, an H100 at 40 %% of its bf16 peak)")

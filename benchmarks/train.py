@@ -1,6 +1,6 @@
 """A training step of ours beside transformers + peft: seconds, tokens a second, peak memory.
 
-    python -m benchmarks.train                             all works, in the numbers that are native
+    python -m benchmarks.train                             all works, as --dtype auto would
     python -m benchmarks.train --works lora --numbers bf16
     python -m benchmarks.train --times 16                  on a GPU, which wants larger batches
 
@@ -52,7 +52,7 @@ def length_mix(rows: int, batch_size: int) -> tuple[Work, Work]:
 
 
 def rows_of(name: str, numbers: str, by_side: dict[str, dict], works: dict[str, Work]) -> list[str]:
-    """Markdown rows of one work; ratios to "theirs". Busy seconds where threads is 1: see main."""
+    """Markdown rows of one work; ratios to "theirs". Seconds or busy seconds: --clock."""
     theirs, lines, rate = by_side["theirs"], [], max(one["rate"] for one in by_side.values())
     for side, one in by_side.items():
         useful = sum(map(sum, works[side].batches))
@@ -93,11 +93,12 @@ def about(flags) -> str:
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.train", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--works", nargs="+", choices=[*WORKS, "mix"], default=[*WORKS, "mix"])
     add("--numbers", nargs="+", choices=("fp32", "bf16"), default=None,
-        help="default: bf16 where the hardware multiplies it natively, else fp32")
+        help="default: what --dtype auto chooses")
     add("--rounds", type=int, default=3, help="counted rounds (default: %(default)s)")
     add("--times", type=int, default=1, help="as many times the rows of each batch")
     add("--mix_rows", type=int, default=16, help="rows of the length mix (default: %(default)s)")

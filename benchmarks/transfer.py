@@ -110,7 +110,8 @@ def prepare(flags, out: Path) -> None:
 
 
 def read_flags(arguments=None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.transfer", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--language_model", default="HuggingFaceTB/SmolLM2-135M-Instruct", metavar="DIR")
     add("--vision_tower", default="facebook/dinov2-small", metavar="DIR")

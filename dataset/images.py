@@ -7,9 +7,9 @@ Each tower's preprocessor_config.json records what its training did: resize, cro
 order with the same library (Pillow), because a tower fed in another way sees worse without any
 warning: bilinear for bicubic, or a forgotten mean, silently costs accuracy.
 
-`fast` trades that exactness for three times the speed: a JPEG is decoded at a half, a quarter or
-an eighth of its size (the decoder then computes fewer pixels of each block of 8 x 8), never smaller
-than the resize needs, and PyTorch resizes the rest.
+`fast` trades that exactness for more than twice the speed: a JPEG is decoded at a half, a quarter
+or an eighth of its size (the decoder then computes fewer pixels of each block of 8 x 8), never
+smaller than the resize needs, and PyTorch resizes the rest.
 """
 
 import json

@@ -40,7 +40,7 @@ def main(arguments=None) -> None:
             print_sizes(*source)
         problems = [problem for source in sources for problem in fetch(*source)]
     except KeyboardInterrupt:
-        raise SystemExit("\nstopped: the same command goes on with the next file") from None
+        raise SystemExit("\nstopped: the same command goes on with what is not complete") from None
     except Exception as error:  # no network, no such name, refused, full disk: one way out
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         raise SystemExit(f"{endpoint()}: {reason}\n\n{by_yourself(preset, parts)}") from error

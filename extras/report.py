@@ -239,7 +239,8 @@ def text(value) -> str:
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m extras.report", description=__doc__.split("\n\n")[0])
     parser.add_argument("out", nargs="+", help="directory of a training, or of eval.py's scores")
     parser.add_argument("--scores", metavar="FILE", help="scores.json to keep with the first OUT")
     parser.add_argument("--page", metavar="FILE", help="default: OUT/report.html, or compare.html")

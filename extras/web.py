@@ -22,7 +22,8 @@ LOCAL = ("127.0.0.1", "localhost", "::1")  # names of this machine that nobody e
 
 
 def read_flags(arguments=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m extras.web", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--model", metavar="DIR", help="checkpoint or run that is picked first (default: the "
         "newest below --out)")

@@ -1,5 +1,6 @@
 """Claims, where there is a GPU: the model there is the model on the CPU, in every way of computing
-it; runs learn, stop and go on; memory is what was told. Skipped where there is none."""
+it; runs learn, stop and go on; memory is what extras.memory predicts. Skipped where there is none.
+"""
 
 import copy
 import os

@@ -1,5 +1,6 @@
-"""Claims: a preset's files are told with their sizes, fetched, resumed and checked; without a hub
-the message names what to fetch, how big it is, where to put it and which flag to use.
+"""Claims: a preset's files are told with their sizes, fetched and checked, after an
+interruption only what is missing; without a hub the message names what to fetch, how big it is,
+where to put it and which flag to use.
 
 A small HTTP server on this machine answers as the hub does, so huggingface_hub itself is at work.
 """

@@ -1,4 +1,4 @@
-"""Claims: the memory that is told before a run is what the run takes: part by part on the same
+"""Claims: the memory that extras.memory predicts is what a run takes: part by part on the same
 step with real numbers, and altogether in a fresh process."""
 
 import json

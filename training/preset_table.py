@@ -2,7 +2,7 @@
 
     a name in PRESETS -> presets.py: flags that were not given take their values from here
 
-Five of them are systems that people built by hand and wrote up. The models and files are named as
+Six of them are systems that people built by hand and wrote up. The models and files are named as
 their authors published them; the numbers are theirs where they gave them, and where they did not
 the comment says whose numbers stand in. Where a recipe was wrong, the comment says what it did and
 this project does it right:
@@ -183,7 +183,7 @@ PRESETS = {
 
     # 256 image tokens, or one with --vision_feature_select class or pooled. The write-up trains on
     # 4 V100s of 32 GB: in fp16 with a gradient scaler, which is what "auto" picks on such cards,
-    # with accumulation and checkpointing. Stage two holds 32 GB of weights, gradients and averages
+    # with accumulation and checkpointing. Stage two holds 26 GB of weights, gradients and averages
     # on each card: --parallel fsdp gives each a quarter. The write-up does not name its files;
     # captions and conversations of the same kind stand here.
     "qwen2.5-1.5b-clip": Preset(

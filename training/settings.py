@@ -1,7 +1,8 @@
 """Every setting of a run, one row each: its flag, help, type, range, default, and what a resume may
 do with it.
 
-Flags, checks, run.json, presets and resumes iterate over SETTINGS; nothing else lists them.
+Flags, checks, run.json and resumes iterate over SETTINGS. What a preset decides is a field of
+Preset or Recipe too (preset_table.py).
 """
 
 from argparse import ArgumentTypeError, BooleanOptionalAction
@@ -136,8 +137,8 @@ SETTINGS = (
             default="cosine", choices=SCHEDULES),
     Setting("max_grad_norm", "longest gradient; longer ones are scaled down to it", float, above=0,
             on_resume=BENDS),
-    Setting("dtype", "of the matrix products; auto: bf16 where the hardware multiplies it "
-            "natively, else fp16 on CUDA, fp32 on a processor",
+    Setting("dtype", "of the matrix products; auto: bf16 on a GPU that has it and on a processor "
+            "that is faster in it, else fp16 on CUDA, fp32 elsewhere",
             choices=("auto", "bf16", "fp16", "fp32"), on_resume=BENDS),
     Setting("gradient_checkpointing",
             "keep each block's input alone for the backward pass and compute the "

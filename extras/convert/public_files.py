@@ -6,7 +6,7 @@
     python -m extras.convert SOURCE OUT
 
 A directory or file of that kind that --language_model names is converted by itself, into a
-directory "converted" beside it.
+directory "converted_NAME" beside its weight file.
 """
 
 import os
@@ -40,7 +40,7 @@ def origin(source: Path) -> dict:
 
 
 def converted(source: Path) -> Path:
-    """The directory beside source with the public files; made unless it is there and up to date."""
+    """The directory beside the weight file with the public files; made unless it is up to date."""
     file = weight_file(source)
     out = file.parent / f"converted_{file.stem}"
     record = out / "converted_from.json"

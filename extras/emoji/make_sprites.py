@@ -42,7 +42,8 @@ def draw_sheet(font: Path) -> Image.Image:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m extras.emoji.make_sprites", description=__doc__.splitlines()[0])
     parser.add_argument("--font", default="/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
     args = parser.parse_args()
     if not Path(args.font).exists():

@@ -365,7 +365,8 @@ def exam(model, template, tokenizer, haze=HAZE, samples: int = 280) -> dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m extras.emoji.train_language", description=__doc__.splitlines()[0])
     parser.add_argument("--talks", type=int, default=2000, help="steps of lesson 4")
     parser.add_argument("--hazy_talks", type=int, default=1800, help="steps of lesson 5")
     parser.add_argument("--last_lesson_alone", action="store_true",

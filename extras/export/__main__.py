@@ -45,7 +45,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def read_flags(arguments=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m extras.export", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--model", metavar="DIR", help="checkpoint or run (default: the newest in out/sft, else "
         "in out/pretrain)")

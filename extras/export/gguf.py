@@ -83,7 +83,7 @@ def write_language(vlm: VLM, tokenizer: dict, rows: int, dtype: str, path: Path)
 
 
 def interleaved(weight, head_dim: int):
-    """The inverse of layouts.half_split: rows of q or k (heads*hd,D) in the order of pairs."""
+    """The inverse of minimind.half_split: rows of q or k (heads*hd,D) in the order of pairs."""
     rows, width = weight.shape
     halves = weight.view(rows // head_dim, 2, head_dim // 2, width)
     return halves.transpose(1, 2).reshape(rows, width)

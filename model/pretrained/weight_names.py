@@ -1,10 +1,10 @@
 """What published files call their tensors: names in a file on the left, ours on the right.
 
-    a table -> read from left to right to load (load.py), from right to left to save (save.py)
+    a table -> read from left to right to load (load_tensors.py), right to left to save (save.py)
 
 A line names one tensor, or a layer, and then stands for its weight and its bias. Where one
 published matrix holds several of ours, stacked, the right side lists them in their order.
-families.py says which family has which table.
+families.public_names says which family has which table.
 """
 
 LANGUAGE = {  # Llama, Qwen2, Qwen3; MiniMind since April 2025
