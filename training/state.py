@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 class TrainerState:
     """How far a run has come.
 
-    bucket, shards and (epoch, place) are those of dataset/batching.py: they say which samples come
+    bucket and (epoch, place) are those of dataset/batching.py: they say which samples come
     next, whatever the number of ranks and the size of a batch will be.
     """
 
     step: int = 0  # Optimizer steps made.
     bucket: int | None = None  # Rows of the run's first micro-batch on all ranks; None: not begun.
-    shards: int | None = None  # Ranks that a window was sharded across; 1: each read all of it.
     epoch: int = 0  # Epoch of the next sample.
     place: int = 0  # Index of the next sample in the order of that epoch.
     skipped: int = 0  # Unusable samples met so far, on all ranks.

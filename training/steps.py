@@ -65,7 +65,7 @@ class Steps:
     def generate(self):
         """-> (step, this rank's micro-batches), ..."""
         state, loader = self.state, self.loader
-        state.bucket, state.shards = loader.layout.bucket, loader.layout.shards
+        state.bucket = loader.layout.bucket
         start = state.epoch, state.place, self.step_size, self.samples_left()
         # The same list twice: the workers of the first are several micro-batches ahead.
         with closing(loader.load(chain.from_iterable(loader.layout.steps(*start)))) as stream:
