@@ -13,9 +13,7 @@ def make_hooks(bundle, steps, log, validator, held_out) -> list:
     if settings.report_to and distributed.main:
         from extras.trackers import open_tracker  # here: a tracker is an extra
 
-        write, close = open_tracker(settings, log.first_step)
-        log.listeners.append(write)
-        log.closers.append(close)
+        log.tracker = open_tracker(settings, log.first_step)
     if settings.log_samples:
         hooks.append(lambda step, metrics: log.samples(step, distributed.gather(steps.sources)))
     if validator:
@@ -29,7 +27,7 @@ def make_hooks(bundle, steps, log, validator, held_out) -> list:
 def answer_hooks(bundle, steps, log, held_out) -> list:
     """--eval_answers: none without extras/sample_generations.py, and none under fsdp."""
     settings, distributed = steps.settings, steps.distributed
-    if settings.parallel == "fsdp" and distributed.world_size > 1:
+    if settings.parallel == "fsdp":
         log.say("answers   none while it trains: under --parallel fsdp every process would have to "
                 "go through each token; eval.py asks the checkpoints")
         return []

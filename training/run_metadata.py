@@ -54,13 +54,9 @@ def commit() -> str | None:
 
 
 def machine(device: torch.device) -> dict:
-    """Rank 0's machine. Memory in bytes, as built in: a container may grant less."""
-    gpu = None
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        gpu = {"name": properties.name, "memory": properties.total_memory}
-    return {"cpu": processor_name(), "cores": cores(), "memory": physical_memory(), "gpu": gpu,
-            "os": platform.platform()}
+    """Rank 0's machine."""
+    return {"cpu": processor_name(), "cores": cores(), "os": platform.platform(),
+            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None}
 
 
 def processor_name() -> str:
@@ -72,13 +68,6 @@ def processor_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def physical_memory() -> int | None:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not on Windows
-        return None
-
-
 @contextmanager
 def record_launch(out, facts: dict, state, steps: int, distributed):
     """Write OUT/run.json when training starts, and again when it ends with how it ended, an error
@@ -87,47 +76,34 @@ def record_launch(out, facts: dict, state, steps: int, distributed):
     state: the training loop's, which it updates. A step whose loss was not finite is recorded as
     "not_finite_step", since a resume looks for it.
     """
-    if not distributed.main:
-        try:
-            yield
-        except SystemExit as error:
-            if not_finite_step(error):
-                distributed.barrier()  # torchrun ends rank 0 when one leaves: let it write
-            raise
-        return
-    path, launches = Path(out) / "run.json", []
-    if state.step and path.exists():
-        launches = json.loads(path.read_text(encoding="utf-8")).get("launches", [])
-    now = {"started": clock_time(), "first_step": state.step + 1, "ended": None,
-           "last_step": None, "outcome": None, "not_finite_step": None,
-           "processes": facts["processes"],
-           "commit": facts["commit"], "machine": facts["machine"]}
+    path = Path(out) / "run.json"
+    launches = read_object(path).get("launches", []) if state.step else []
+    launch = {"started": clock_time(), "first_step": state.step + 1, "ended": None,
+              "last_step": None, "outcome": None, "not_finite_step": None}
 
     def write() -> None:
-        # Renamed into its place: a kill while it is written leaves the file from before.
-        write_json(path.with_suffix(".partial"), {**facts, "launches": [*launches, now]})
-        os.replace(path.with_suffix(".partial"), path)
+        if distributed.main:
+            # Renamed into its place: a kill while it is written leaves the file from before.
+            write_json(path.with_suffix(".partial"), {**facts, "launches": [*launches, launch]})
+            os.replace(path.with_suffix(".partial"), path)
 
-    def end(outcome: str) -> None:
-        now.update(ended=clock_time(), last_step=state.step, outcome=outcome)
+    def end(outcome: str, not_finite_step: int | None = None) -> None:
+        launch.update(ended=clock_time(), last_step=state.step, outcome=outcome,
+                      not_finite_step=not_finite_step)
         write()
 
     write()
     try:
         yield
     except (Exception, SystemExit, KeyboardInterrupt) as error:
-        now["not_finite_step"] = not_finite_step(error)
+        cause = error.__cause__
+        step = cause.step if isinstance(cause, NotFinite) else None  # then on all ranks
         with suppress(OSError):  # on a full disk; the error itself matters more
-            end(f"{type(error).__name__}: {error}".strip())
-        if now["not_finite_step"]:
-            distributed.barrier()
+            end(f"{type(error).__name__}: {error}".strip(), step)
+        if step:
+            distributed.barrier()  # torchrun ends rank 0 when one leaves: let it write
         raise
     end("finished" if state.step >= steps else f"stopped before step {steps}")
-
-
-def not_finite_step(error: BaseException) -> int | None:
-    """The step whose loss was not finite, when that is what has ended the run: on all ranks."""
-    return error.__cause__.step if isinstance(error.__cause__, NotFinite) else None
 
 
 def clock_time() -> str:
@@ -187,15 +163,22 @@ def peak_memory(distributed) -> tuple[int | None, int | None]:
 
 
 def read_object(path: Path) -> dict:
-    """{} where there is no such file, or no object in it."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    """The object of a JSON file; {} where there is none."""
+    return next(iter(parse_objects([text_of(path)])), {})
 
 
 def read_lines(path: Path) -> list[dict]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The object of each line, without lines that a kill cut in half; [] where there is no file."""
+    return parse_objects(text_of(path).splitlines())
+
+
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def parse_objects(texts: list[str]) -> list[dict]:
+    objects = []
+    for text in texts:
+        with suppress(ValueError):
+            objects.append(json.loads(text))
+    return [each for each in objects if isinstance(each, dict)]
