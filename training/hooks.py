@@ -38,7 +38,7 @@ def answer_hooks(bundle, steps, log, held_out) -> list:
         return []
     answers = Answers(held_out, bundle.template, bundle.processor, settings)
     return [every_eval(steps, lambda step: log.answers(
-        step, answers.ask(bundle.model, settings, distributed)))]
+        step, answers.ask(bundle.model, distributed)))]
 
 
 def every_eval(steps, act):
