@@ -16,8 +16,9 @@ from pathlib import Path
 
 from dataset.chat import IMAGE
 from dataset.images import load_image
+from dataset.readers.bad_sample import BadSample
 from evaluation.eval_samples import Question, questions_of
-from evaluation.score import UNREADABLE, Predictor
+from evaluation.score import Predictor
 from training.precision import autocast
 
 MAX_NEW_TOKENS = 64  # a model that has not learned to stop would go on
@@ -30,18 +31,20 @@ class Answers:
     def __init__(self, data, template, processor, settings):
         """data: the held-out samples."""
         self.data, self.template, self.processor = data, template, processor
-        self.settings, self.questions = settings, None  # not chosen yet
+        self.out, self.number = Path(settings.out), settings.eval_answers
+        self.questions = None  # not chosen yet
 
-    def ask(self, model, distributed) -> dict | None:
-        """-> a line of answers.jsonl without its step; None but on rank 0."""
-        if not distributed.main:
+    def ask(self, model, settings, distributed) -> dict | None:
+        """-> a line of answers.jsonl without its step; None but on rank 0, and under fsdp: there
+        every rank would have to go through each token with rank 0."""
+        if not distributed.main or settings.parallel == "fsdp":
             return None
         predictor = Predictor(model.eval(), self.template, self.processor,
                               max_new_tokens=MAX_NEW_TOKENS, stop_after_truth=False)
         try:
             if self.questions is None:
                 self.questions = self.choose()
-            with autocast(self.settings.dtype, distributed.device):
+            with autocast(settings.dtype, distributed.device):
                 predictions, _ = predictor.predict(self.questions)
         except Exception as error:  # no memory, no disk: the training has them, and goes on
             return {"problem": f"{type(error).__name__}: {error}".strip(), "answers": []}
@@ -55,10 +58,10 @@ class Answers:
     def choose(self) -> list[Question]:
         """The first ones whose image can be read, always the same; a small one is written, and its
         file, relative to OUT, is a tag of the question."""
-        chosen, out = [], Path(self.settings.out)
-        (out / "held_out").mkdir(parents=True, exist_ok=True)
+        chosen = []
+        (self.out / "held_out").mkdir(parents=True, exist_ok=True)
         for i in range(len(self.data)):
-            if len(chosen) == self.settings.eval_answers:
+            if len(chosen) == self.number:
                 break
             try:
                 for question in questions_of(self.data[i])[:1]:
@@ -66,8 +69,8 @@ class Answers:
                         small = load_image(question.images[-1], self.processor.draft).copy()
                         small.thumbnail((SIDE, SIDE))
                         file = f"held_out/{len(chosen) + 1}.jpg"
-                        small.save(out / file, quality=85)
+                        small.save(self.out / file, quality=85)
                         chosen.append(replace(question, tags={"image": file}))
-            except UNREADABLE:  # reported and counted by the loss beside it
+            except (BadSample, OSError, ValueError):  # reported and counted by the loss beside it
                 continue
         return chosen
