@@ -27,7 +27,7 @@ def make_hooks(bundle, steps, log, validator, held_out) -> list:
 def answer_hooks(bundle, steps, log, held_out) -> list:
     """--eval_answers: none without extras/sample_generations.py, and none under fsdp."""
     settings, distributed = steps.settings, steps.distributed
-    if settings.parallel == "fsdp":
+    if settings.parallel == "fsdp" and distributed.world_size > 1:
         log.say("answers   none while it trains: under --parallel fsdp every process would have to "
                 "go through each token; eval.py asks the checkpoints")
         return []
@@ -38,7 +38,7 @@ def answer_hooks(bundle, steps, log, held_out) -> list:
         return []
     answers = Answers(held_out, bundle.template, bundle.processor, settings)
     return [every_eval(steps, lambda step: log.answers(
-        step, answers.ask(bundle.model, distributed)))]
+        step, answers.ask(bundle.model, settings, distributed)))]
 
 
 def every_eval(steps, act):

@@ -14,16 +14,14 @@ import subprocess
 import sys
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 
-import safetensors
-import tokenizers
 import torch
 
 from model.pretrained.files import write_json
 from model.pretrained.hub import ROOT
 from training.distributed import cores
-from training.errors import NotFinite
 
 # What a run writes beside its checkpoints; a new run in the same OUT moves them aside.
 FILES = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "run.json",
@@ -33,39 +31,29 @@ FILES = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "run.json",
 def describe(settings, stage: str, distributed, data_facts: dict, changes: list = ()) -> dict:
     """All that decides what a run computes; each checkpoint holds it.
 
-    changes: of the settings, since the run began: resume.changes's."""
+    changes: of the settings, since the run began."""
+    gpu = distributed.device.type == "cuda"
     return {"stage": stage, "settings": vars(settings), "changes": list(changes),
-            "processes": distributed.world_size,
-            "data": data_facts, "commit": commit(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "safetensors": safetensors.__version__,
-                         "tokenizers": tokenizers.__version__},
-            "machine": machine(distributed.device)}
+            "processes": distributed.world_size, "data": data_facts, "commit": commit(),
+            "versions": {"python": platform.python_version(), **{
+                name: version(name) for name in ("torch", "safetensors", "tokenizers")}},
+            "machine": {"cpu": processor_name(), "cores": cores(), "os": platform.platform(),
+                        "gpu": torch.cuda.get_device_name(distributed.device) if gpu else None}}
 
 
 def commit() -> str | None:
     """The version of this code, when it lies in a git repository."""
-    try:
-        described = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"],
-                                   cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return described.stdout.strip()
-
-
-def machine(device: torch.device) -> dict:
-    """Rank 0's machine."""
-    return {"cpu": processor_name(), "cores": cores(), "os": platform.platform(),
-            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None}
+    with suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.check_output(["git", "describe", "--always", "--dirty", "--abbrev=40"],
+                                       cwd=ROOT, text=True, stderr=subprocess.DEVNULL).strip()
+    return None
 
 
 def processor_name() -> str:
-    try:  # Linux; its platform.processor() is the word x86_64, or nothing
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            return next(line.split(":", 1)[1].strip() for line in file
-                        if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    # Linux, where platform.processor() is the word x86_64, or nothing.
+    with suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as file:
+        return next(line.split(": ")[1].strip() for line in file if line.startswith("model name"))
+    return platform.processor() or platform.machine()
 
 
 @contextmanager
@@ -96,8 +84,7 @@ def record_launch(out, facts: dict, state, steps: int, distributed):
     try:
         yield
     except (Exception, SystemExit, KeyboardInterrupt) as error:
-        cause = error.__cause__
-        step = cause.step if isinstance(cause, NotFinite) else None  # then on all ranks
+        step = getattr(error.__cause__, "step", None)  # of errors.NotFinite; then on all ranks
         with suppress(OSError):  # on a full disk; the error itself matters more
             end(f"{type(error).__name__}: {error}".strip(), step)
         if step:
@@ -149,15 +136,14 @@ def peak_memory(distributed) -> tuple[int | None, int | None]:
 
     The processes that prepare data are not in it.
     """
-    try:
-        import resource  # not on Windows
+    own = gpu = 0
+    with suppress(ImportError):  # on Windows
+        import resource
 
         unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, by getrusage(2)
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    except ImportError:
-        own = 0
-    cuda = distributed.device.type == "cuda"
-    gpu = torch.cuda.max_memory_allocated(distributed.device) if cuda else 0
+    if distributed.device.type == "cuda":
+        gpu = torch.cuda.max_memory_allocated(distributed.device)
     peaks = distributed.gather([(own, gpu)])
     return tuple(max(column) or None for column in zip(*peaks))
 

@@ -7,6 +7,7 @@ Nothing is made, so a command that then stops for another reason leaves nothing 
 
 import os
 import tempfile
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -40,8 +41,9 @@ def try_to_write(name: str, path) -> None:
     root has them all, also on a disk that can only be read."""
     target = above = Path(path).absolute()
     try:
-        while not exists(above):
-            above = above.parent
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(target)  # raises what no path above would show: too long a name, say
+        above = next(each for each in (target, *target.parents) if os.path.lexists(each))
         if above.is_dir():
             tempfile.TemporaryFile(dir=above).close()
         elif above == target:
@@ -51,15 +53,6 @@ def try_to_write(name: str, path) -> None:
     except (OSError, ValueError) as error:  # ValueError: no name at all, for it has a null byte
         raise ValueError(f"{name} {path}: cannot be written (tried at {above}: "
                          f"{getattr(error, 'strerror', error)}); give another name") from error
-
-
-def exists(path: Path) -> bool:
-    """As os.path.lexists, but any other fault of the path raises: too long a name, say."""
-    try:
-        os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
 
 
 def free_name(directory: Path, name: str) -> Path:
