@@ -16,9 +16,7 @@ def make_hooks(bundle, steps, log, eval_loaders) -> list:
     if settings.report_to and distributed.main:
         from extras.trackers import open_tracker  # here: a tracker is an extra
 
-        write, close = open_tracker(settings, log.first_step)
-        log.listeners.append(write)
-        log.closers.append(close)
+        log.tracker = open_tracker(settings, log.first_step)
     if settings.log_samples:
         hooks.append(lambda step, metrics: log.samples(step, distributed.gather(steps.sources)))
     if eval_loaders:

@@ -16,6 +16,7 @@ GIGABYTES = {
     "Qwen/Qwen2.5-0.5B-Instruct": 0.988, "Qwen/Qwen2.5-1.5B-Instruct": 3.09,
     "Qwen/Qwen3-0.6B": 1.50,  # the tied table twice, as the head too
     "Qwen/Qwen-7B-Chat": 15.4, "jingyaogong/MiniMind2-Small": 0.103,
+    "jingyaogong/minimind-3": 0.128,  # computed: two bytes of each parameter
     "google/siglip-base-patch16-224": 0.813, "google/siglip2-base-patch16-224": 1.50,
     "google/siglip-so400m-patch14-384": 3.51, "google/siglip2-base-patch32-256": 1.50,
     "jingyaogong/siglip2-base-p32-256-ve": 0.189,
