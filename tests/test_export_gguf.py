@@ -18,12 +18,18 @@ from extras.convert.minimind import half_split
 from tests.test_export import opened, trained
 
 gguf = pytest.importorskip("gguf")  # an extra
-from extras.export.gguf import gguf_name, interleaved, tensors_of  # noqa: E402 - needs it
+from extras.export.gguf import gguf_name, interleaved  # noqa: E402 - needs it
 
 SYSTEMS = {  # language, vision, flags
     "qwen2-siglip": ("Qwen2", "Siglip", ["--lora"]),
     "llama-clip": ("Llama", "CLIP", ["--lora", "--vision_feature_layer", "-2"]),
 }
+
+
+def tensors_of(path) -> dict[str, np.ndarray]:
+    """{name: float32 array}: what a reader of the file gets."""
+    return {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(
+        tuple(reversed(tensor.shape.tolist()))) for tensor in gguf.GGUFReader(path).tensors}
 
 
 @pytest.fixture(scope="module", params=SYSTEMS)

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from dataset.chat import ChatTemplate
 from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
+from extras.convert.public_files import RECORD
 from extras.export.chat_template import PublicTemplate
 from extras.export.hub import CURVE, files_to_push, listing, metrics_of, model_card, push
 from extras.export.peft import peft_adapter
@@ -35,7 +36,7 @@ from model.pretrained.checkpoint import (
     tensor_names,
 )
 from model.pretrained.files import write_json
-from model.pretrained.load import load_checkpoint
+from model.pretrained.load import find_base, load_checkpoint
 from model.pretrained.meta_device import meta_device
 from model.pretrained.save import save_model
 from model.projector import Projector
@@ -142,13 +143,16 @@ def to_peft(flags, checkpoint: Path, out: Path) -> None:
         raise ValueError(f"{checkpoint} is no adapter on the public language model: {reason}. "
                          "Use --to merged or --to transformers")
     model, _, _ = load(flags, checkpoint)
-    adapter, tensors = peft_adapter(model.language, config["lora"],
-                                    config["bases"]["language"]["name"])
+    reference = config["bases"]["language"]
+    adapter, tensors = peft_adapter(model.language, config["lora"], reference["name"])
     out.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()},
               out / "adapter_model.safetensors", metadata={"format": "pt"})
     write_json(out / "adapter_config.json", adapter)
     left = sorted({name.split(".")[0] for name in tensor_names(checkpoint)} - {"language"})
+    base = find_base(checkpoint, "language", reference, flags.language_model)
+    if (base / RECORD).is_file():
+        print(f"its base for peft: {base}, what {reference['name']} was converted to")
     print(f"not in an adapter of peft: what was trained of {' and '.join(left)}; --to merged "
           "takes all")
 

@@ -167,10 +167,3 @@ def finish(writer) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def tensors_of(path) -> dict[str, np.ndarray]:
-    """{name: float32 array}: what a reader of the file gets."""
-    return {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(
-        tuple(reversed(tensor.shape.tolist()))) for tensor in gguf.GGUFReader(path).tensors}
-

@@ -128,10 +128,6 @@ def same_names(names, known, refusal: str, takes: str, allowed=()) -> None:
 def llava_language(language: LanguageModel, rows: int) -> LanguageModel:
     """The same decoder as a family that transformers has, with at least `rows` tokens."""
     config, state = language.config, language.state_dict()
-    if config.model_type == "qwen":  # the first Qwen's arithmetic is Qwen2's, up to its limit
-        limit = config.context_limit or config.max_position_embeddings
-        config = replace(config, model_type="qwen2", context_limit=None,
-                         max_position_embeddings=limit)
     if config.model_type not in LLAVA_DECODERS:
         raise ValueError(f"a {config.model_type} has no form there: the decoders that can be "
                          f"exported are {', '.join(LLAVA_DECODERS)}")

@@ -17,7 +17,7 @@ from model.pretrained import weight_names
 @dataclass(frozen=True)
 class Family:
     architecture: str  # the class in transformers
-    names: dict  # published name -> our name, or a tuple of ours that are stacked in it
+    names: dict  # published name -> our name
     # A model that was saved as part of a larger one has this before its names, one saved alone not.
     prefix: str = ""
     implied: dict = field(default_factory=dict)  # facts that follow from the family
@@ -34,8 +34,7 @@ class Family:
     @property
     def public(self) -> dict[str, str]:
         """The table read from right to left: our name -> published name."""
-        return {ours: public for public, stacked in self.names.items()
-                for ours in ([stacked] if isinstance(stacked, str) else stacked)}
+        return {ours: public for public, ours in self.names.items()}
 
 
 PLAIN = {"use_sliding_window": False, "hidden_act": "silu", "mlp_bias": False}
@@ -56,14 +55,6 @@ LANGUAGE_FAMILIES = {
         implied={"qkv_bias": False, "qk_norm": True},
         defaults={"max_position_embeddings": 32768, "head_dim": 128},
         supported={**PLAIN, "attention_bias": False}),
-    "qwen": Family(  # Qwen-7B, the first Qwen
-        "QWenLMHeadModel", weight_names.QWEN, "transformer.",
-        implied={"qkv_bias": True, "qk_norm": False,
-                 "tie_word_embeddings": False},  # its code has a head of its own in any case
-        defaults={"max_position_embeddings": 8192, "seq_length": 8192},
-        supported={"rotary_pct": 1.0, "no_bias": True, "scale_attn_weights": True},
-        unread=("h.*.attn.rotary_emb.inv_freq", "rotary_emb.inv_freq", "h.*.attn.masked_bias",
-                "h.*.attn.bias")),  # of early releases: tables and a causal mask
 }
 VIT_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
             "image_size": 224}
@@ -103,9 +94,8 @@ def family_of(model_type: str) -> Family:
     return LANGUAGE_FAMILIES.get(model_type) or VISION_FAMILIES[model_type]
 
 
-def public_names(model: nn.Module, family: Family) -> dict[str, list[str]]:
-    """{published name: our names} for every tensor of model; several of ours where they are
-    stacked in one published matrix."""
+def public_names(model: nn.Module, family: Family) -> dict[str, str]:
+    """{published name: our name} for every tensor of model."""
     table, names = family.public, {}
     for ours in model.state_dict():
         number = re.search(r"(?<=layers\.)\d+", ours)
@@ -118,13 +108,10 @@ def public_names(model: nn.Module, family: Family) -> dict[str, list[str]]:
         else:
             raise ValueError(f"{ours} has no published name in a {model.config.model_type}; "
                              "adapters must be merged (merge_lora) before a model is saved so")
-        # A model lists q, k and v in this order, and so does the table that stacks them.
-        names.setdefault(public.format(number.group()) if number else public, []).append(ours)
+        names[public.format(number and number[0])] = ours
     return names
 
 
-def public_shape(stacked: dict[str, torch.Tensor], family: Family) -> list[int]:
-    """{our name: tensor} of all that one published tensor holds -> its shape in the file."""
-    first, *_ = stacked
-    rows = sum(len(tensor) for tensor in stacked.values())
-    return [1] * family.leading_ones.get(first, 0) + [rows, *stacked[first].shape[1:]]
+def public_shape(ours: str, tensor: torch.Tensor, family: Family) -> list[int]:
+    """Of the tensor in a published file."""
+    return [1] * family.leading_ones.get(ours, 0) + list(tensor.shape)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from model.pretrained.families import Family, public_names, public_shape
-from model.pretrained.files import open_tensors, tensor_files
+from model.pretrained.files import open_tensors, weight_files
 from model.pretrained.meta_device import meta_device
 
 
@@ -22,31 +22,31 @@ def load_tensors(kind: type, config, source: Path, family: Family, dtype: torch.
     """A model of this kind and config, with the tensors of the weight files of source."""
     with meta_device():
         model = kind(config)
-    files = tensor_files(source)
+    files, held = {}, {}
+    for path in weight_files(source):
+        with open_tensors(path) as file:
+            files.update(dict.fromkeys(file.keys(), path))
     expected, prefix = public_names(model, family), family.prefix
     if not any(name.startswith(prefix) for name in files):
         expected = {name.removeprefix(prefix): ours for name, ours in expected.items()}
+    for path in weight_files(source):
+        with open_tensors(path) as file:
+            held.update({name: file.get_tensor(name) for name in file.keys() if name in expected})
     problems = [f"missing: {name}" for name in sorted(expected.keys() - files.keys())]
     problems += [f"unknown: {name}" for name in sorted(files.keys() - expected.keys())
                  if not any(fnmatch(name.removeprefix(prefix), u) for u in family.unread)]
     state, tensors = model.state_dict(), {}
-    for path in sorted({files[name] for name in expected if name in files}):
-        with open_tensors(path) as file:
-            for name, ours in expected.items():
-                if files.get(name) != path:
-                    continue
-                target = {each: state[each] for each in ours}
-                shape = list(file.get_slice(name).get_shape())  # from the header: reads no data
-                if shape != public_shape(target, family):
-                    problems.append(f"misshapen: {name} is {shape} in the file, and config.json "
-                                    f"asks for {public_shape(target, family)}")
-                elif not problems:
-                    tensor = file.get_tensor(name)
-                    if reason := unusable(tensor):
-                        problems.append(f"{reason}: {name} in {path.name}")
-                        continue
-                    tensor = tensor if dtype is None else tensor.to(dtype)
-                    tensors.update(split_stacked(tensor, target))
+    for name, tensor in held.items():
+        ours = expected[name]
+        shape = public_shape(ours, state[ours], family)
+        if list(tensor.shape) != shape:
+            problems.append(f"misshapen: {name} is {list(tensor.shape)} in the file, and "
+                            f"config.json asks for {shape}")
+        elif not problems:  # else its numbers need not be read
+            if reason := unusable(tensor):
+                problems.append(f"{reason}: {name} in {files[name].name}")
+            else:
+                tensors[ours] = tensor.to(dtype or tensor.dtype).view(state[ours].shape)
     if problems:
         more = f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else ""
         raise ValueError(f"{source}: the weights do not fit a {model.config.model_type} as "
@@ -62,12 +62,3 @@ def unusable(tensor: torch.Tensor) -> str:
     # A NaN or an infinity comes through a sum. (The smallest dtypes cannot be summed.)
     wide = tensor.float() if tensor.itemsize < 2 else tensor
     return "" if wide.sum(dtype=torch.float32).isfinite() else "not finite"
-
-
-def split_stacked(tensor: torch.Tensor, target: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Cut a published tensor into those of ours that are stacked in it; mostly it is just one.
-
-    The parts are views: still the mapped file itself, and no copy of it.
-    """
-    parts = tensor.flatten().split([each.numel() for each in target.values()])
-    return {ours: part.view(each.shape) for (ours, each), part in zip(target.items(), parts)}

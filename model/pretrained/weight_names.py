@@ -2,12 +2,11 @@
 
     a table -> read from left to right to load (load_tensors.py), right to left to save (save.py)
 
-A line names one tensor, or a layer, and then stands for its weight and its bias. Where one
-published matrix holds several of ours, stacked, the right side lists them in their order.
-families.public_names says which family has which table.
+A line names one tensor, or a layer, and then stands for its weight and its bias.
+families.py says which family has which table.
 """
 
-LANGUAGE = {  # Llama, Qwen2, Qwen3; MiniMind since April 2025
+LANGUAGE = {  # Llama, Qwen2, Qwen3
     "model.embed_tokens": "embed_tokens",
     "model.layers.{}.input_layernorm": "layers.{}.input_layernorm",
     "model.layers.{}.self_attn.q_proj": "layers.{}.self_attn.q_proj",
@@ -21,19 +20,6 @@ LANGUAGE = {  # Llama, Qwen2, Qwen3; MiniMind since April 2025
     "model.layers.{}.mlp.up_proj": "layers.{}.mlp.up_proj",
     "model.layers.{}.mlp.down_proj": "layers.{}.mlp.down_proj",
     "model.norm": "norm",
-    "lm_head": "lm_head",
-}
-QWEN = {  # Qwen-7B, the first Qwen
-    "transformer.wte": "embed_tokens",
-    "transformer.h.{}.ln_1": "layers.{}.input_layernorm",
-    "transformer.h.{}.attn.c_attn": ("layers.{}.self_attn.q_proj", "layers.{}.self_attn.k_proj",
-                                     "layers.{}.self_attn.v_proj"),
-    "transformer.h.{}.attn.c_proj": "layers.{}.self_attn.o_proj",
-    "transformer.h.{}.ln_2": "layers.{}.post_attention_layernorm",
-    "transformer.h.{}.mlp.w1": "layers.{}.mlp.up_proj",
-    "transformer.h.{}.mlp.w2": "layers.{}.mlp.gate_proj",  # w2, not w1, goes through the silu
-    "transformer.h.{}.mlp.c_proj": "layers.{}.mlp.down_proj",
-    "transformer.ln_f": "norm",
     "lm_head": "lm_head",
 }
 SIGLIP_AND_CLIP = {
