@@ -29,7 +29,7 @@ from model.pretrained.files import (
     weight_files,
     write_json,
 )
-from model.pretrained.hub import resolve
+from model.pretrained.hub import TOWER_SETTINGS, resolve
 
 STEP = re.compile(r"step_(\d+)")
 MANIFEST = "manifest.json"
@@ -39,7 +39,7 @@ FACTS = {"language": dict, "vision": dict, "vision_feature_layer": int,
          "pixel_shuffle": int, "image_token_id": int, "image_tokens": int, "template": str,
          "lora": (dict, type(None)), "bases": dict}
 LORA = {"targets": list, "rank": int, "alpha": (int, float), "dropout": (int, float)}
-TOWERS, BASE = ("language", "vision"), {"name": str, "sha256": dict}
+BASE = {"name": str, "sha256": dict}
 
 
 # ---------------------------------------------------------------- config.json
@@ -54,8 +54,8 @@ def read_config(directory) -> dict:
             f"{directory} is not a checkpoint of this project (no config.json with 'bases' in "
             "it). Give a directory like out/sft/step_000800, or the run above it.")
     check_facts(config, FACTS, path)
-    check_facts(config["bases"], dict.fromkeys(TOWERS, dict), path)
-    for part in TOWERS:
+    check_facts(config["bases"], dict.fromkeys(TOWER_SETTINGS, dict), path)
+    for part in TOWER_SETTINGS:
         check_facts(config["bases"][part], BASE, path)
     if config["lora"]:
         check_facts(config["lora"], LORA, path)

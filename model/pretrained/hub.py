@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]  # presets name the embedded towers relative to it
+# Which setting, and flag, names the public weights of each part.
+TOWER_SETTINGS = {"language": "language_model", "vision": "vision_tower"}
 # Published weight files of well-known models, in gigabytes (1e9 bytes).
 GIGABYTES = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": 0.269, "Qwen/Qwen2.5-0.5B": 0.988,
@@ -65,7 +67,9 @@ def public(path: Path) -> Path:
     """path, or the public files made of it (once) where its layout is one of extras.convert."""
     try:
         from extras.convert.public_files import converted  # here: public files need no extras
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if not error.name.startswith("extras"):
+            raise
         return path
     return converted(path)
 

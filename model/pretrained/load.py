@@ -15,18 +15,9 @@ from model.config import LanguageConfig, VisionConfig
 from model.language import LanguageModel
 from model.lora import add_lora
 from model.pretrained.checkpoint import own_names, read_config
-from model.pretrained.families import (
-    LANGUAGE_FAMILIES,
-    VISION_FAMILIES,
-    public_names,
-)
-from model.pretrained.files import (
-    all_tensors,
-    file_hashes,
-    read_json,
-    with_filename,
-)
-from model.pretrained.hub import ROOT, resolve
+from model.pretrained.families import LANGUAGE_FAMILIES, VISION_FAMILIES, public_names
+from model.pretrained.files import all_tensors, file_hashes, read_json, with_filename
+from model.pretrained.hub import ROOT, TOWER_SETTINGS, resolve
 from model.pretrained.load_tensors import load_tensors, unusable
 from model.pretrained.meta_device import meta_device
 from model.pretrained.public_config import (
@@ -36,9 +27,6 @@ from model.pretrained.public_config import (
 )
 from model.vision import VisionTransformer
 from model.vlm import VLM, build_model
-
-# What the commands call the place of each tower.
-FLAGS = {"language": "language_model", "vision": "vision_tower"}
 
 
 def load_language(name, dtype: torch.dtype | None = torch.float32) -> LanguageModel:
@@ -177,7 +165,7 @@ def find_base(directory: Path, part: str, reference: dict, moved: str | None) ->
         raise FileNotFoundError(
             f"{refers_to(directory, part, reference)}, and {str(name)!r} was found neither here, "
             f"nor in {ROOT}, nor on the hub ({error}). Put the directory back, or say where it is "
-            f"now with --{FLAGS[part]} DIR.") from error
+            f"now with --{TOWER_SETTINGS[part]} DIR.") from error
 
 
 def check_base(base: Path, directory: Path, part: str, reference: dict) -> None:
@@ -189,7 +177,7 @@ def check_base(base: Path, directory: Path, part: str, reference: dict) -> None:
                 f"{refers_to(directory, part, reference)}, but {base / file} differs from the file "
                 f"it was trained with: sha256 {str(hashes.get(file))[:16]}..., expected "
                 f"{expected[:16]}.... Get the same release of {reference['name']}, or give "
-                f"another place with --{FLAGS[part]} DIR.")
+                f"another place with --{TOWER_SETTINGS[part]} DIR.")
 
 
 def refers_to(directory: Path, part: str, reference: dict) -> str:
