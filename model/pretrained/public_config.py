@@ -9,16 +9,14 @@ not built here, raise ValueError with the key, the value and what is expected.
 """
 
 import math
+from dataclasses import fields
 
 from model.config import LanguageConfig, ProjectorConfig, VisionConfig, VLMConfig
-from model.pretrained.families import LANGUAGE_FAMILIES, VISION_FAMILIES, family_of
+from model.pretrained.families import LANGUAGE_FAMILIES, VISION_FAMILIES, Family, family_of
 
 # What a value of config.json has to be, by its key; checked before anything is computed.
-INTEGERS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
-            "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "image_size",
-            "patch_size", "context_limit", "pixel_shuffle")
-NUMBERS = ("rope_theta", "rms_norm_eps", "layer_norm_eps", "mlp_ratio")
-SWITCHES = ("tie_word_embeddings",)
+KINDS = {field.name: field.type for config in (LanguageConfig, VisionConfig, ProjectorConfig)
+         for field in fields(config)} | {"context_limit": int, "mlp_ratio": float}
 LARGEST = 1 << 24  # of an integer; the largest public vocabulary has 262,144 tokens
 MOST_LAYERS = 1000  # the deepest public decoder has 126; a million would be built for an hour
 
@@ -31,14 +29,13 @@ def check_values(public, what: str = "config.json") -> dict:
     public = {name: value for name, value in public.items() if value is not None}
     for name, value in public.items():
         most = MOST_LAYERS if name == "num_hidden_layers" else LARGEST
-        for names, valid, expected in (
-                (INTEGERS, type(value) is int and 1 <= value <= most,
-                 f"a whole number, 1 to {most}"),
-                (NUMBERS, type(value) in (int, float) and 0 < value < math.inf,
-                 "a number above 0"),
-                (SWITCHES, type(value) is bool, "true or false")):
-            if name in names and not valid:
-                raise ValueError(f"{what} has {name} = {str(value)[:60]!r}; expected {expected}")
+        valid, expected = {
+            int: (type(value) is int and 1 <= value <= most, f"a whole number, 1 to {most}"),
+            float: (type(value) in (int, float) and 0 < value < math.inf, "a number above 0"),
+            bool: (type(value) is bool, "true or false"),
+        }.get(KINDS.get(name), (True, ""))
+        if not valid:
+            raise ValueError(f"{what} has {name} = {str(value)[:60]!r}; expected {expected}")
     return public
 
 
@@ -48,6 +45,17 @@ def refuse(public: dict, name: str, value, supported) -> None:
         raise ValueError(
             f"config.json of model_type {public.get('model_type')!r} has {name} = {value!r}; "
             f"only {supported!r} is supported here")
+
+
+def facts_of(public: dict, family: Family, supported: dict) -> dict:
+    """config.json, with what its family implies and what its public class assumes."""
+    for name, value in supported.items():
+        refuse(public, name, public.get(name, value), value)
+    return {**family.defaults, **public, **family.implied}
+
+
+def config_of(kind: type, facts: dict):
+    return kind(**{field.name: facts[field.name] for field in fields(kind) if field.name in facts})
 
 
 # ---------------------------------------------------------------- decoders
@@ -61,33 +69,17 @@ def read_language_config(public: dict) -> LanguageConfig:
                          f"{', '.join(LANGUAGE_FAMILIES)} (Qwen2.5 is a qwen2, SmolLM2 a llama), "
                          "and extras.convert the layouts of Qwen-7B and MiniMind")
     family = LANGUAGE_FAMILIES[model_type]
-    for name, value in family.supported.items():
-        refuse(public, name, public.get(name, value), value)
-    rope = read_rope(public)
+    facts, rope = facts_of(public, family, family.supported), read_rope(public)
     missing = [name for name in ("vocab_size", "hidden_size", "intermediate_size",
                                  "num_hidden_layers", "num_attention_heads") if name not in public]
     if missing:
         raise ValueError(f"config.json of model_type {model_type!r} lacks {', '.join(missing)}")
-    facts = {**family.defaults, **public, **family.implied}
     heads = facts["num_attention_heads"]
-    return LanguageConfig(
-        model_type=model_type,
-        vocab_size=facts["vocab_size"],
-        hidden_size=facts["hidden_size"],
-        intermediate_size=facts["intermediate_size"],
-        num_hidden_layers=facts["num_hidden_layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=facts.get("num_key_value_heads", heads),
-        head_dim=facts.get("head_dim", facts["hidden_size"] // heads),
-        # 10,000 is what the public classes assume where the file is silent.
-        rope_theta=float(rope.get("rope_theta", facts.get("rope_theta", 10000))),
-        rms_norm_eps=facts.get("rms_norm_eps", 1e-6),
-        tie_word_embeddings=facts.get("tie_word_embeddings", False),
-        qkv_bias=facts["qkv_bias"],
-        qk_norm=facts["qk_norm"],
-        max_position_embeddings=facts["max_position_embeddings"],
-        context_limit=facts.get("context_limit"),
-    )
+    # 10,000 is what the public classes assume where the file is silent.
+    theta = float(rope.get("rope_theta", facts.get("rope_theta", 10000)))
+    return config_of(LanguageConfig, {
+        "num_key_value_heads": heads, "head_dim": facts["hidden_size"] // heads,
+        "rms_norm_eps": 1e-6, "tie_word_embeddings": False, **facts, "rope_theta": theta})
 
 
 def read_rope(public: dict) -> dict:
@@ -116,28 +108,12 @@ def read_vision_config(public: dict, feature_layer: int = -1,
             f"{', '.join(VISION_FAMILIES)}, also out of a whole 'clip' or 'siglip' (also SigLIP2 "
             "of a fixed resolution); 'siglip2' is SigLIP2's NaFlex, for images of any shape")
     family = VISION_FAMILIES[model_type]
-    for name, value in {"num_channels": 3, **family.supported}.items():
-        refuse(public, name, public.get(name, value), value)
-    facts = {**family.defaults, **public, **family.implied}
-    ratio = facts.get("mlp_ratio")
-    return VisionConfig(
-        model_type=model_type,
-        hidden_size=facts["hidden_size"],
-        intermediate_size=facts.get("intermediate_size") or int(facts["hidden_size"] * ratio),
-        num_hidden_layers=facts["num_hidden_layers"],
-        num_attention_heads=facts["num_attention_heads"],
-        image_size=facts["image_size"],
-        patch_size=facts["patch_size"],
-        hidden_act=facts["hidden_act"],
-        layer_norm_eps=facts["layer_norm_eps"],
-        class_token=facts["class_token"],
-        patch_bias=facts["patch_bias"],
-        pre_norm=facts["pre_norm"],
-        final_norm=facts["final_norm"] or features == "class",
-        layer_scale=facts["layer_scale"],
-        feature_layer=feature_layer,
-        features=features,
-    )
+    facts = facts_of(public, family, {"num_channels": 3, **family.supported})
+    if "mlp_ratio" in family.defaults:  # DINOv2
+        facts["intermediate_size"] = int(facts["hidden_size"] * facts["mlp_ratio"])
+    return config_of(VisionConfig, {
+        **facts, "model_type": model_type, "feature_layer": feature_layer, "features": features,
+        "final_norm": facts["final_norm"] or features == "class"})
 
 
 # ---------------------------------------------------------------- back
