@@ -511,7 +511,7 @@ def shapes_of(model) -> dict[str, list[int]]:
     """{published name: shape} of what we hold."""
     layout = family_of(model.config.model_type)
     return {public: public_shape(ours, model.get_parameter(ours), layout)
-            for public, ours in public_names(model, layout).items()}
+            for public, ours in public_names(model).items()}
 
 
 TOWERS = {  # config.json as published; patches; parameters of the tower as far as we hold it

@@ -60,7 +60,7 @@ def published_layers(language: nn.Module) -> dict[str, str]:
     with meta_device():
         plain = LanguageModel(language.config)
     linear = linear_names(plain)
-    names = public_names(plain, family_of(language.config.model_type))
+    names = public_names(plain)
     return {public.removesuffix(".weight"): ours.removesuffix(".weight")
             for public, ours in names.items() if ours.removesuffix(".weight") in linear}
 

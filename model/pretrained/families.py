@@ -31,11 +31,6 @@ class Family:
     # config.json says whether the file holds these: its key, and how their names begin.
     optional: tuple[str, str] | None = None
 
-    @property
-    def public(self) -> dict[str, str]:
-        """The table read from right to left: our name -> published name."""
-        return {ours: public for public, ours in self.names.items()}
-
 
 PLAIN = {"use_sliding_window": False, "hidden_act": "silu", "mlp_bias": False}
 
@@ -45,16 +40,17 @@ LANGUAGE_FAMILIES = {
         implied={"qkv_bias": False, "qk_norm": False},
         defaults={"max_position_embeddings": 2048},
         supported={**PLAIN, "attention_bias": False},
-        unread=("layers.*.self_attn.rotary_emb.inv_freq",)),  # a table that is computed here
+        # The embeddings a second time, where they are tied; and a table that is computed here.
+        unread=("lm_head.weight", "layers.*.self_attn.rotary_emb.inv_freq")),
     "qwen2": Family(  # also Qwen2.5
         "Qwen2ForCausalLM", weight_names.LANGUAGE, "model.",
         implied={"qkv_bias": True, "qk_norm": False},
-        defaults={"max_position_embeddings": 32768}, supported=PLAIN),
+        defaults={"max_position_embeddings": 32768}, supported=PLAIN, unread=("lm_head.weight",)),
     "qwen3": Family(
         "Qwen3ForCausalLM", weight_names.LANGUAGE, "model.",
         implied={"qkv_bias": False, "qk_norm": True},
         defaults={"max_position_embeddings": 32768, "head_dim": 128},
-        supported={**PLAIN, "attention_bias": False}),
+        supported={**PLAIN, "attention_bias": False}, unread=("lm_head.weight",)),
 }
 VIT_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
             "image_size": 224}
@@ -94,9 +90,10 @@ def family_of(model_type: str) -> Family:
     return LANGUAGE_FAMILIES.get(model_type) or VISION_FAMILIES[model_type]
 
 
-def public_names(model: nn.Module, family: Family) -> dict[str, str]:
+def public_names(model: nn.Module) -> dict[str, str]:
     """{published name: our name} for every tensor of model."""
-    table, names = family.public, {}
+    table = {ours: public for public, ours in family_of(model.config.model_type).names.items()}
+    names = {}
     for ours in model.state_dict():
         number = re.search(r"(?<=layers\.)\d+", ours)
         pattern = re.sub(r"(?<=layers\.)\d+", "{}", ours)

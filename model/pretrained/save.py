@@ -18,7 +18,7 @@ def public_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """{published name: tensor}: the model in the form in which its family is published."""
     state, family = model.state_dict(), family_of(model.config.model_type)
     return {public: state[ours].reshape(public_shape(ours, state[ours], family))
-            for public, ours in public_names(model, family).items()}
+            for public, ours in public_names(model).items()}
 
 
 def save_language(model: LanguageModel, directory) -> None:

@@ -1,6 +1,6 @@
 """What published files call their tensors: names in a file on the left, ours on the right.
 
-    a table -> read from left to right to load (load_tensors.py), right to left to save (save.py)
+    a table -> read from left to right to load (load.py), right to left to save (save.py)
 
 A line names one tensor, or a layer, and then stands for its weight and its bias.
 families.py says which family has which table.
