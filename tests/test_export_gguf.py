@@ -116,7 +116,7 @@ def test_eyes_that_llama_cpp_lacks_are_named_and_the_words_go_over(tmp_path, tin
                                                                    capsys):
     run = trained(tmp_path, tiny_tokenizer_dir, "Qwen3", "Dinov2", 48, ["--lora"])
     export.main(["--model", run, "--to", "gguf", "--out", str(tmp_path / "out")])
-    assert "will see no images: llama.cpp has no form for a dinov2" in capsys.readouterr().out
+    assert "no images: llama.cpp has no form for this model: a dinov2" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["language.gguf"]
 
 

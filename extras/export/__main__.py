@@ -82,21 +82,14 @@ def load(flags, checkpoint: Path):
     """-> the model in float32 with its adapters in place, template, image processor."""
     config = read_config(checkpoint)
     model = load_checkpoint(checkpoint, torch.float32, flags.language_model, flags.vision_tower)
-    account_for_all(model)
+    with meta_device():  # whatever the form: what none of our classes has, nothing could read back
+        known = Projector(model.config.projector).state_dict()
+    account_for(model, known, "this model cannot be exported", "Known are both towers as their "
+                f"config.json describes them, and --projector {config['projector']}: "
+                + ", ".join(known))
     template = ChatTemplate(Tokenizer.from_directory(checkpoint), config["image_tokens"],
                             config["system"], config.get("image_token"), config["template"])
     return model, template, ImageProcessor.from_directory(checkpoint)
-
-
-def account_for_all(model) -> None:
-    """In every form: ValueError with the name of a tensor that none of our classes has, because
-    nothing could read it back."""
-    config = model.config
-    with meta_device():
-        known = Projector(config.projector).state_dict()
-    account_for(model, known, "this model cannot be exported", "Known are both towers as their "
-                f"config.json describes them, and --projector {config.projector.kind}: "
-                + ", ".join(known))
 
 
 def to_transformers(flags, checkpoint: Path, out: Path) -> None:

@@ -92,21 +92,27 @@ def family_of(model_type: str) -> Family:
 
 def public_names(model: nn.Module) -> dict[str, str]:
     """{published name: our name} for every tensor of model."""
-    table = {ours: public for public, ours in family_of(model.config.model_type).names.items()}
-    names = {}
-    for ours in model.state_dict():
-        number = re.search(r"(?<=layers\.)\d+", ours)
-        pattern = re.sub(r"(?<=layers\.)\d+", "{}", ours)
-        layer, _, last = pattern.rpartition(".")
-        if pattern in table:
-            public = table[pattern]
-        elif layer in table and last in ("weight", "bias"):
-            public = f"{table[layer]}.{last}"
-        else:
-            raise ValueError(f"{ours} has no published name in a {model.config.model_type}; "
-                             "adapters must be merged (merge_lora) before a model is saved so")
-        names[public.format(number and number[0])] = ours
-    return names
+    model_type = model.config.model_type
+    table = {ours: public for public, ours in family_of(model_type).names.items()}
+    names = {ours: name_by_table(ours, table) for ours in model.state_dict()}
+    for ours in [ours for ours, public in names.items() if public is None]:
+        raise ValueError(f"{ours} has no published name in a {model_type}; adapters must be merged "
+                         "(merge_lora) before a model is saved so")
+    return {public: ours for ours, public in names.items()}
+
+
+def name_by_table(ours: str, table: dict[str, str]) -> str | None:
+    """"layers.3.fc1.bias" by the line "layers.{}.fc1": "blk.{}.up" -> "blk.3.up.bias"; or None."""
+    number = re.search(r"(?<=layers\.)\d+", ours)
+    pattern = re.sub(r"(?<=layers\.)\d+", "{}", ours)
+    layer, _, last = pattern.rpartition(".")
+    if pattern in table:
+        public = table[pattern]
+    elif layer in table and last in ("weight", "bias"):
+        public = f"{table[layer]}.{last}"
+    else:
+        return None
+    return public.format(number and number[0])
 
 
 def public_shape(ours: str, tensor: torch.Tensor, family: Family) -> list[int]:
