@@ -2,7 +2,7 @@
 
     model_type of config.json -> LANGUAGE_FAMILIES or VISION_FAMILIES -> facts and tensor names
 
-A new family is an entry here and a table in weight_names.py.
+A new family is an entry in one of the two, and a table of names.
 """
 
 import re
@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-
-from model.pretrained import weight_names
 
 
 @dataclass(frozen=True)
@@ -32,22 +30,62 @@ class Family:
     optional: tuple[str, str] | None = None
 
 
+# Published name -> ours. A line names one tensor, or a layer, and then stands for its weight and
+# its bias. Read from left to right to load (load.py), from right to left to save (save.py).
+LANGUAGE = {"lm_head": "lm_head", **{f"model.{name}": name for name in (  # Llama, Qwen2, Qwen3
+    "embed_tokens", "layers.{}.input_layernorm", "layers.{}.self_attn.q_proj",
+    "layers.{}.self_attn.k_proj", "layers.{}.self_attn.v_proj", "layers.{}.self_attn.o_proj",
+    "layers.{}.self_attn.q_norm", "layers.{}.self_attn.k_norm",  # Qwen3
+    "layers.{}.post_attention_layernorm", "layers.{}.mlp.gate_proj", "layers.{}.mlp.up_proj",
+    "layers.{}.mlp.down_proj", "norm")}}
+SIGLIP_AND_CLIP = {
+    "vision_model.embeddings.class_embedding": "class_embedding",  # CLIP
+    "vision_model.embeddings.patch_embedding": "patch_embedding",
+    "vision_model.embeddings.position_embedding.weight": "position_embedding",
+    "vision_model.pre_layrnorm": "pre_layernorm",  # CLIP; published with this spelling
+    "vision_model.encoder.layers.{}.layer_norm1": "layers.{}.layer_norm1",
+    "vision_model.encoder.layers.{}.self_attn.q_proj": "layers.{}.self_attn.q_proj",
+    "vision_model.encoder.layers.{}.self_attn.k_proj": "layers.{}.self_attn.k_proj",
+    "vision_model.encoder.layers.{}.self_attn.v_proj": "layers.{}.self_attn.v_proj",
+    "vision_model.encoder.layers.{}.self_attn.out_proj": "layers.{}.self_attn.out_proj",
+    "vision_model.encoder.layers.{}.layer_norm2": "layers.{}.layer_norm2",
+    "vision_model.encoder.layers.{}.mlp.fc1": "layers.{}.fc1",
+    "vision_model.encoder.layers.{}.mlp.fc2": "layers.{}.fc2",
+    "vision_model.post_layernorm": "post_layernorm",  # SigLIP; of CLIP for its class token
+}
+DINOV2 = {
+    "embeddings.cls_token": "class_embedding",
+    "embeddings.patch_embeddings.projection": "patch_embedding",
+    "embeddings.position_embeddings": "position_embedding",
+    "encoder.layer.{}.norm1": "layers.{}.layer_norm1",
+    "encoder.layer.{}.attention.attention.query": "layers.{}.self_attn.q_proj",
+    "encoder.layer.{}.attention.attention.key": "layers.{}.self_attn.k_proj",
+    "encoder.layer.{}.attention.attention.value": "layers.{}.self_attn.v_proj",
+    "encoder.layer.{}.attention.output.dense": "layers.{}.self_attn.out_proj",
+    "encoder.layer.{}.layer_scale1.lambda1": "layers.{}.layer_scale1",
+    "encoder.layer.{}.norm2": "layers.{}.layer_norm2",
+    "encoder.layer.{}.mlp.fc1": "layers.{}.fc1",
+    "encoder.layer.{}.mlp.fc2": "layers.{}.fc2",
+    "encoder.layer.{}.layer_scale2.lambda1": "layers.{}.layer_scale2",
+    "layernorm": "post_layernorm",
+}
+
 PLAIN = {"use_sliding_window": False, "hidden_act": "silu", "mlp_bias": False}
 
 LANGUAGE_FAMILIES = {
     "llama": Family(
-        "LlamaForCausalLM", weight_names.LANGUAGE, "model.",
+        "LlamaForCausalLM", LANGUAGE, "model.",
         implied={"qkv_bias": False, "qk_norm": False},
         defaults={"max_position_embeddings": 2048},
         supported={**PLAIN, "attention_bias": False},
         # The embeddings a second time, where they are tied; and a table that is computed here.
         unread=("lm_head.weight", "layers.*.self_attn.rotary_emb.inv_freq")),
     "qwen2": Family(  # also Qwen2.5
-        "Qwen2ForCausalLM", weight_names.LANGUAGE, "model.",
+        "Qwen2ForCausalLM", LANGUAGE, "model.",
         implied={"qkv_bias": True, "qk_norm": False},
         defaults={"max_position_embeddings": 32768}, supported=PLAIN, unread=("lm_head.weight",)),
     "qwen3": Family(
-        "Qwen3ForCausalLM", weight_names.LANGUAGE, "model.",
+        "Qwen3ForCausalLM", LANGUAGE, "model.",
         implied={"qkv_bias": False, "qk_norm": True},
         defaults={"max_position_embeddings": 32768, "head_dim": 128},
         supported={**PLAIN, "attention_bias": False}, unread=("lm_head.weight",)),
@@ -56,7 +94,7 @@ VIT_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 
             "image_size": 224}
 VISION_FAMILIES = {
     "siglip_vision_model": Family(  # also SigLIP2 of a fixed resolution
-        "SiglipVisionModel", weight_names.SIGLIP_AND_CLIP, "vision_model.",
+        "SiglipVisionModel", SIGLIP_AND_CLIP, "vision_model.",
         implied={"class_token": False, "patch_bias": True, "pre_norm": False,
                  "final_norm": True, "layer_scale": False},
         defaults={**VIT_BASE, "intermediate_size": 3072, "patch_size": 16,
@@ -65,7 +103,7 @@ VISION_FAMILIES = {
                 "embeddings.position_ids", "text_model.*", "logit_scale", "logit_bias"),
         optional=("vision_use_head", "head.")),
     "clip_vision_model": Family(
-        "CLIPVisionModel", weight_names.SIGLIP_AND_CLIP, "vision_model.",
+        "CLIPVisionModel", SIGLIP_AND_CLIP, "vision_model.",
         implied={"class_token": True, "patch_bias": False, "pre_norm": True,
                  "final_norm": False,  # it has one for its class token: patches never pass it
                  "layer_scale": False},
@@ -74,7 +112,7 @@ VISION_FAMILIES = {
         unread=("post_layernorm.*", "embeddings.position_ids", "text_model.*", "logit_scale",
                 "visual_projection.weight", "text_projection.weight")),
     "dinov2": Family(
-        "Dinov2Model", weight_names.DINOV2,
+        "Dinov2Model", DINOV2,
         implied={"class_token": True, "patch_bias": True, "pre_norm": False,
                  "final_norm": True, "layer_scale": True},
         defaults={**VIT_BASE, "mlp_ratio": 4, "patch_size": 14, "hidden_act": "gelu",
