@@ -31,6 +31,7 @@ from dataset.readers.formats import BadSample, MissingImage, open_data
 from dataset.readers.mixture import split_source
 from dataset.readers.parquet import POOL
 from dataset.tokenizer import COMPANIONS, Tokenizer
+from model.pretrained.hub import public
 
 ALLOWED = 0.01  # share of unusable samples; more, and the data should be repaired first
 LISTED = 12  # samples named for each kind of fault
@@ -238,7 +239,7 @@ def make_template(language: str, family: str | None, image_tokens: int) -> ChatT
         family = "qwen2"
         if config.is_file():
             family = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    return ChatTemplate(Tokenizer.from_directory(directory), image_tokens,
+    return ChatTemplate(Tokenizer.from_directory(public(directory)), image_tokens,
                         DEFAULT_SYSTEM.get(family), family=family)
 
 
