@@ -85,7 +85,7 @@ def test_it_refuses_what_training_refuses(run, folder, tiny_tokenizer_dir):
     assert refused == sorted(place for places in report.reasons.values() for place in places)
     lengths = sorted(length for batch, _ in batches.epoch(0) for length in batch.lengths)
     good = [len(template.encode_conversation(data[i].messages)[0]) for i in (0, 6, 7)]
-    assert lengths == sorted(min(length, 60) for length in good) and report.cut == 1
+    assert lengths == sorted(min(length, 60) for length in good) and report.counts["cut"] == 1
 
 
 def test_lengths_are_those_of_the_template(run, folder, tiny_tokenizer_dir):
