@@ -52,7 +52,8 @@ def main(arguments=None) -> None:
     if found:
         print(f"{sum(len(files) for _, files in found)} files are complete, their sizes and "
               "sha256 are the hub's")
-    print("\n".join(by_hand))
+    for line in by_hand:
+        print(line)
 
 
 def sources_of(preset: Preset, parts) -> tuple[list[Download], list[str]]:
@@ -79,12 +80,14 @@ def by_yourself(preset: Preset, parts) -> str:
     lines = ["Set HF_ENDPOINT to a mirror (such as HF_ENDPOINT=https://hf-mirror.com) and run the "
              "same command again,", "or fetch these on another machine:"]
     for source in sources:
-        directory, flags = source.to, "--data FILE --image_folder DIR"
+        files, directory = ", ".join(source.files), source.to
+        flags = "--data FILE --image_folder DIR"
         if kind_of(source) == "model":
+            files += " (or pytorch_model*.bin)"
             directory = f"weights/{source.source.rsplit('/', 1)[-1]}"
             flags = next(f"--{setting} {directory}" for setting in TOWER_SETTINGS.values()
                          if getattr(preset, setting) == source.source)
-        lines += [f"  {page_of(source)}/tree/main{size(source)}: {', '.join(source.files)}",
+        lines += [f"  {page_of(source)}/tree/main{size(source)}: {files}",
                   f"    -> {directory}/, or to any other directory; then add: {flags}"]
     return "\n".join(lines + [f"  {line}" for line in by_hand])
 

@@ -184,7 +184,7 @@ def build(models: Models, examples: list[tuple[str, str]]) -> gr.Blocks:
     def pick():
         """The models that are there when the page is opened."""
         names = models.names()
-        return gr.update(choices=names, value=names[0])
+        return gr.update(choices=names, value=next(iter(names), None))
 
     nothing_seen = gr.update(value=None, visible=False)
     with gr.Blocks(title="Afternoon VLM", analytics_enabled=False,
