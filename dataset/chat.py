@@ -41,6 +41,7 @@ ROLES = ("system", "user", "assistant")
 class Message:
     role: str  # "system", "user" or "assistant"
     content: str
+    supervised: bool = True  # False: an answer that is read but not learned
 
     def __post_init__(self):
         if self.role not in ROLES:
@@ -106,7 +107,8 @@ class ChatTemplate:
         """The parts of a conversation to train on, one each time that it comes up, in turn: all of
         it, or where a row teaches one answer (Qwen3), all up to each of the answers."""
         messages = list(messages)
-        answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+        answers = [i for i, message in enumerate(messages)
+                   if message.role == "assistant" and message.supervised]
         if self.opens_every_answer or not answers:
             return [messages]
         return [messages[:answer + 1] for answer in answers]
@@ -155,9 +157,10 @@ class ChatTemplate:
 
         for i, message in enumerate(messages):
             # Only what follows the very prompt that chat gives is to be learned.
-            supervised = message.role == "assistant" and (self.opens_every_answer or i == newest)
+            opened = message.role == "assistant" and (self.opens_every_answer or i == newest)
+            supervised = opened and message.supervised
             append(self.headers[message.role])
-            if supervised:
+            if opened:
                 append(self.opening)
             append(self._content(message), supervised)
             append([self.end], supervised)  # the model must learn to stop by itself

@@ -98,9 +98,11 @@ def open_files(flag: str, settings, apart: int = 0):
 
 
 def matching(source: str) -> list[str]:
-    """"part-*.parquet:2" -> each such file with ":2", in the order of their names. What fits no
-    file stays as it is, and opening it says so."""
+    """"part-*.parquet:2" -> each such file with ":2", in the order of their names. What is a file
+    is no pattern; what fits no file stays as it is, and opening it says so."""
     file, _ = split_source(source)
+    if Path(file).is_file():
+        return [source]
     weight = source.removeprefix(file)
     return [name + weight for name in sorted(glob.glob(file))] or [source]
 

@@ -191,17 +191,22 @@ def index_coco(file: Path) -> np.ndarray:
 
 
 def is_coco(file: Path) -> bool:
-    """Whether a file that starts with "{" is COCO, and not JSON Lines. Decided by the first known
-    key, so usually within the first hundred bytes."""
+    """Whether a file that starts with "{" is COCO, and not JSON Lines: by the keys of its first
+    object, of which a record of text has others. Usually told within a few kilobytes."""
+    found = False
     try:
-        for key, *_ in walk_object(file):
+        for key, value, *_ in walk_object(file):
             if key in TEXT_KEYS:
                 return False
-            if key in ("info", "licenses", "annotations", "categories"):
+            found |= key in ("info", "licenses", "categories", "annotations")
+            if isinstance(value, dict) and ((key == "images" and "file_name" in value)
+                                            or (key == "annotations" and "image_id" in value)):
                 return True
-    except ValueError:  # a broken first line of JSON Lines, which must not spoil the others
-        pass
-    return False
+    except ValueError:  # a broken first line of JSON Lines must not spoil the others
+        with open(file, "rb") as opened:
+            opened.readline(LONGEST)
+            return found and not opened.read(1) == b"{"
+    return found
 
 
 def walk_object(file: Path):

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from dataset.chat import IMAGE
 from dataset.readers.bad_sample import BadSample, shown
-from dataset.readers.record_images import IMAGE_KEYS
+from dataset.readers.record_images import ENDINGS, IMAGE_KEYS, PART_KEYS
 
 # What a key that is not read seems to hold, by its name as kinds_of spells it: see refuse_unread.
 _ENDING = (r"(?:_?\d+)?(?:_?(?:file|path|name|url|uri|id|key|index|byte|data|base64|b64|content"
@@ -31,8 +31,8 @@ UNREAD = {kind: re.compile(pattern) for kind, pattern in {
     # Passed over whatever stands there; other names are, unless media stand there.
     "ignored": r"(?:\w+_)?(?:source|origin|dataset|license|model|split|category|score)s?"}.items()}
 _VIDEO = "mp4|m4v|avi|mov|mkv|webm|mpe?g|wmv|flv|wav|mp3|flac|ogg|opus|m4a|aac"
-_IMAGE = "jpe?g|jpe|jfif|png|webp|gif|bmp|tiff?|heic|avif|ppm|pgm|jp2|svg"
-MEDIA_FILE = re.compile(rf"[^\n]{{1,2000}}\.(?:{_IMAGE}|({_VIDEO}))(?:[?#]\S*)?\s*", re.IGNORECASE)
+MEDIA_FILE = re.compile(rf"[^\n]{{1,2000}}\.(?:{ENDINGS}|svg|({_VIDEO}))(?:[?#]\S*)?\s*",
+                        re.IGNORECASE)
 OTHER_FILE = re.compile(r"(?!\w+://)[^\n]*\.[a-z]\w{0,4}\s*", re.IGNORECASE)
 # How the bytes of media begin; and how they do in base64 or as a data: URI.
 MEDIA_BYTES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"ID3",
@@ -42,7 +42,7 @@ MEDIA_TEXT = ("data:image/", "data:video/", "data:audio/", "/9j/", "iVBORw0KGgo"
 MARK = re.compile(r"<\|?(image|img|picture|video|audio)((?:_pad|_placeholder|[_ ]?\d+)?\|?)>",
                   re.IGNORECASE)
 MEDIA_KINDS = {"image", "video", "file"}
-TURN_KEYS = ("role", "content", "from", "value", "user", "assistant")
+TURN_KEYS = ("role", "content", "from", "value", "user", "assistant", "weight", "train")
 
 
 def refuse_blind(record: dict, read, turns, messages, images, where: str) -> None:
@@ -52,9 +52,10 @@ def refuse_blind(record: dict, read, turns, messages, images, where: str) -> Non
     refuse_unread(record, read, where, images, text)
     for turn in turns:
         refuse_unread(turn, TURN_KEYS, where, images, text, " in a turn")
-        parts = turn.get("content", turn.get("value"))
-        for part in parts if isinstance(parts, list) else ():
-            refuse_unread(part, ("type", "text"), where, images, text, " in a part of a turn")
+        parts = [value for value in turn.values() if isinstance(value, list)]
+        for part in (part for value in parts for part in value if isinstance(part, dict)):
+            refuse_unread(part, ("type", "text", *PART_KEYS), where, images, text,
+                          " in a part of a turn")
     refuse_mark(text, where, images)
 
 
