@@ -1,6 +1,6 @@
 """Arrays about a data file that take long to compute: once on each machine, then memory-mapped.
 
-    key, compute -> cached -> an array, mapped: all processes and their workers share its pages
+    file, compute -> cached -> an array, mapped: all processes and their workers share its pages
 
 They lie in the directory for temporary files (TMPDIR names another), and may be deleted at any
 time. A key names the file with its size and time of change, so a changed file has another one.
@@ -61,6 +61,10 @@ def store(key: str, array: np.ndarray) -> np.ndarray:
     return array if found is None else found
 
 
-def cached(key: str, compute) -> np.ndarray:
+def cached(kind: str, file, compute) -> np.ndarray:
+    """compute() -> an array about a file. Of a small file it is computed each time."""
+    if os.stat(file).st_size < SMALL:
+        return compute()
+    key = f"{kind} {identity(file)}"
     found = load(key)
     return store(key, compute()) if found is None else found
