@@ -83,8 +83,8 @@ def by_yourself(preset: Preset, parts) -> str:
         "Set HF_ENDPOINT to a mirror (such as HF_ENDPOINT=https://hf-mirror.com) and run the same\n"
         "command again, or fetch these on another machine:", *fetched, *by_hand,
         "A model without model*.safetensors has pytorch_model*.bin. Then add for the models\n"
-        "  --language_model DIR and --vision_tower DIR, for data that lies in another directory than\n"
-        "  is named here --data FILE --image_folder DIR"])
+        "  --language_model DIR and --vision_tower DIR, and for data, if it is put elsewhere,\n"
+        "  --data FILE --image_folder DIR"])
 
 
 def endpoint() -> str:
