@@ -59,7 +59,7 @@ def random_parts(settings, checkpoint=None) -> ModelBundle:
     side = vision.get("pixels", vision["image_size"])
     processor = ImageProcessor("SiglipImageProcessor", (side, side), None, 3, 1 / 255, (0.5,) * 3,
                                (0.5,) * 3)
-    return ModelBundle(model, template, processor, {"lora": None}, set())
+    return ModelBundle(model, template, processor, bases={})
 
 
 def write_rows(directory: Path, stage: str, rows: int) -> Path:

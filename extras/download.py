@@ -19,10 +19,8 @@ import huggingface_hub
 
 from extras.preset_list import download_size, format_bytes
 from model.pretrained.files import sha256
-from model.pretrained.hub import PICKLE_FILES, WANTED_FILES
-from training.preset_table import Download
-from training.presets import PRESETS, Preset
-from training.settings import TOWER_SETTINGS
+from model.pretrained.hub import PICKLE_FILES, TOWER_SETTINGS, WANTED_FILES
+from training.preset_table import PRESETS, Download, Preset
 from training.writable import check_directory
 
 PARTS = (*TOWER_SETTINGS, "data")
