@@ -118,7 +118,7 @@ with start_distributed() as ranks:
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux tells it")
 def test_the_ranks_of_a_machine_share_one_index(tmp_path):
-    """Three kinds of file, 29 MB of index in all: one rank makes it, each gets the same samples,
+    """Three kinds of file, 36 MB of index in all: one rank makes it, each gets the same samples,
     nobody has the index for itself, and the next run finds it."""
     row = '{"messages": [{"role": "user", "content": "u"}]}'
     images = [{"id": number, "file_name": "a.png"} for number in range(1000)]
@@ -126,7 +126,7 @@ def test_the_ranks_of_a_machine_share_one_index(tmp_path):
     (tmp_path / "lines").write_text(f"{row}\n" * 600_000)
     (tmp_path / "array").write_text(f"[{','.join([row] * 400_000)}]")
     (tmp_path / "coco").write_text(json.dumps({"images": images, "annotations": [
-        {"image_id": n % 1000, "caption": "A cat."} for n in range(200_000)]}))
+        {"image_id": n % 1000, "caption": "A cat."} for n in range(500_000)]}))
     (tmp_path / "sharing.py").write_text(SHARING)
     files = [str(tmp_path / name) for name in ("lines", "array", "coco")]
     (tmp_path / "temporary").mkdir()
@@ -150,7 +150,7 @@ def test_the_ranks_of_a_machine_share_one_index(tmp_path):
 def test_an_index_without_room_or_of_somebody_else_is_computed(tmp_path, monkeypatch):
     monkeypatch.setattr(index_cache.tempfile, "gettempdir", lambda: str(tmp_path / "nowhere"))
     big, (file, small) = np.arange(1 << 18), (tmp_path / "big.jsonl", tmp_path / "small.jsonl")
-    file.write_bytes(bytes(1 << 20))
+    file.write_bytes(bytes(1 << 24))
     small.write_bytes(b"{}")
     assert index_cache.cached("a", file, lambda: big) is big
     monkeypatch.setattr(index_cache.tempfile, "gettempdir", lambda: str(tmp_path))

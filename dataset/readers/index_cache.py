@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-SMALL = 1 << 20  # bytes; what is smaller is computed again
+SMALL = 1 << 20  # bytes of an array; a smaller one is computed again
+SMALL_FILE = 1 << 24  # bytes of a file that is read in no time
 
 
 def identity(file) -> str:
@@ -63,7 +64,7 @@ def store(key: str, array: np.ndarray) -> np.ndarray:
 
 def cached(kind: str, file, compute) -> np.ndarray:
     """compute() -> an array about a file. Of a small file it is computed each time."""
-    if os.stat(file).st_size < SMALL:
+    if os.stat(file).st_size < SMALL_FILE:
         return compute()
     key = f"{kind} {identity(file)}"
     found = load(key)
