@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dataset.chat import IMAGE, Message
+from dataset.chat import ROLES as CHAT_ROLES
 from dataset.readers.bad_sample import BadSample, shown
 from dataset.readers.captions import read_captions
 from dataset.readers.record_images import find_images, image_key, read_content
@@ -32,7 +33,7 @@ TURNS = ("conversations", "messages")
 TAGS = ("kind", "language")  # optional, for scores by kind and by language
 SYSTEM = ("system", "system_prompt")  # keys beside the turns
 # LLaVA's names, and those of other chats; any other is taken as it is.
-ROLES = {"human": "user", "developer": "system",
+ROLES = {**{role: role for role in CHAT_ROLES}, "human": "user", "developer": "system",
          **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "bot"), "assistant")}
 LONGEST_TEXT = 500_000  # characters; a model reads a tenth of it, a tokenizer needs seconds for it
 
@@ -146,7 +147,7 @@ def to_message(turn: dict, images_dir: Path, where: str) -> tuple[Message, list]
     role = turn.get("role", turn.get("from"))
     if not isinstance(role, str):
         raise ValueError(f"the role of a turn is {shown(role)}; expected a text such as 'user'")
-    role = ROLES.get(role.lower(), role.lower())
+    role = ROLES.get(role.lower(), role)
     content, images = read_content(turn.get("content", turn.get("value")), images_dir, where)
     weight = turn.get("weight", turn.get("train", 1))
     if weight not in (0, 1):

@@ -11,9 +11,10 @@ from collections import Counter
 
 from dataset.chat import IMAGE, Message
 from dataset.readers.bad_sample import BadSample, shown
+from dataset.readers.captions import PROMPTS, language_of
 from dataset.readers.record_images import image_key
 from dataset.readers.unread import refuse_mark, refuse_unread, texts_in
-from dataset.sample import CHINESE, PROMPTS, TURNS
+from dataset.sample import TURNS
 from evaluation.eval_samples import Question
 
 LETTERS = "ABCDEFGHIJ"
@@ -101,7 +102,7 @@ def read_caption(record: dict, where: str) -> tuple:
     if not is_texts(captions) or not all(map(str.strip, captions)):
         raise BadSample(where, f"'caption' is {shown(captions)}; expected a text or several")
     captions = tuple(map(str.strip, captions))
-    return PROMPTS["zh" if CHINESE.search(captions[0]) else "en"][0], captions[0], captions
+    return PROMPTS[language_of(captions[0])][0], captions[0], captions
 
 
 def read_choice(record: dict, where: str) -> tuple:

@@ -16,8 +16,8 @@ from PIL import Image
 from dataset.chat import Message
 from dataset.images import load_image
 from dataset.readers import json_files, parquet
+from dataset.readers.captions import PROMPTS
 from dataset.readers.formats import BadSample, MissingImage, open_data
-from dataset.sample import PROMPTS
 from training.data import data_hash
 
 QUESTION, ANSWER = "<image>\nWho is it?", "一只猫 🐈"

@@ -33,7 +33,12 @@ def read_captions(record: dict, index: int, caption_index: int) -> list:
         raise ValueError("'caption' holds no text; remove the entry or write one")
     rng = random.Random(index)
     caption = texts[(rng.randrange(len(texts)) + caption_index) % len(texts)]
-    language = next((name for name, letters in LETTERS.items() if letters.search(caption)), "en")
-    prompts = PROMPTS[language]
-    prompt = prompts[(rng.randrange(len(prompts)) + caption_index) % len(prompts)]
+    prompts = PROMPTS[language_of(caption)]
+    # One further with each round, or four captions would keep one of four prompts each.
+    further = caption_index + caption_index // len(texts)
+    prompt = prompts[(rng.randrange(len(prompts)) + further) % len(prompts)]
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": caption}]
+
+
+def language_of(text: str) -> str:
+    return next((name for name, letters in LETTERS.items() if letters.search(text)), "en")

@@ -86,7 +86,6 @@ def read_content(content, images_dir: Path, where: str) -> tuple[str, list]:
         return content, [None] * (content.count(IMAGE) if isinstance(content, str) else 0)
     texts, images = [], []
     for part in content:
-        part = {"type": "text", "text": part} if isinstance(part, str) else part
         given = part if isinstance(part, dict) else {}
         given = {key: value for key, value in given.items() if value is not None}
         kind, key = given.get("type"), next((key for key in PART_KEYS if given.get(key)), None)
