@@ -44,29 +44,20 @@ OLDER_NAMES = {"n_heads": "num_attention_heads", "norm_eps": "rms_norm_eps"}  # 
 
 
 def minimind_tensors(tensors: dict, config: LanguageConfig) -> dict:
-    renamed = with_public_names(tensors)
-    for name in renamed if is_older(tensors) else ():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            renamed[name] = half_split(renamed[name], config.head_dim)
-    return renamed
-
-
-def with_public_names(entries: dict) -> dict:
-    """{its name: tensor or shape} -> {public name: the same}. A name that is not MiniMind's stays
-    as it is: the loader, which accounts for every tensor, refuses what it does not know."""
-    renamed, older = {}, is_older(entries)
-    for name, entry in entries.items():
-        if older and (match := TENSOR.fullmatch(name)):
-            layer, last = match.groups()
-            name = f"{'model.' + layer if layer else ''}{OLDER[last]}.weight"
+    """A name that is not MiniMind's stays as it is: the loader, which accounts for every tensor,
+    refuses what it does not know."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        if name.endswith(("attention.wq.weight", "attention.wk.weight")):
+            tensor = half_split(tensor, config.head_dim)
         if not UNREAD.fullmatch(name):
-            renamed[name] = entry
+            renamed[public_name(name)] = tensor
     return renamed
 
 
-def is_older(names) -> bool:
-    """Was this file written before April 2025, under the names in OLDER?"""
-    return "tok_embeddings.weight" in names
+def public_name(name: str) -> str:
+    match = TENSOR.fullmatch(name)
+    return f"{'model.' + match[1] if match[1] else ''}{OLDER[match[2]]}.weight" if match else name
 
 
 def half_split(weight, head_dim: int):
@@ -92,7 +83,8 @@ def minimind_config(shapes: dict[str, list[int]], public: dict) -> LanguageConfi
     public: a config.json of MiniMind's own, or {}. What it says about heads, theta and eps goes
     before the table. ValueError: a file of another kind.
     """
-    older, shapes = is_older(shapes), with_public_names(shapes)
+    older = "tok_embeddings.weight" in shapes  # written before April 2025
+    shapes = {public_name(name): shape for name, shape in shapes.items()}
     normed = "model.layers.0.self_attn.q_norm.weight" in shapes
     if any(".experts." in name for name in shapes):
         raise ValueError("a mixture of experts; only MiniMind's dense models are supported here "

@@ -140,16 +140,19 @@ def write_weights(files: list[Path], rename, out: Path) -> None:
     """One weight file after the other, each tensor in its own dtype; for several an index."""
     weight_map, total = {}, 0
     for number, file in enumerate(files, 1):
-        name = "model.safetensors" if len(files) == 1 else (
-            f"model-{number:05}-of-{len(files):05}.safetensors")
-        try:
-            # Copied, because safetensors stores no tensor that is a part of another one.
-            tensors = {name: tensor.clone(memory_format=torch.contiguous_format)
-                       for name, tensor in rename(read_tensors(file)).items()}
-            save_file(tensors, out / name, metadata={"format": "pt"})
-        except (RuntimeError, SafetensorError) as error:  # a damaged file, a full disk
-            raise ValueError(f"{file} cannot be converted: {error}") from error
-        weight_map.update(dict.fromkeys(tensors, name))
+        part = f"-{number:05}-of-{len(files):05}" if len(files) > 1 else ""
+        written = f"model{part}.safetensors"
+        with with_filename(file):
+            try:
+                # Copied, because safetensors stores no tensor that is a part of another one.
+                tensors = {name: tensor.clone(memory_format=torch.contiguous_format)
+                           for name, tensor in rename(read_tensors(file)).items()}
+                save_file(tensors, out / written, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(f"cannot save {out / written}: {error}") from error
+            except RuntimeError as error:  # a shape that cannot be split
+                raise ValueError(f"it cannot be converted: {error}") from error
+        weight_map.update(dict.fromkeys(tensors, written))
         total += sum(tensor.nbytes for tensor in tensors.values())
     if len(files) > 1:
         write_json(out / "model.safetensors.index.json",
