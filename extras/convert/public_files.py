@@ -94,8 +94,9 @@ def convert(source: Path, out: Path) -> None:
         if config:
             write_json(partial / "config.json", config)
         write_json(partial / RECORD, origin(source))
-        shutil.rmtree(out, ignore_errors=True)
-        partial.rename(out)
+        if not is_up_to_date(source, out):  # by another process, meanwhile
+            shutil.rmtree(out, ignore_errors=True)
+            partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
