@@ -82,6 +82,8 @@ from transformers import AutoModelForCausalLM
 
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{name}")
 ```
+
+Qwen-7B or MiniMind as its base: what `python -m extras.convert` makes of that.
 """}
 
 
