@@ -50,7 +50,8 @@ def converted(source: Path) -> Path:
     out = directory / f"converted_{files[0].stem if pth else 'model'}"
     if is_up_to_date(source, out):
         return out
-    print(f"{source} is converted to public files, once: {out}", file=sys.stderr)
+    hint = ". Its chat template: --template qwen" if public.get("model_type") == QWEN else ""
+    print(f"{source} is converted to public files, once: {out}{hint}", file=sys.stderr)
     try:
         convert(source, out)
     except OSError as error:
