@@ -28,9 +28,8 @@ from model.pretrained.public_config import read_vision_config
 from model.vision import VisionTransformer
 from model.vlm import VLM
 from tests.tiny import ROOT, environment
-from training.optim import choose_trainable, make_optimizer
+from training.optim import choose_trainable, make_optimizer, set_requires_grad
 from training.presets import PRESETS, settings_of_preset
-from training.trainable import set_requires_grad
 
 # preset: language, vision, projector, image tokens, template, image token, stage two
 TABLE = {

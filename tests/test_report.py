@@ -193,8 +193,8 @@ def test_a_run_that_stops_early_has_its_page_too(world, tmp_path, monkeypatch, e
             train_pretrain.main([*world, "--out", str(tmp_path)])
     else:
         plain = Steps.next_batches
-        monkeypatch.setattr(Steps, "next_batches", lambda self, stream, number: (
-            signal_once(self.state), plain(self, stream, number))[1])
+        monkeypatch.setattr(Steps, "next_batches", lambda self, number: (
+            signal_once(self.state), plain(self, number))[1])
         train_pretrain.main([*world, "--out", str(tmp_path)])
         assert len(metrics(tmp_path)) == 2
         assert "samples_trained 4" in Page(tmp_path / "report.html").text

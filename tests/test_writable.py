@@ -122,4 +122,5 @@ def test_the_command_itself_ends_with_1_and_a_sentence(here):
     done = subprocess.run([sys.executable, ROOT / "train_pretrain.py", "--out", "file/run"],
                           env=environment(), capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("--out file/run: cannot be")
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith(
+        "cannot start: --out file/run: cannot be")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataset.readers.worker_state import explain
 from model.pretrained.checkpoint import checkpoints
 from training.device import is_out_of_memory
-from training.precision import first_unfit
+from training.precision import first_nonfinite_weight
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share, the file
 MIN_SAMPLES = 100  # that must have been met before the share of unusable ones is judged
@@ -88,7 +88,7 @@ def not_finite(step: int, totals: tuple, batches, losses, unfit: str | None,
     """Which samples made the loss infinite or NaN, as far as this rank knows.
 
     totals: loss and gradient norm over all ranks. losses: of this rank's batches. unfit: what
-    precision.first_unfit says of the weights.
+    precision.first_nonfinite_weight says of the weights.
     """
     loss, norm = totals
     guilty = [batch for batch, own in zip(batches, losses) if not math.isfinite(own)]
@@ -102,7 +102,7 @@ def not_finite(step: int, totals: tuple, batches, losses, unfit: str | None,
 def check_weights(model, step: int, batches, dtype: str, distributed) -> None:
     """Before a save: from a checkpoint with which no loss is finite, no run can go on."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if unfit := first_unfit(trained, dtype, distributed):
+    if unfit := first_nonfinite_weight(trained, dtype, distributed):
         raise NotFinite(step, f"step {step}: after its update {unfit}. "
                               f"{list_samples(batches, distributed.rank)} It was not saved.")
 
