@@ -37,7 +37,7 @@ from training.optim import choose_trainable
 from training.precision import autocast, cast_weights, choose_dtype
 from training.presets import PRESETS, read_flags, resolve
 
-# On a processor, of what comes and goes in a step: Linux's malloc keeps freed tensors of up to 32 MB
+# On a processor, of what comes and goes in a step: Linux's malloc keeps freed tensors up to 32 MB,
 # and the next ones seldom fit. 15 to 35 % more than the tensors, measured with benchmarks/memory.py
 # (6 % when malloc was told to keep none, MALLOC_MMAP_THRESHOLD_=65536). A GPU's figure is that of
 # torch.cuda.max_memory_allocated, which counts tensors alone.
