@@ -56,10 +56,9 @@ def evaluate(flags, checkpoint, model, template, processor) -> None:
     measure(metric, [q.truth for q in some], some)
 
     # 2. All that an answer depends on: the key of the cache.
-    name, settings = model_name(flags, checkpoint), answer_settings(flags, metric, questions,
-                                                                    template, model)
-    scored = {"name": result_name(flags, checkpoint), "model": name, "data": data_name,
-              "key": {**model_files(name), **settings}}
+    name = model_name(flags, checkpoint)
+    key = {**model_files(name), **answer_settings(flags, metric, questions, template, model)}
+    scored = {"name": result_name(flags, checkpoint), "model": name, "data": data_name, "key": key}
     out = Path(flags.report or Path("out") / "scores" / scored["name"])
     predictions, skipped = {}, {"data": len(bad)}
     with locked(out / "cache"):
@@ -69,9 +68,9 @@ def evaluate(flags, checkpoint, model, template, processor) -> None:
         runs = runs_of(checkpoint) if flags.report else []
         ours = Predictor(model, template, processor, flags.batch_size, flags.max_new_tokens,
                          METRICS[metric].stop_after_truth)
-        for condition, predictor, subset, files in conditions(flags, runs, name, ours, questions):
+        for condition, predictor, subset, other in conditions(flags, runs, ours, questions):
             cache = ResultsCache(out / "cache" / f"{condition}.jsonl",
-                                 {"condition": condition, **files, **settings})
+                                 {"condition": condition, **key, **other})
             if cache.answers:
                 print(f"{CONDITIONS[condition]}: {len(cache.answers):,} answers are in "
                       f"{cache.file} already", file=sys.stderr)
@@ -120,8 +119,8 @@ def open_questions(flags) -> tuple[str, object]:
     return own if flags.metric == "auto" else flags.metric, data
 
 
-def conditions(flags, runs: list[Path], name: str, predictor: Predictor, questions: list):
-    """Yield (condition, predictor, questions, the model's files)."""
+def conditions(flags, runs: list[Path], predictor: Predictor, questions: list):
+    """Yield (condition, predictor, questions, what differs in the key)."""
     if len(runs) == 2:
         model, _, _ = load_model(flags, str(runs[0]))
         earlier, files = replace(predictor, model=model), model_files(runs[0])
@@ -131,11 +130,10 @@ def conditions(flags, runs: list[Path], name: str, predictor: Predictor, questio
         model.projector = Projector(model.config.projector).to(weight.device, weight.dtype).eval()
         yield "before", earlier, questions, {**files, "projector": "random"}
         del model, earlier, weight  # its memory is free for the answers of the next one
-    files = model_files(name)
-    yield "sft", predictor, questions, files
+    yield "sft", predictor, questions, {}
     if any(q.images for q in questions):
-        yield "no_image", predictor, without_images(questions), files
-        yield "shuffled_images", predictor, with_shuffled_images(questions), files
+        yield "no_image", predictor, without_images(questions), {}
+        yield "shuffled_images", predictor, with_shuffled_images(questions), {}
 
 
 # ---------------------------------------------------------------- where the scores lie
@@ -156,7 +154,7 @@ def result_name(flags, checkpoint) -> str:
 
 
 def data_files(flags) -> list[str]:
-    """None for the embedded world."""
+    """[] for the embedded world."""
     if flags.data == ["emoji"]:
         return []
     return [file for source in flags.data for file in matching(source)]
