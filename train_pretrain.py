@@ -16,40 +16,32 @@ from functools import partial
 import torch
 
 from model.config import ProjectorConfig, VLMConfig
-from model.pretrained.checkpoint import own_names
+from model.pretrained.checkpoint import base_reference, own_names
 from model.pretrained.hub import resolve
 from model.pretrained.load import load_language, load_vision
 from model.vlm import build_model
-from training.bundle import (
-    ModelBundle,
-    checkpoint_config,
-    embedding_rms,
-    load_bundle,
-    make_inputs,
-    public_bases,
-)
+from training.bundle import ModelBundle, embedding_rms, load_bundle, make_inputs
 from training.data import batch_maker, open_data
+from training.device import HAS_EXTRAS
 from training.distributed import Distributed, start_distributed
 from training.errors import check_skipped, check_weights, explain_errors, not_finite
 from training.hooks import make_hooks, report_at_end
-from training.index_cache import load_on_local_leader
 from training.log import Log
 from training.messages import introduction, way_out
 from training.optim import choose_trainable, make_optimizer, set_learning_rate
 from training.precision import (
-    UNSCALED,
-    LossScaler,
     autocast,
     cast_weights,
-    first_unfit,
-    settle_dtype,
+    first_nonfinite_weight,
+    resolve_dtype,
+    update_loss_scale,
 )
-from training.resume import changes, read_settings, restore, save
+from training.resume import read_settings, restore, save
 from training.run_metadata import describe, record_launch, summarise
 from training.schedules import SCHEDULES
 from training.signal_handler import handle_signals, stop_requested
 from training.steps import Steps
-from training.validation import Validator
+from training.validation import make_eval_loaders
 
 
 def main(arguments=None) -> None:
@@ -57,13 +49,13 @@ def main(arguments=None) -> None:
     settings, start = read_settings("pretrain", __doc__, arguments)
     with start_distributed(strategy(settings)) as distributed, explain_errors(settings):
         # 2. Data: a line on disk -> Sample. One process of each machine reads the index.
-        data = load_on_local_leader(partial(open_data, settings, "pretrain"), distributed)
-        settle_dtype(settings, distributed)
-        with distributed.one_rank_at_a_time():
+        data = open_data(settings, "pretrain", distributed)
+        resolve_dtype(settings, distributed)
+        with distributed.loading():
             # 3. Model: two public towers, a new projector between them.
             bundle = load_or_build(settings, start.checkpoint)
             # 4. What is trained: the projector alone, unless the preset or a flag says more.
-            bundle.config["lora"] = choose_trainable(bundle.model, settings, bundle.config["lora"])
+            bundle.lora = choose_trainable(bundle.model, settings, bundle.lora)
             place_model(bundle, settings, distributed)
         # 5. to 8. Optimizer, batches, loop and checkpoints are those of both stages.
         log = fit(bundle, data, settings, start, distributed)
@@ -104,8 +96,9 @@ def build(settings) -> ModelBundle:
         from extras.convert.published_projector import load_projector  # here: it is an extra
 
         load_projector(model.projector, settings.pretrained_projector)
-    facts = checkpoint_config(model, template, settings, public_bases(settings), lora=None)
-    return ModelBundle(model, template, processor, facts, changed=set())
+    bases = {"language": base_reference(settings.language_model),
+             "vision": base_reference(settings.vision_tower)}
+    return ModelBundle(model, template, processor, bases)
 
 
 def place_model(bundle, settings, distributed) -> None:
@@ -113,12 +106,9 @@ def place_model(bundle, settings, distributed) -> None:
     model = bundle.model
     cast_weights(model, settings.dtype, keep=bundle.changed | set(own_names(model)))
     model.set_checkpointing(settings.gradient_checkpointing)
-    try:
+    if HAS_EXTRAS:
         from extras.fast import prepare_for_training  # here: the same results, faster
-    except ModuleNotFoundError as error:  # without extras/: the plain layers
-        if not error.name.startswith("extras"):
-            raise
-    else:
+
         prepare_for_training(model)
     distributed.place_model(model, settings)
 
@@ -128,34 +118,32 @@ def fit(bundle, data, settings, start, distributed) -> Log:
     samples, data_facts, held_out = data
     # 5. Optimizer. --resume restores its state, and how far the run had come.
     optimizer = make_optimizer(bundle.model, settings)
-    state = restore(settings, start.checkpoint, optimizer, data_facts, distributed)
+    state = restore(settings, start, optimizer, data_facts, distributed)
     distributed.check_same_start(state.step)
 
     # 6. Batches: Sample -> ids, labels (B,T), pixels (N,3,H,W). Held-out samples go the same way.
     make_batches = batch_maker(bundle, settings, distributed)
-    loader = make_batches(samples, bucket=state.bucket, shards=state.shards)
+    loader = make_batches(samples, bucket=state.bucket)
     steps = Steps(loader, settings, state, distributed)
-    validator = Validator(held_out, make_batches) if held_out else None
+    eval_loaders = make_eval_loaders(held_out, make_batches) if held_out else []
 
     # 7. Checkpoints, and what else is written down on the way.
-    facts = describe(settings, start.stage, distributed, data_facts,
-                     changes(settings, start.checkpoint))
+    facts = describe(settings, start.stage, distributed, data_facts, start.changes)
     log = Log(settings, steps)
     log.say(introduction(bundle.model, optimizer, settings, steps, facts))
 
     def save_checkpoint(step: int, metrics: dict) -> None:
-        if step % settings.save_steps == 0 or steps.is_last(step):
+        if step % settings.save_steps == 0 or step == steps.total or steps.stopping:
             check_skipped(state, settings.max_skip_ratio, at_end=step == steps.total)
             check_weights(bundle.model, step, steps.batches, settings.dtype, distributed)
             save(bundle, optimizer, state, settings, facts, distributed)
 
-    hooks = [*make_hooks(bundle, steps, log, validator, held_out), save_checkpoint]
+    hooks = [*make_hooks(bundle, steps, log, eval_loaders), save_checkpoint]
 
     # 8. Train. Whatever ends the run is explained in a sentence and recorded in run.json.
-    loaders = [loader, *(validator.loaders if validator else ())]
     with report_at_end(settings.out, distributed.main):
         with (record_launch(settings.out, facts, state, steps.total, distributed),
-              explain_errors(settings, loaders, partial(way_out, settings, start)),
+              explain_errors(settings, [loader, *eval_loaders], partial(way_out, settings, start)),
               handle_signals(), contextlib.closing(steps)):
             train(bundle.model, steps, optimizer, settings, distributed, hooks)
         log.summary = summarise(settings.out, state, log.seconds, distributed)
@@ -169,7 +157,7 @@ def train(model, steps, optimizer, settings, distributed, hooks) -> None:
     is called as hook(step, metrics) after the step; the log, the checkpoint, whatever is measured.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    scaler = LossScaler(steps.state, enabled=settings.dtype == "fp16")
+    state, fp16 = steps.state, settings.dtype == "fp16"
     schedule = SCHEDULES[settings.schedule]
     model.train()
     start = time.monotonic()
@@ -181,47 +169,53 @@ def train(model, steps, optimizer, settings, distributed, hooks) -> None:
         # Dropout follows from seed, step and rank alone, so a resumed run draws the same numbers,
         # and there is no generator state to save.
         torch.manual_seed((settings.seed * 1_000_003 + step) * 4099 + distributed.rank)
-        losses = [backward(model, batch, max(num_tokens, 1), settings, distributed, scaler)
+        # fp16 has no number below 6e-8: the scale keeps small gradients above it.
+        scale = state.loss_scale if fp16 else 1.0
+        losses = [backward(model, batch, max(num_tokens, 1), settings, distributed, scale)
                   for batch in batches]
         losses = [float(loss) for loss in losses]  # after all of them: a GPU is waited for once
         # A signal reaches one rank; by this sum all of them stop after the same step.
         loss, stop = distributed.sum(sum(losses), stop_requested())
 
         distributed.all_reduce_gradients(params)  # a sum over ranks, no mean
-        scaler.unscale_(params)
+        if fp16:
+            torch._foreach_div_([p.grad for p in params], scale)
         grad_norm = distributed.clip_gradients(params, settings.max_grad_norm)
         # Both numbers are sums over all ranks, so all ranks skip a step, or stop, together.
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if not finite:
-            unfit = first_unfit(model.named_parameters(), settings.dtype, distributed)
-            if unfit or not scaler.can_lower():
-                raise not_finite(step, (loss, grad_norm), batches, losses, unfit, distributed.rank)
+            weight = first_nonfinite_weight(model.named_parameters(), settings.dtype, distributed)
+            if weight or scale <= 1:  # else fp16 overflowed: this step is skipped
+                raise not_finite(step, (loss, grad_norm), batches, losses, weight, distributed.rank)
         lr = set_learning_rate(optimizer, schedule(step + steps.ahead, steps.total + steps.ahead,
                                                    settings.warmup_ratio))
-        scaler.step(optimizer, finite)
+        if finite:
+            optimizer.step()
         optimizer.zero_grad()
 
-        steps.state.step, steps.stopping = step, bool(stop)
+        state.step, steps.stopping = step, bool(stop)
         seconds = time.monotonic() - start
         metrics = {"loss": loss if math.isfinite(loss) else None,  # JSON has no infinity
                    "grad_norm": grad_norm if finite else None, "learning_rate": lr,
                    "supervised_tokens": int(num_tokens),
                    "tokens_per_second": round(steps.non_padding_tokens / seconds, 1),
-                   "seconds": round(seconds, 4), **scaler.update()}
+                   "seconds": round(seconds, 4)}
+        if fp16:
+            metrics |= update_loss_scale(state, finite)
         for hook in hooks:
             hook(step, metrics)
         start = time.monotonic()
 
 
 def backward(model, batch, num_tokens: float, settings, distributed,
-             scaler=UNSCALED) -> torch.Tensor:
-    """Add a micro-batch's share of the step's loss to the gradients; return this share."""
+             scale: float = 1.0) -> torch.Tensor:
+    """Add a micro-batch's share of the step's loss, times scale, to the gradients; return it."""
     batch = batch.to(distributed.device, non_blocking=True)
     with autocast(settings.dtype, distributed.device):
         images = batch.pixels if batch.features is None else batch.features
         token_losses, _ = model(batch.ids, batch.labels, images, batch.order)  # their sum
     loss = token_losses / num_tokens
-    scaler.scale(loss).backward()
+    (loss * scale).backward()
     return loss.detach()
 
 

@@ -11,15 +11,12 @@ metrics.jsonl to --out; eval.py chats with them.
 Only what differs from stage one is here; the loop is train_pretrain.train.
 """
 
-from functools import partial
-
 from train_pretrain import fit, load_or_build, place_model, strategy
 from training.data import open_data
 from training.distributed import start_distributed
 from training.errors import explain_errors
-from training.index_cache import load_on_local_leader
 from training.optim import choose_trainable
-from training.precision import settle_dtype
+from training.precision import resolve_dtype
 from training.resume import read_settings
 
 
@@ -29,9 +26,9 @@ def main(arguments=None) -> None:
     settings, start = read_settings("sft", __doc__, arguments, start_from=("out/pretrain",))
     with start_distributed(strategy(settings)) as distributed, explain_errors(settings):
         # 2. Data: conversations instead of captions.
-        data = load_on_local_leader(partial(open_data, settings, "sft"), distributed)
-        settle_dtype(settings, distributed)
-        with distributed.one_rank_at_a_time():
+        data = open_data(settings, "sft", distributed)
+        resolve_dtype(settings, distributed)
+        with distributed.loading():
             # 3. Model: stage one's, its trained projector included.
             bundle = load_or_build(settings, start.checkpoint)
             # 4. What is trained. The projector goes on; the language model is opened:
@@ -39,7 +36,7 @@ def main(arguments=None) -> None:
             #      --train_language all    every weight of it, 16 bytes each in training
             #      --train_language last:2 its last two layers
             #    The checkpoints hold what was trained and refer to the public towers for the rest.
-            bundle.config["lora"] = choose_trainable(bundle.model, settings, bundle.config["lora"])
+            bundle.lora = choose_trainable(bundle.model, settings, bundle.lora)
             place_model(bundle, settings, distributed)
         # 5. to 8. The rest is stage one's. Learning rates by part: --learning_rate for all,
         #    --projector_learning_rate and --vision_learning_rate for those that need another one;

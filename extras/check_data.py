@@ -29,9 +29,10 @@ from dataset.families import DEFAULT_SYSTEM
 from dataset.images import load_image
 from dataset.readers.formats import BadSample, MissingImage, open_data
 from dataset.readers.mixture import split_source
-from dataset.readers.parquet import SLOW
+from dataset.readers.parquet import POOL
 from dataset.tokenizer import COMPANIONS, Tokenizer
 from model.pretrained.files import read_json
+from model.pretrained.hub import public
 
 ALLOWED = 0.01  # share of unusable samples; more, and the data should be repaired first
 LISTED = 12  # samples named for each kind of fault
@@ -140,12 +141,12 @@ def problem(report: Report, samples: int, text_only: bool) -> str | None:
 
 
 def slowness(data) -> str:
-    """A warning for Parquet files whose rows cannot be read one by one in any order."""
-    if getattr(data, "largest_group", 0) <= SLOW:
+    """A warning for Parquet files whose rows cannot be shuffled as a whole."""
+    if getattr(data, "largest_group", 0) <= POOL:
         return ""
-    return (f"\n  slow: its rows come in groups of up to {data.largest_group >> 20:,} MB, and "
-            "shuffled training passes\n  through one again and again. Small groups: python -m "
-            f"dataset.readers.parquet {data.file} {data.file.with_suffix('.small.parquet')}")
+    return (f"\n  poorly shuffled: it has row groups of up to {data.largest_group >> 20:,} MB, "
+            "each read front to back.\n  Small groups: python -m dataset.readers.parquet "
+            f"{data.file} {data.file.with_suffix('.small.parquet')}")
 
 
 def show(data, number: int, template: ChatTemplate, max_length: int | None) -> str:
@@ -203,7 +204,7 @@ def make_template(language: str, family: str | None, image_tokens: int) -> ChatT
     if family is None:
         config = directory / "config.json"
         family = read_json(config).get("model_type") if config.is_file() else "qwen2"
-    return ChatTemplate(Tokenizer.from_directory(directory), image_tokens,
+    return ChatTemplate(Tokenizer.from_directory(public(directory)), image_tokens,
                         DEFAULT_SYSTEM.get(family), family=family)
 
 

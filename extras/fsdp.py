@@ -59,12 +59,9 @@ class FSDP(Distributed):
     # ------------------------------------------------------------ the model
 
     @contextmanager
-    def one_rank_at_a_time(self):
-        """The ranks of a machine go through the block one after the other.
-
-        Each reads the whole model and keeps its share: eight ranks at once would need the
-        machine's memory eight times.
-        """
+    def loading(self):
+        """One rank of a machine after the other: each reads the whole model and keeps its share,
+        and eight at once would need the machine's memory eight times."""
         self.mesh  # noqa: B018, made here by all ranks together, before the first turn
         turns = max(self.gather([int(os.environ["LOCAL_WORLD_SIZE"])]))
         for turn in range(turns):
@@ -125,9 +122,6 @@ class FSDP(Distributed):
             for share in shares:
                 share.mul_(max_norm / (norm + 1e-6))  # as torch's own clip_grad_norm_ does
         return norm
-
-    def local_tensor(self, tensor):
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
     # ------------------------------------------------------------ to a file and back
 

@@ -4,28 +4,24 @@
 
     settings, config facts -> the model, shapes without values -> Memory -> a small table
 
-Four things stay in memory, and a fifth comes and goes:
-
     weights       4 bytes each; frozen matrices 2 bytes, where a run computes in bf16 or fp16
     gradients     4 bytes for each trained parameter
     optimizer     8 bytes: AdamW keeps two averages of each trained parameter's gradient
     activations   what each block keeps until the backward pass comes back to it: in proportion to
                   rows x tokens x layers. --gradient_checkpointing: a block keeps its input
-    logits        vocabulary x positions, at most CHUNK of them (chunked_cross_entropy.py),
-                  twice over
+    logits        vocabulary x positions, at most CHUNK of them (chunked_cross_entropy.py), twice
 
 The first three are a sum over the parameters. The last two are counted on the model's own code: one
 step is made with tensors that have a shape and no values (FakeTensorMode), and each operation's
-results are added when they are made and subtracted when they are freed. So the count cannot fall
-behind the code; it takes seconds and no memory. What is left out: Python and PyTorch themselves
-(a third of a GB on a processor), what kernels use while they run, and the buffer of one gradient
-sum where several processes train.
+results are added when they are made and subtracted when they are freed. Left out: Python and
+PyTorch themselves (a third of a GB on a processor), what kernels use while they run, and the buffer
+of one gradient sum where several processes train.
 """
 
 import argparse
 import sys
 import weakref
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -33,14 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from extras.fast import prepare_for_training
 from extras.fast.chunked_cross_entropy import chunked_cross_entropy
-from extras.preset_list import (
-    VISION,
-    empty_model,
-    facts,
-    format_bytes,
-    image_tokens,
-    static_memory,
-)
+from extras.preset_list import VISION, empty_model, facts, format_bytes, image_tokens, static_memory
 from model.pretrained.checkpoint import own_names
 from model.pretrained.meta_device import meta_device
 from model.vlm import VLM, build_model
@@ -53,11 +42,9 @@ from training.presets import PRESETS, read_flags, resolve
 # (6 % when malloc was told to keep none, MALLOC_MMAP_THRESHOLD_=65536). A GPU's figure is that of
 # torch.cuda.max_memory_allocated, which counts tensors alone.
 GAPS = {"cpu": 0.25}
-PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "gaps")
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Bytes on each device. Not all of them are there at one time: activations go as gradients
     come, so the peak is less than the sum."""
 
@@ -68,11 +55,6 @@ class Memory:
     logits: int  # on top of them while the head computes
     gaps: int  # freed memory between them, which the allocator keeps
     peak: int
-
-    @property
-    def static(self) -> int:
-        """What is there whatever the batch."""
-        return self.weights + self.gradients + self.optimizer
 
 
 def predict(config, settings, size: tuple[int, int], K: int, device: torch.device) -> Memory:
@@ -137,8 +119,7 @@ def step_of(model, settings, size, K: int, kind: str) -> tuple[int, int, int]:
     The shapes are those of the CPU's kernels, whatever the run will use: so it needs no GPU.
     kind: of device that it will use, "cpu" or "cuda".
     """
-    device = torch.device("cpu")
-    language = model.config.language
+    device, language = torch.device("cpu"), model.config.language
     B, T = settings.batch_size, max(settings.max_length, K + 1)
     T = min(T, language.context_limit or T)  # longer rows are refused
     if not any(p.requires_grad for p in model.vision.parameters()):
@@ -146,10 +127,9 @@ def step_of(model, settings, size, K: int, kind: str) -> tuple[int, int, int]:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
         model.to_empty(device=device)
         with MemoryTracker(model) as tracker:
-            for _ in range(min(settings.gradient_accumulation_steps,
-                               2)):  # the second finds gradients there
+            # The second micro-batch finds gradients there; the others are like it.
+            for _ in range(min(settings.gradient_accumulation_steps, 2)):
                 before = tracker.now
-                tracker.most = max(tracker.most, before)
                 pixels = torch.empty(B, 3, *size, device=device)
                 ids = torch.empty(B, T - K, dtype=torch.int64, device=device)
                 with autocast(settings.dtype, device):
@@ -166,19 +146,20 @@ def step_of(model, settings, size, K: int, kind: str) -> tuple[int, int, int]:
                                                  ids.flatten() % language.vocab_size,
                                                  device_type=kind)
                     del hidden, supervised
-                first, tracker.most = tracker.most - tracker.now, max(earlier, tracker.most)
+                logits = tracker.most - tracker.now
+                tracker.most = max(earlier, tracker.most)
                 loss.backward()
                 del loss
-    return activations, max(first, 0), tracker.most
+    return activations, max(logits, 0), tracker.most
 
 
 def table(columns: dict[str, Memory]) -> str:
     """{heading: Memory} -> lines."""
-    rows = [("", list(columns))]
-    for name in (*PARTS, "peak"):
-        rows.append((name, [format_bytes(getattr(m, name)) for m in columns.values()]))
+    rows = [("", *columns)]
+    for name in Memory._fields:
+        rows.append((name, *(format_bytes(getattr(memory, name)) for memory in columns.values())))
     return "\n".join(f"{name:<14}" + "".join(f"{cell:>14}" for cell in cells)
-                     for name, cells in rows)
+                     for name, *cells in rows)
 
 
 def planned(preset: str, stage: str, flags: list[str], device: torch.device):
@@ -199,8 +180,7 @@ def main(arguments=None) -> None:
     if not arguments or arguments[0] not in PRESETS:
         raise SystemExit("usage: python -m extras.memory PRESET, then flags as in training; "
                          f"PRESET is one of {', '.join(PRESETS)}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    columns = {}
+    device, columns = torch.device("cuda" if torch.cuda.is_available() else "cpu"), {}
     for stage, heading in (("pretrain", "stage one"), ("sft", "stage two")):
         plan, why = planned(arguments[0], stage, arguments[1:], device)
         columns[heading] = predict(*plan, device)

@@ -3,10 +3,8 @@
     published_models.json -> models on the "meta" device: shapes without values -> parameters
     parameters, and which of them each stage trains -> memory; published sizes -> download
 
-published_models.json holds of each config.json what gives a model its shape. "bytes": of
-one weight, where the size of the published files is not known (GIGABYTES of
-model/pretrained/hub.py; those of CLIP and SigLIP hold a text tower too). "pixels": a side of the
-image that the published processor makes, if not image_size. Nothing is fetched or measured.
+published_models.json holds of each config.json what gives a model its shape. "pixels": a side of
+the image that the published processor makes, if not image_size. Nothing is fetched or measured.
 """
 
 import argparse
@@ -30,16 +28,13 @@ NOTES = """\
 language, vision: parameters that are loaded, exact. Projector: kind and image tokens.
 memory, GB: weights, gradients and optimizer state of stage one and stage two on each device, in
   float32; python -m extras.memory PRESET predicts all that a step needs.
-download, GB: models + data, as published. "~": a model's is computed, from its parameters.
-  "?": more data than that, of a size that its authors do not say.
-  python -m extras.download PRESET prints the size, file by file, before it fetches anything."""
+download, GB: models + data, as published. "?": more data than that, of a size that its authors do
+  not say. python -m extras.download PRESET prints the size, file by file, before it fetches."""
 
 
 def facts(name: str, table: dict) -> dict:
     """The config facts of a public model, or of one in this repository."""
-    if name in table:
-        return table[name]
-    return read_json(ROOT / name / "config.json")
+    return table.get(name) or read_json(ROOT / name / "config.json")
 
 
 def image_tokens(preset: Preset) -> int:
@@ -51,38 +46,29 @@ def image_tokens(preset: Preset) -> int:
     return side * side // preset.pixel_shuffle**2
 
 
-def empty_model(preset: Preset) -> VLM:
-    """The whole model in full size, without values: it takes no memory."""
-    language = read_language_config(facts(preset.language_model, LANGUAGE))
-    vision = read_vision_config(facts(preset.vision_tower, VISION), preset.vision_feature_layer,
-                                preset.vision_feature_select)
-    projector = ProjectorConfig(preset.projector, vision.hidden_size, language.hidden_size,
-                                preset.pixel_shuffle)
-    with meta_device():
-        return build_model(VLMConfig(language, vision, projector, image_token_id=0))
-
-
 def empty_tower(name: str, feature_layer: int | None = None, features: str = "patches"):
-    """A language model; with a feature_layer, a vision tower."""
+    """A language model; with a feature_layer, a vision tower. Without values: no memory."""
     with meta_device():
         if feature_layer is None:
             return LanguageModel(read_language_config(facts(name, LANGUAGE)))
-        return VisionTransformer(read_vision_config(facts(name, VISION), feature_layer,
-                                                          features))
+        return VisionTransformer(read_vision_config(facts(name, VISION), feature_layer, features))
 
 
-def parameters(module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def empty_model(preset: Preset) -> VLM:
+    """The whole model in full size."""
+    language = empty_tower(preset.language_model)
+    vision = empty_tower(preset.vision_tower, preset.vision_feature_layer,
+                         preset.vision_feature_select)
+    projector = ProjectorConfig(preset.projector, vision.config.hidden_size,
+                                language.config.hidden_size, preset.pixel_shuffle)
+    with meta_device():
+        return build_model(VLMConfig(language.config, vision.config, projector, image_token_id=0),
+                           language, vision)
 
 
 def download_size(name: str) -> float:
     """Bytes of a model's published weights; 0 for what lies in this repository."""
-    if name in GIGABYTES:
-        return 1e9 * GIGABYTES[name]
-    published = {**LANGUAGE, **VISION}.get(name)
-    if published is None:
-        return 0
-    return published["bytes"] * parameters(empty_tower(name, None if name in LANGUAGE else -1))
+    return 1e9 * GIGABYTES.get(name, 0)
 
 
 def static_memory(model) -> tuple[int, int, int]:
@@ -103,10 +89,11 @@ def format_bytes(size: float) -> str:
 @cache
 def costs(name: str) -> dict:
     """Parameters of each tower, and bytes of memory in each stage."""
-    preset, model = PRESETS[name], empty_model(PRESETS[name])
-    sums = {part: parameters(getattr(model, part)) for part in ("language", "vision")}
+    preset, sums = PRESETS[name], {}
     for stage in ("pretrain", "sft"):
         model = empty_model(preset)
+        for part in ("language", "vision"):
+            sums[part] = sum(p.numel() for p in getattr(model, part).parameters())
         settings = argparse.Namespace(**{**vars(preset), **vars(getattr(preset, stage))})
         choose_trainable(model, settings, None)
         sums[stage] = sum(static_memory(model))
@@ -120,13 +107,11 @@ def list_presets() -> str:
 
     lines = [COLUMNS.format("preset", "language", "vision", "projector", "memory", "download")]
     for name, preset in PRESETS.items():
-        sums, towers = costs(name), (preset.language_model, preset.vision_tower)
-        models, download = sum(map(download_size, towers)), "in the repository"
-        if models:
-            computed = any("bytes" in {**LANGUAGE, **VISION}[tower] for tower in towers)
-            unknown = any(part.gigabytes is None for part in preset.downloads)
-            data = 1e9 * sum(part.gigabytes or 0 for part in preset.downloads)
-            download = f"{'~' * computed}{gigabytes(models)} + {gigabytes(data)}{' ?' * unknown}"
+        sums, download = costs(name), "in the repository"
+        if models := download_size(preset.language_model) + download_size(preset.vision_tower):
+            data = [part.gigabytes for part in preset.downloads]
+            download = (f"{gigabytes(models)} + {gigabytes(1e9 * sum(filter(None, data)))}"
+                        + " ?" * (None in data))
         lines += [COLUMNS.format(
             name, f"{sums['language']:,}", f"{sums['vision']:,}", f"{preset.projector}, "
             f"{image_tokens(preset)}", f"{gigabytes(sums['pretrain'])}, {gigabytes(sums['sft'])}",

@@ -25,19 +25,15 @@ import numpy as np
 
 from extras.runs import (
     RunRecord,
+    answers_of,
     curve_settings,
-    flat,
-    last_answers,
+    marked_settings,
     mean_loss,
-    names_of,
     read_run,
     reference_of,
-    settings_of,
     unlike,
 )
-from training.messages import clock
 
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
 WINDOW, POINTS, CARDS = 21, 2000, 40  # of a mean; most of a line; most questions in a page
 STYLE = """body { font: 15px/1.5 system-ui, sans-serif; margin: 24px; max-width: 1400px; }
 table { border-collapse: collapse; } img { width: 100%; } .right { color: #14782a; }
@@ -64,49 +60,33 @@ def reported(out, enabled: bool):
 def write_report(outs: list, file=None) -> Path:
     """file: OUT/report.html of one directory, compare.html of several, if not given."""
     runs = [read_run(out) for out in outs]
-    names, alone = names_of(runs), len(runs) == 1
-    settings = [{name: value for name, value in settings_of(run).items() if alone or any(
-                 other.settings.get(name) != run.settings[name] for other in runs)} for run in runs]
+    names, alone = [str(run.out) for run in runs], len(runs) == 1
     ran = [{**run.run, "settings": {}, **run.summary} for run in runs]
     scores = [{**run.scores, "details": run.scores.get("details", {}).get("figures", {})}
               for run in runs]  # of the details only the intervals
+    settings = [marked_settings(run) for run in runs]
     sections = [
-        *map(heading, runs, names, COLOURS * len(runs)),
-        beside_reference(runs[0]) if alone else "", curves(runs), answers(runs, names),
-        table("Scores", names, scores),
-        table("Settings" if alone else "Settings in which they differ", names, settings),
-        *map(changes, runs, names),
+        *map(heading, runs), beside_reference(runs[0]) if alone else "", curves(runs),
+        answers(runs, names), table("Scores", names, scores),
+        table("Settings", names, settings) if alone else
+        table("Settings in which they differ", names, settings, only_differing=True),
         table("What ran, on which data, and what came of it", names, ran)]
     file = Path(file or (runs[0].out / "report.html" if alone else "compare.html"))
     file.write_text(
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         # Should anything here ever name another address, the browser will not go there.
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        f"style-src 'unsafe-inline'\"><title>{text(', '.join(names))}</title>"
-        f"<style>{STYLE}</style></head><body>\n" + "\n".join(filter(None, sections))
-        + "\n</body></html>\n", encoding="utf-8")
+        f"style-src 'unsafe-inline'\"><title>{text(names)}</title>"
+        f"<style>{STYLE}</style></head><body>\n" + "\n".join(sections) + "\n</body></html>\n",
+        encoding="utf-8")
     return file
 
 
-def changes(run: RunRecord, name: str) -> str:
-    """What was changed where the run went on after a loss that was not finite."""
-    sentences = [f"From step {change['from_step']} on {change['setting']} is {change['now']}; "
-                 f"before, it was {change['before']}." for change in run.run.get("changes", [])]
-    return f"<p>{text(name)}: {text(' '.join(sentences))}</p>" if sentences else ""
-
-
-def heading(run: RunRecord, name: str, colour: str) -> str:
-    """What it was and where it stands; its square is the legend of the curves."""
-    facts = []
-    if run.metrics:
-        facts = [run.recipe, run.outcome, f"{run.last_step:,} steps in "
-                 f"{clock(sum(m['seconds'] for m in run.metrics))}", "loss over the last 20 steps "
-                 + text(mean_loss(run.metrics[-20:]))]
-    for last in [e for e in run.evaluations if e["eval_loss"] is not None][-1:]:
-        facts += [f"held-out loss {text(last['eval_loss'])}",
-                  f"with wrong images {text(last['eval_loss_shuffled_images'])}"]
-    return (f'<h1><b style="color: {colour}">&#9632;</b> {text(name)}</h1>'
-            f"<p>{text(', '.join(facts))}</p>")
+def heading(run: RunRecord) -> str:
+    """What it was and where it stands; a directory of scores has no run.json."""
+    facts = (f"{run.recipe}: {run.outcome}; {run.last_step:,} steps, loss over the last 20 steps "
+             f"{text(mean_loss(run.metrics[-20:]))}" if run.run else "")
+    return f"<h1>{text(run.out)}</h1><p>{text(facts)}</p>"
 
 
 def beside_reference(run: RunRecord) -> str:
@@ -117,55 +97,47 @@ def beside_reference(run: RunRecord) -> str:
         return ""
     step, loss = points[-1]["step"], points[-1]["loss"]
     own = mean_loss([m for m in run.metrics if abs(m["step"] - step) <= 5])
-    differing = "; ".join(f"{name} {text(here)} instead of {text(there)}" for name, (here, there)
-                          in unlike(curve_settings(run), about["settings"]).items())
-    return (f"<p>Around step {step:.0f} the loss is {text(own)}; the reference run of "
-            f"{text(about['recipe'])} ({about['steps']:,} steps, dashed) had {loss:.3f} there."
-            + f" This run differs from it, so its curve may too: {differing}." * bool(differing)
-            + "</p>")
+    sentence = (f"Around step {step:.0f} the loss is {text(own)}; the reference run of "
+                f"{about['recipe']} ({about['steps']:,} steps, dashed) had {loss:.3f} there.")
+    if differing := unlike(curve_settings(run), about["settings"]):
+        sentence += " This run differs from it, so its curve may too: " + "; ".join(
+            f"{name} {here} instead of {there}" for name, (here, there) in differing.items())
+    return f"<p>{text(sentence)}</p>"
 
 
 def curves(runs: list[RunRecord]) -> str:
     """A chart for the held-out losses and for each figure of metrics.jsonl, as a PNG."""
     from matplotlib.figure import Figure  # here: a training needs it only at its end
-    from matplotlib.ticker import LogLocator
 
     names = dict.fromkeys(name for run in runs for m in run.metrics[:1] for name in m)
-    names = ["held-out loss", *(name for name in names if name not in ("step", "seconds"))]
-    rows, alone = math.ceil(len(names) / 3), len(runs) == 1
-    figure = Figure(figsize=(14, 3.4 * rows))
-    figure.subplots_adjust(0.05, 0.1 / rows, 0.99, 1 - 0.1 / rows, 0.15, 0.25)
-    for position, name in enumerate(names, start=1):
-        axes = figure.add_subplot(rows, 3, position, title=name.replace("_", " "))
-        if name == "loss" and alone:
-            draw(axes, reference_of(runs[0])[1], name, "--", c="grey", label="reference run")
-        for run, colour in zip(runs, COLOURS * len(runs)):
-            if name == "held-out loss":
-                draw(axes, run.evaluations, "eval_loss", "-o", c=colour, label="own images")
-                draw(axes, run.evaluations, "eval_loss_shuffled_images", ":x", c=colour,
-                     label="wrong images")
-                continue
-            if alone:  # the single steps, behind their mean
-                draw(axes, run.metrics, name, "-", c=colour, alpha=0.25)
-            draw(axes, run.metrics, name, "-", 1 if name == "learning_rate" else WINDOW, c=colour,
-                 label="this run")
-        if not axes.lines:
-            axes.text(0.5, 0.5, "not measured (--eval_steps 50)" if "held" in name else
-                      "not measured", ha="center", transform=axes.transAxes)
-            continue
-        if alone:
-            axes.set_xlim(0, max(runs[0].settings.get("steps") or 1, runs[0].last_step))
-            axes.legend()
-        if "loss" in name and axes.dataLim.minposy < math.inf:  # some value is above 0
-            axes.set_yscale("log", nonpositive="mask")
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-            axes.yaxis.set_minor_formatter("{x:g}")
+    names = [name for name in names if name not in ("step", "seconds")]
+    if not names:
+        return ""
+    titles = ["held-out loss (--eval_steps)", *(name.replace("_", " ") for name in names)]
+    rows = math.ceil(len(titles) / 3)
+    figure = Figure(figsize=(14, 3.4 * rows), layout="constrained")
+    charts = [figure.add_subplot(rows, 3, position, title=title)
+              for position, title in enumerate(titles, start=1)]
+    for number, run in enumerate(runs):
+        style = {"color": f"C{number}", "label": "/".join(run.out.parts[-2:])}
+        draw(charts[0], run.evaluations, "eval_loss", "-o", **style)
+        draw(charts[0], run.evaluations, "eval_loss_shuffled_images", ":x",
+             **{**style, "label": "with wrong images"})
+        for axes, name in zip(charts[1:], names):
+            if len(runs) == 1:  # the single steps, behind their mean
+                draw(axes, run.metrics, name, "-", color="C0", alpha=0.25)
+            draw(axes, run.metrics, name, "-", 1 if name == "learning_rate" else WINDOW, **style)
+            if name == "loss" and len(runs) == 1:
+                draw(axes, reference_of(run)[1], name, "--", color="grey", label="reference run")
+    for axes in charts:
         axes.grid(alpha=0.3, which="both")
+        if "loss" in axes.get_title():
+            axes.set_yscale("log", nonpositive="mask")
+        if axes.lines:
+            axes.legend()
     png = io.BytesIO()
     figure.savefig(png, format="png")
-    title = "<h2>Curves over optimizer steps</h2>"
-    return title + image(png.getvalue(), "png") if len(names) > 1 else ""
+    return "<h2>Curves over optimizer steps</h2>" + image(png.getvalue(), "png")
 
 
 def draw(axes, lines: list[dict], name: str, style: str, window: int = 1, **more) -> None:
@@ -185,25 +157,23 @@ def answers(runs: list[RunRecord], names: list[str]) -> str:
     answered at last, first where they differ."""
     cards = [f"<p>no answers at step {text(line['step'])}: {text(line['problem'])}</p>"
              for run in runs for line in run.answers if "problem" in line]
-    given = [last_answers(run) for run in runs]
+    given = [answers_of(run) for run in runs]
     shared = [key for key in given[0] if all(key in each for each in given)]
-    if len(runs) > 1:
-        shared.sort(key=lambda key: len({each[key]["answer"] for each in given}) == 1)
+    last = {key: [each[key][-1][1]["answer"] for each in given] for key in shared}
+    shared.sort(key=lambda key: len(set(last[key])) == 1)
     for key in shared[:CARDS]:
-        about = given[0][key]
-        rows = [(name, each[key]["answer"]) for name, each in zip(names, given)]
-        if len(runs) == 1 and "answers" in runs[0].answers[0]:
-            rows = [(f"step {line['step']}", a["answer"]) for line in runs[0].answers
-                    for a in line["answers"] if (a["where"], a["question"]) == key]
-            rows = [row for i, row in enumerate(rows) if i == 0 or row[1] != rows[i - 1][1]]
+        about = given[0][key][-1][1]
+        rows = zip(names, last[key])
+        if len(runs) == 1:
+            rows = [(f"step {step}" if step else names[0], line["answer"])
+                    for step, line in given[0][key]]
         lines = "".join(
             f"<tr><td>{text(name)}</td><td class="
             f"\"{'right' if answer.strip() == about['truth'].strip() else 'wrong'}\">"
             f"{text(answer) or '(nothing)'}</td></tr>" for name, answer in rows)
         cards.append(f'<div class="card">{held_out_image(runs[0], about)}<p>{text(key[1])}</p>'
                      f"<p>truth: {text(about['truth'])}</p><table>{lines}</table></div>")
-    more = f", {CARDS} of {len(shared):,}" if len(shared) > CARDS else ""
-    title = f"<h2>Answers to held-out questions{more}</h2>"
+    title = f"<h2>Answers to held-out questions: {min(CARDS, len(shared))} of {len(shared):,}</h2>"
     return f'{title}<div class="cards">{"".join(cards)}</div>' if cards else ""
 
 
@@ -217,14 +187,26 @@ def image(content: bytes, kind: str) -> str:
     return f'<img alt="" src="data:image/{kind};base64,{base64.b64encode(content).decode()}">'
 
 
-def table(title: str, names: list[str], columns: list[dict]) -> str:
+def table(title: str, names: list[str], columns: list[dict], only_differing=False) -> str:
     """A row for each fact, a column for each directory; none where there is no fact."""
-    columns = [flat(column) for column in columns]
+    columns = [dict(flat(column)) for column in columns]
     rows = [[name, *(column.get(name) for column in columns)]
             for name in dict.fromkeys(name for column in columns for name in column)]
+    rows = [row for row in rows if not only_differing or len(set(map(text, row[1:]))) > 1]
     lines = [f"<tr>{''.join(f'<td>{text(cell)}</td>' for cell in row)}</tr>" for row in rows]
     head = "".join(f"<th>{text(name)}</th>" for name in ["", *names])
     return f"<h2>{title}</h2><table><tr>{head}</tr>{''.join(lines)}</table>" if rows else ""
+
+
+def flat(facts: dict, before: str = ""):
+    """{"a": {"b": 1}} -> ("a: b", 1), ...; a list of dicts by their numbers."""
+    for name, value in facts.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            value = dict(enumerate(value, start=1))
+        if isinstance(value, dict):
+            yield from flat(value, f"{before}{name}: ")
+        else:
+            yield f"{before}{name}", value
 
 
 def text(value) -> str:

@@ -9,12 +9,12 @@ says which run it was, then the mean loss of every ten steps.
 """
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from training.presets import PRESETS, settings_of_preset
+from training.run_metadata import read_lines, read_object
 
 REFERENCES = Path(__file__).resolve().parent.parent / "docs" / "reference"
 # What the loss curve depends on; a run that differs in one of them need not look like another.
@@ -51,8 +51,6 @@ class RunRecord:
 
     @property
     def outcome(self) -> str:
-        if not self.run.get("launches"):
-            return "unknown: there is no run.json"
         return (self.run["launches"][-1]["outcome"]
                 or "no end was written: it goes on, or it was killed")
 
@@ -65,41 +63,8 @@ def read_run(out) -> RunRecord:
                                 "of a training, or a directory of eval.py's scores")
     return RunRecord(out, *(read_object(out / f"{name}.json")
                             for name in ("run", "summary", "scores")),
-                     *(read_objects(out / f"{name}.jsonl")
+                     *(read_lines(out / f"{name}.jsonl")
                        for name in ("metrics", "evaluations", "answers")))
-
-
-def read_object(file: Path) -> dict:
-    """The JSON object of a file; {} where there is none, or a torn one."""
-    return next(iter(objects_of([text_of(file)])), {})
-
-
-def read_objects(file: Path) -> list[dict]:
-    """Those of its lines, without torn ones."""
-    return objects_of(text_of(file).splitlines())
-
-
-def text_of(file: Path) -> str:
-    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-
-
-def objects_of(texts: list[str]) -> list[dict]:
-    values = []
-    for text in texts:
-        try:
-            values.append(json.loads(text))
-        except ValueError:
-            continue
-    return [value for value in values if isinstance(value, dict)]
-
-
-def names_of(runs: list[RunRecord]) -> list[str]:
-    """The paths without what they share at their beginning; alike ones are numbered."""
-    paths = [run.out.resolve() for run in runs]
-    shared = os.path.commonpath([path.parent for path in paths])
-    names = [path.relative_to(shared).as_posix() for path in paths]
-    return [name if names.count(name) == 1 else f"{name} ({number})"
-            for number, name in enumerate(names, start=1)]
 
 
 def mean_loss(lines: list[dict]) -> float | None:
@@ -108,14 +73,19 @@ def mean_loss(lines: list[dict]) -> float | None:
     return sum(losses) / len(losses) if losses else None
 
 
-def last_answers(run: RunRecord) -> dict:
-    """{question: its line}: of a training those of its last step, of scores all of them."""
-    lines = next((line["answers"] for line in reversed(run.answers) if line.get("answers")),
-                 [line for line in run.answers if "answer" in line])
-    return {(line["where"], line["question"]): line for line in lines}
+def answers_of(run: RunRecord) -> dict:
+    """{(where, question): [(step, its line), ...]}: of a training at each measurement, of scores
+    once, without a step."""
+    answers = {}
+    for line in run.answers:
+        for one in line.get("answers", [line]):
+            if "answer" in one:
+                key = one["where"], one["question"]
+                answers.setdefault(key, []).append((line.get("step"), one))
+    return answers
 
 
-def settings_of(run: RunRecord) -> dict:
+def marked_settings(run: RunRecord) -> dict:
     """The settings, each with what the preset says where the run was given something else."""
     preset, stage = run.settings.get("preset"), run.run.get("stage")
     expected = settings_of_preset(preset, stage) if preset in PRESETS else {}
@@ -123,19 +93,6 @@ def settings_of(run: RunRecord) -> dict:
     return {name: f"{value} (the preset: {expected[name]})"
             if expected.get(name) not in (None, "auto", value) else value
             for name, value in sorted(run.settings.items())}
-
-
-def flat(facts: dict) -> dict:
-    """{"a": {"b": 1}} -> {"a: b": 1}, and a list of dicts by their numbers."""
-    rows = {}
-    for name, value in facts.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            value = {str(number): one for number, one in enumerate(value, start=1)}
-        if isinstance(value, dict):
-            rows |= {f"{name}: {key}": inner for key, inner in flat(value).items()}
-        else:
-            rows[name] = value
-    return rows
 
 
 # ---------------------------------------------------------------- the documented runs
@@ -159,7 +116,7 @@ def unlike(settings: dict, others: dict) -> dict:
 def reference_of(run: RunRecord) -> tuple[dict, list]:
     """-> what the documented run of this preset and stage was, and its curve: of several the one
     whose settings are the most alike, ({}, []) where there is none."""
-    files = [read_objects(file) for file in sorted(REFERENCES.glob("*.jsonl"))]
+    files = [read_lines(file) for file in sorted(REFERENCES.glob("*.jsonl"))]
     return min(((about, points) for about, *points in files if about["recipe"] == run.recipe),
                key=lambda one: len(unlike(curve_settings(run), one[0]["settings"])),
                default=({}, []))

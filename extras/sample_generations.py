@@ -11,100 +11,66 @@ and changes no weight. Nothing that fails here ends a training: the reason stand
 the answers.
 """
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from dataset.chat import IMAGE
 from dataset.images import load_image
-from dataset.readers.formats import BadSample
-from evaluation.batched_generation import generate_batch
+from dataset.readers.bad_sample import BadSample
+from evaluation.eval_samples import Question, questions_of
+from evaluation.score import Predictor
 from training.precision import autocast
 
 MAX_NEW_TOKENS = 64  # a model that has not learned to stop would go on
 SIDE = 224  # pixels of a small image's longer side
 
 
-@dataclass(frozen=True)
-class Question:
-    """A prompt, ready to be answered."""
-
-    where: str
-    text: str
-    truth: str
-    image: str  # file of the small image, relative to OUT
-    ids: list
-    pixels: torch.Tensor  # (N,3,H,W)
-
-
 class Answers:
     """The questions, chosen at the first measurement, and what the model answers to them."""
 
     def __init__(self, data, template, processor, settings):
-        """data: the held-out samples. Without --eval_answers nothing is generated, nor under fsdp:
-        there every rank would have to go through each token with rank 0."""
+        """data: the held-out samples."""
         self.data, self.template, self.processor = data, template, processor
-        self.out = Path(settings.out)
-        self.number = 0 if settings.parallel == "fsdp" else settings.eval_answers
+        self.out, self.number = Path(settings.out), settings.eval_answers
         self.questions = None  # not chosen yet
 
-    def ask(self, model, settings, ranks) -> dict | None:
-        """-> a line of answers.jsonl without its step; None: there are no questions."""
-        if not self.number or not ranks.main:
+    def ask(self, model, settings, distributed) -> dict | None:
+        """-> a line of answers.jsonl without its step; None but on rank 0, and under fsdp: there
+        every rank would have to go through each token with rank 0."""
+        if not distributed.main or settings.parallel == "fsdp":
             return None
+        predictor = Predictor(model.eval(), self.template, self.processor,
+                              max_new_tokens=MAX_NEW_TOKENS, stop_after_truth=False)
         try:
             if self.questions is None:
-                self.questions = self.choose(model.language.config.max_position_embeddings)
-            texts = self.generate(model, settings, ranks) if self.questions else []
+                self.questions = self.choose()
+            with autocast(settings.dtype, distributed.device):
+                predictions, _ = predictor.predict(self.questions)
         except Exception as error:  # no memory, no disk: the training has them, and goes on
             return {"problem": f"{type(error).__name__}: {error}".strip(), "answers": []}
-        return {"answers": [{"where": question.where, "image": question.image, "question":
-                             question.text, "truth": question.truth, "answer": text}
-                            for question, text in zip(self.questions, texts)]}
+        finally:
+            model.train()
+        return {"answers": [
+            {"where": p.question.where, "image": p.question.tags["image"],
+             "question": p.question.messages[-1].content.replace(IMAGE, "").strip(),
+             "truth": p.question.truth, "answer": p.answer} for p in predictions]}
 
-    def choose(self, context: int) -> list[Question]:
-        """The first usable ones, always the same; their small images are written."""
+    def choose(self) -> list[Question]:
+        """The first ones whose image can be read, always the same; a small one is written, and its
+        file, relative to OUT, is a tag of the question."""
         chosen = []
+        (self.out / "held_out").mkdir(parents=True, exist_ok=True)
         for i in range(len(self.data)):
             if len(chosen) == self.number:
                 break
             try:
-                question = self.prepare(self.data[i], len(chosen) + 1)
+                for question in questions_of(self.data[i])[:1]:
+                    if question.images:
+                        small = load_image(question.images[-1], self.processor.draft).copy()
+                        small.thumbnail((SIDE, SIDE))
+                        file = f"held_out/{len(chosen) + 1}.jpg"
+                        small.save(self.out / file, quality=85)
+                        chosen.append(replace(question, tags={"image": file}))
             except (BadSample, OSError, ValueError):  # reported and counted by the loss beside it
                 continue
-            if question and len(question.ids) + MAX_NEW_TOKENS <= context:
-                chosen.append(question)
         return chosen
-
-    def prepare(self, sample, number: int) -> Question | None:
-        """The sample's first question; None: it shows no image."""
-        roles = [message.role for message in sample.messages]
-        if "assistant" not in roles[1:]:
-            return None
-        first = roles.index("assistant", 1)
-        messages = sample.messages[:first]
-        count = sum(message.images for message in messages)
-        if not count:
-            return None
-        images = [load_image(image, self.processor.draft) for image in sample.images[:count]]
-        pixels = torch.stack([self.processor(image) for image in images])
-        small = images[-1].copy()
-        small.thumbnail((SIDE, SIDE))
-        file = f"held_out/{number}.jpg"
-        (self.out / "held_out").mkdir(parents=True, exist_ok=True)
-        small.save(self.out / file, quality=85)
-        return Question(sample.where, messages[-1].content.replace(IMAGE, "").strip(),
-                        sample.messages[first].content, file, self.template.encode_prompt(messages),
-                        pixels)
-
-    def generate(self, model, settings, ranks) -> list[str]:
-        model.eval()
-        try:
-            with autocast(settings.dtype, ranks.device):
-                rows = generate_batch(model, [question.ids for question in self.questions],
-                                      [question.pixels for question in self.questions],
-                                      MAX_NEW_TOKENS, self.template.stop_ids)
-        finally:
-            model.train()
-        return [self.template.tokenizer.decode(ids) for ids in rows]

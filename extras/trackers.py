@@ -10,39 +10,35 @@ TRACKIO_DIR).
 
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 
 
-def check_installed(tracker: str | None) -> None:
+def check_installed(tracker: str) -> None:
     """Better now than after the model is loaded."""
-    if tracker and find_spec(tracker) is None:
+    if find_spec(tracker) is None:
         raise SystemExit(f"--report_to {tracker}: the package {tracker} is not installed; pip "
-                         f"install "
-                         f"{tracker}, or leave --report_to out: metrics.jsonl has the figures")
+                         f"install {tracker}, or leave --report_to out: metrics.jsonl has the "
+                         "figures")
 
 
 def open_tracker(settings, first_step: int):
-    """-> log(kind, step, figures) and close() of the tracker that --report_to names; of none, both
-    do nothing. kind: "train" or "eval". first_step: TensorBoard's curves are cut before it."""
-    if not settings.report_to:
-        return lambda kind, step, figures: None, lambda: None
+    """-> log({name: number}, step=...) and finish() of the tracker that --report_to names."""
     if settings.report_to == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
+        return TensorBoard(f"{settings.out}/tensorboard", first_step)
+    tracker = import_module(settings.report_to)
+    tracker.init(project="vlm", name=str(settings.out), config=vars(settings))
+    return tracker
 
-        writer = SummaryWriter(str(Path(settings.out) / "tensorboard"), purge_step=first_step)
-        close = writer.close
 
-        def write(values: dict, step: int) -> None:
-            for name, value in values.items():
-                writer.add_scalar(name, value, step)
-            writer.flush()
-    else:
-        tracker = import_module(settings.report_to)
-        tracker.init(project="vlm", name=str(settings.out), config=vars(settings))
-        write, close = tracker.log, tracker.finish
+class TensorBoard:
+    """What the three others have in common."""
 
-    def log(kind: str, step: int, figures: dict) -> None:
-        write({f"{kind}/{name}": value for name, value in figures.items() if value is not None},
-              step=step)
+    def __init__(self, directory: str, first_step: int):
+        from torch.utils.tensorboard import SummaryWriter  # here: the package may not be there
 
-    return log, close
+        self.writer = SummaryWriter(directory, purge_step=first_step)
+        self.finish = self.writer.close
+
+    def log(self, figures: dict, step: int) -> None:
+        for name, value in figures.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()

@@ -25,10 +25,9 @@ from train_pretrain import backward, load_or_build, train
 from training.data import open_training_data
 from training.distributed import Distributed, start_distributed
 from training.optim import choose_trainable, make_optimizer
-from training.precision import LossScaler, cast_weights
+from training.precision import cast_weights
 from training.presets import read_flags, resolve
-from training.state import TrainerState
-from training.steps import Steps
+from training.steps import Steps, TrainerState
 
 CASES = {
     "projector": [],
@@ -67,12 +66,13 @@ def first_gradients(distributed, flags) -> dict:
              _ in itertools.islice(batches.epoch(0), settings.gradient_accumulation_steps)]
     micro = [batch for batch in map(distributed.drop_or_dummy_batch, micro) if batch]
     supervised, = distributed.sum(sum(batch.supervised for batch in micro))
-    scaler = LossScaler(TrainerState(loss_scale=SCALE), settings.dtype == "fp16")
+    scale = SCALE if settings.dtype == "fp16" else 1.0
     for batch in micro:
-        backward(model, batch, supervised, settings, distributed, scaler)
+        backward(model, batch, supervised, settings, distributed, scale)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     distributed.all_reduce_gradients([*named.values()])
-    scaler.unscale_([*named.values()])
+    for parameter in named.values():
+        parameter.grad.div_(scale)
     summed = distributed.full_tensors({name: p.grad.clone() for name, p in named.items()})
     norm = distributed.clip_gradients([*named.values()], LONGEST)
     return {"gradients": summed, "norm": norm,

@@ -18,8 +18,7 @@ from training.data import open_training_data
 from training.distributed import start_distributed
 from training.optim import choose_trainable, make_optimizer
 from training.presets import read_flags, resolve
-from training.state import TrainerState
-from training.steps import Steps
+from training.steps import Steps, TrainerState
 
 TRAINED = ([], ["--train_language", "all", "--train_vision"])
 

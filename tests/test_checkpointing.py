@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_sft
 from model.lora import add_lora
 from tests.tiny import curve, make_world
+from training.optim import set_requires_grad
 from training.precision import autocast, cast_weights
-from training.trainable import set_requires_grad
 
 CPU = torch.device("cpu")
 

@@ -14,14 +14,13 @@ import train_pretrain
 import train_sft
 import training.precision
 from extras.fast import prepare_for_inference
-from extras.fast.attention import kernel_shares_heads
+from extras.fast.layers import kernel_shares_heads
 from extras.fast.quantize import is_quantized
 from model.language import LanguageModel
 from model.pretrained.public_config import read_language_config
 from tests.tiny import ROOT, make_world
 from training.device import (
     KERNEL_CACHES,
-    check_dtype,
     choose_device,
     is_out_of_memory,
     prepare_device,
@@ -90,12 +89,12 @@ def test_both_stages_and_the_chat_prepare_their_device(untouched, tmp_path, monk
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_apple_gpus_refuse_16_bits(dtype):
+def test_apple_gpus_refuse_16_bits():
     with pytest.raises(ValueError, match="--device mps computes wrongly in .*--dtype fp32"):
-        check_dtype(torch.device("mps"), dtype)
-    check_dtype(torch.device("mps"), torch.float32)
-    check_dtype(torch.device("cuda"), dtype), check_dtype(torch.device("cpu"), dtype)
+        inference_dtype(torch.device("mps"), "bf16")
+    for device, name, dtype in (("mps", "fp32", torch.float32), ("cuda", "bf16", torch.bfloat16),
+                                ("cpu", "bf16", torch.bfloat16)):
+        assert inference_dtype(torch.device(device), name) == (dtype, "as asked")
 
 
 def test_the_chat_refuses_16_bits_on_mps_in_a_sentence(tmp_path, monkeypatch):

@@ -128,4 +128,4 @@ def test_a_package_that_is_missing_inside_the_extras_is_an_error(monkeypatch):
     monkeypatch.delitem(sys.modules, "extras.fast", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     with pytest.raises(ModuleNotFoundError, match="gone"):
-        inference.make_ready(tiny_vlm(), torch.device("cpu"), torch.float32, None)
+        inference.prepare_model(tiny_vlm(), torch.device("cpu"), torch.float32, None)

@@ -11,7 +11,7 @@ from model.pretrained.checkpoint import newest_checkpoint, read_run
 from tests.tiny import ROOT, make_world, metrics
 from training.presets import PRESETS, read_flags, resolve, settings_of_preset
 from training.schedules import SCHEDULES
-from training.settings import BENDS, FIXED, FREE, PRESET, SETTINGS, TRACKERS
+from training.settings import CHANGES_CURVE, FIXED, FREE, PRESET, SETTINGS, TRACKERS
 
 # Every flag with a value that no preset has; booleans have both of theirs.
 VALUES = {
@@ -172,7 +172,7 @@ def test_the_table_is_the_only_list():
     names = [setting.name for setting in SETTINGS]
     assert len(names) == len(set(names))
     assert set(names) == vars(read_flags("", "sft", [])).keys() == settings().keys()
-    assert {s.on_resume for s in SETTINGS} == {FIXED, FREE, BENDS}
+    assert {s.on_resume for s in SETTINGS} == {FIXED, FREE, CHANGES_CURVE}
     from_preset = {s.name for s in SETTINGS if s.default is PRESET}
     assert from_preset == settings_of_preset("emoji", "sft").keys()
 

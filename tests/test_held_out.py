@@ -25,7 +25,7 @@ from tests.tiny import ROOT, curve, make_data, make_world, metrics, torchrun
 from training.data import open_held_out, open_training_data
 from training.distributed import start_distributed
 from training.presets import read_flags, resolve
-from training.validation import ShuffledImages, Validator
+from training.validation import ShuffledImages, eval_losses, make_eval_loaders
 
 
 @pytest.fixture(scope="module")
@@ -49,19 +49,18 @@ def test_measuring_changes_no_bit_of_the_training(world, unseen, tmp_path, monke
     """With dropout, which draws random numbers in every step; with workers and without."""
     flags = [*world, "--model", "none", "--lora", "--lora_dropout", "0.3"]
     generators = []
-    plain = Validator.losses
 
-    def losses(self, *arguments):
+    def losses(*arguments):
         def state():
             return (torch.get_rng_state().tolist(), random.getstate(),
                     str(np.random.get_state()))
 
         before = state()
-        told = plain(self, *arguments)
+        told = eval_losses(*arguments)
         generators.append(before == state())
         return told
 
-    monkeypatch.setattr(Validator, "losses", losses)
+    monkeypatch.setattr("training.hooks.eval_losses", losses)
     train_sft.main([*flags, "--out", str(tmp_path / "off")])
     train_sft.main([*flags, *unseen, "--eval_steps", "1", "--out", str(tmp_path / "on")])
     assert generators == [True] * 6
@@ -82,9 +81,8 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens(world, unseen, tmp_path
     data, _ = open_training_data(settings, "pretrain")
     held_out = open_held_out(settings, "pretrain", data)
     with start_distributed() as ranks:
-        told = Validator(held_out, lambda samples: Batches(
-            samples, parts.template, parts.processor, 4, 128, 0)).losses(
-                parts.model, settings, ranks)
+        told = eval_losses(parts.model, make_eval_loaders(held_out, lambda samples: Batches(
+            samples, parts.template, parts.processor, 4, 128, 0)), settings, ranks)
     assert parts.model.training, "training goes on with dropout"
     for name, samples in (("eval_loss", held_out),
                           ("eval_loss_shuffled_images", ShuffledImages(held_out))):

@@ -12,7 +12,7 @@ from model.lora import (
 )
 from model.pretrained.load import load_language
 from model.pretrained.save import save_language
-from training.trainable import set_requires_grad
+from training.optim import set_requires_grad
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -14,7 +14,7 @@ from extras.memory import MemoryTracker
 from model import loss as plain_loss
 from model.lora import add_lora
 from tests.test_checkpointing import batch, learn, trained
-from training.trainable import set_requires_grad
+from training.optim import set_requires_grad
 
 WORDS = 61
 

@@ -22,6 +22,7 @@ from model.pretrained.checkpoint import checkpoints, newest_checkpoint, read_run
 from tests.test_precision import start_at
 from tests.test_resume import Killed, die_in_step
 from tests.tiny import make_world, metrics, torchrun
+from training.run_metadata import read_lines
 
 SFT = ["--model", "none", "--train_language", "all"]
 
@@ -129,7 +130,9 @@ def test_what_bends_the_curve_may_change_and_is_written_down(out, flags, capsys)
                                      "now": now}
             assert run["settings"][name] == now
             assert f"from step {first}: {name} is {now}, before it was {was[name]}" in told
-    assert f"From step {first} on learning_rate is 0.001" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert f"<td>changes: 1: from_step</td><td>{first}</td>" in page
+    assert "<td>changes: 1: now</td><td>0.001</td>" in page
     rates = [m["learning_rate"] for m in metrics(out)[first - 1:]]
     peak = float(given.get("projector_learning_rate", 0.001))
     assert 0 < max(rates) <= max(peak, 0.001) and len(metrics(out)) == 12
@@ -324,7 +327,7 @@ def test_figures_leave_a_skipped_loss_out(world, tmp_path, monkeypatch):
     assert run.metrics[-1]["loss"] is None
     monkeypatch.setattr(runs, "REFERENCES", tmp_path)
     known = run.metrics[10]["loss"]
-    kept = runs.read_objects(runs.keep_reference(run, "kept"))
+    kept = read_lines(runs.keep_reference(run, "kept"))
     assert kept[-1] == {"step": 11.0, "loss": round(known, 4)}
     last_known = sum(m["loss"] for m in run.metrics[:11]) / 11
     assert f"loss over the last 20 steps {last_known:.4g}" in write_report([tmp_path / "run"]

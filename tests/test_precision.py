@@ -23,9 +23,9 @@ from train_pretrain import backward, load_or_build
 from training.data import open_training_data
 from training.inference import inference_dtype
 from training.optim import choose_trainable
-from training.precision import LossScaler, cast_weights, choose_dtype, settle_dtype
+from training.precision import cast_weights, choose_dtype, resolve_dtype, update_loss_scale
 from training.presets import read_flags, resolve
-from training.state import TrainerState
+from training.steps import TrainerState
 
 SFT = ["--lora", "--model", "none"]
 
@@ -156,7 +156,7 @@ def test_the_scale_follows_torchs_own_scaler(monkeypatch):
     theirs = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    ours = LossScaler(TrainerState(), enabled=True)
+    ours = TrainerState()
     for step, overflow in enumerate([0, 0, 0, 1, 0, 1, 1, 0, 0, 0, 0, 0, 0, 1]):
         before = weight.item()
         theirs.scale(weight.sum()).backward()
@@ -165,9 +165,8 @@ def test_the_scale_follows_torchs_own_scaler(monkeypatch):
         theirs.step(optimizer)
         theirs.update()
         optimizer.zero_grad()
-        ours.step(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), finite=not overflow)
-        ours.update()
-        assert ours.factor == theirs.get_scale(), step
+        update_loss_scale(ours, finite=not overflow)
+        assert ours.loss_scale == theirs.get_scale(), step
         assert (weight.item() == before) == bool(overflow)
 
 
@@ -303,5 +302,5 @@ def test_all_ranks_take_what_rank_0_has_measured(monkeypatch, capsys):
 
     settings = SimpleNamespace(dtype="auto")
     monkeypatch.setattr(training.precision, "bf16_speedup", lambda: 3.0)
-    settle_dtype(settings, Ranks())
+    resolve_dtype(settings, Ranks())
     assert settings.dtype == "fp32" and "fp32: measured on rank 0" in capsys.readouterr().out

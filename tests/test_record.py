@@ -31,7 +31,7 @@ def test_run_json_tells_what_ran_where_and_when(world, tmp_path):
     assert len(run["data"]["sha256"]) == 64
     machine = run["machine"]
     assert machine["cpu"] and machine["os"] and machine["cores"] >= 1
-    assert machine["memory"] > 1e8 and (machine["gpu"] is None) != torch.cuda.is_available()
+    assert (machine["gpu"] is None) != torch.cuda.is_available()
     launch, = run["launches"]
     assert launch["started"] <= launch["ended"]
     assert (launch["first_step"], launch["last_step"], launch["outcome"]) == (1, 6, "finished")

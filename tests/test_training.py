@@ -38,7 +38,7 @@ def prepare(flags, stage="pretrain"):
     """-> settings, parts, batches, as the scripts make them."""
     settings = resolve(read_flags("", stage, flags), stage, {})
     parts = load_or_build(settings, None)
-    parts.config["lora"] = choose_trainable(parts.model, settings, None)
+    parts.lora = choose_trainable(parts.model, settings, None)
     data, _ = open_training_data(settings, "pretrain")
     batches = Batches(data, parts.template, parts.processor, settings.batch_size,
                       settings.max_length, settings.seed, workers=settings.num_workers)

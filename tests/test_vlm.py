@@ -6,7 +6,7 @@ import torch
 from families import assert_close, tiny_vlm
 
 from model.lora import add_lora
-from training.trainable import set_requires_grad
+from training.optim import set_requires_grad
 
 IMAGE, K = 60, 9
 

@@ -4,9 +4,11 @@
 """
 
 import os
+from importlib.util import find_spec
 
 import torch
 
+HAS_EXTRAS = find_spec("extras") is not None  # without them the plain layers serve, slower
 # Below this version Apple's attention kernels give wrong numbers for long prompts (pytorch issue
 # 174861), so "auto" does not choose that GPU by itself.
 MPS_FROM = (2, 11)
@@ -20,12 +22,11 @@ def choose_device(name: str = "auto") -> torch.device:
     """name: auto, cpu, cuda, cuda:1, mps. auto: the fastest that is there and computes right."""
     if name != "auto":
         return torch.device(name)
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if torch.cuda.is_available():
         return torch.device("cuda")
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if torch.backends.mps.is_available() and version >= MPS_FROM:
-        return torch.device("mps")
-    return torch.device("cpu")
+    mps = torch.backends.mps.is_available() and version >= MPS_FROM
+    return torch.device("mps" if mps else "cpu")
 
 
 def prepare_device(device: torch.device) -> None:
@@ -41,19 +42,9 @@ def prepare_device(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
-    """ValueError where the device gives wrong numbers in this dtype."""
-    if device.type == "mps" and dtype != torch.float32:
-        name = str(dtype).removeprefix("torch.")
-        raise ValueError(f"--device mps computes wrongly in {name}: its causal attention lets "
-                         "tokens see later ones (pytorch issue 195910). Use --dtype fp32, or "
-                         "--device cpu")
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Of a GPU torch has a type for it; a CPU and Apple's GPUs say it in their text alone."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in text or "not enough memory" in text or "out of memory" in text)
+    texts = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)

@@ -33,8 +33,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from training.device import prepare_device
 
 # How long the others wait for a rank that lives but does not come: it may be rank 0, which is
-# writing a large checkpoint. A rank that has died is noticed within seconds all the same, by
-# torchrun.
+# writing a large checkpoint. A rank that has died is noticed within seconds, by torchrun.
 TIMEOUT = timedelta(minutes=30)
 
 
@@ -82,8 +81,8 @@ class Distributed:
 
     # ------------------------------------------------------------ the model
 
-    def one_rank_at_a_time(self):
-        """The context in which a rank loads the model; here all ranks load it side by side."""
+    def loading(self):
+        """The context in which a rank reads the whole model: here all ranks do so side by side."""
         return nullcontext()
 
     def place_model(self, model, settings) -> None:
@@ -134,10 +133,6 @@ class Distributed:
         """
         return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
 
-    def local_tensor(self, tensor):
-        """What this rank holds of a weight or a gradient: here all of it."""
-        return tensor
-
     # ------------------------------------------------------------ to a file and back
 
     def full_tensors(self, content):
@@ -178,9 +173,9 @@ def start_distributed(strategy: type[Distributed] = Distributed):
     except BaseException as error:
         if world_size > 1 and not (isinstance(error, SystemExit) and error.code in (None, 0)):
             abort(error, rank)
-        dist.destroy_process_group()
         raise
-    dist.destroy_process_group()
+    finally:
+        dist.destroy_process_group()
 
 
 def gpu_of_rank(local_rank: int, gpus: int) -> torch.device:
@@ -202,17 +197,17 @@ def store_of_this_try() -> dist.Store | None:
     every try gets names of its own. Over several machines their numbers of tries are not the same;
     there torchrun must be told to make a new store each time.
     """
-    environment = os.environ
-    if (environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-            or environment.get("TORCHELASTIC_MAX_RESTARTS") == "0"):
+    env = os.environ
+    if (env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+            or env.get("TORCHELASTIC_MAX_RESTARTS") == "0"):
         return None
-    if environment["WORLD_SIZE"] != environment["LOCAL_WORLD_SIZE"]:
+    if env["WORLD_SIZE"] != env["LOCAL_WORLD_SIZE"]:
         raise SystemExit("--max_restarts on several machines needs TORCH_DISABLE_SHARE_RDZV_TCP_"
                          "STORE=1 in the environment of torchrun, on each of them: else a restart "
                          "may wait for ranks of the try before")
-    store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]),
-                          is_master=False, timeout=TIMEOUT)
-    return dist.PrefixStore(f"try_{environment['TORCHELASTIC_RESTART_COUNT']}", store)
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False,
+                          timeout=TIMEOUT)
+    return dist.PrefixStore(f"try_{env['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def abort(error: BaseException, rank: int) -> None:
@@ -227,9 +222,8 @@ def abort(error: BaseException, rank: int) -> None:
     message = str(error.code) if explained else "".join(traceback.format_exception(error))
     print(f"rank {rank} failed: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    in_collective = "distributed" in Path(
-        traceback.extract_tb(error.__traceback__)[-1].filename).parts
-    if in_collective and not explained:  # most likely the echo of another rank's error
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    if "distributed" in raised_in.parts and not explained:  # the echo of another rank's error
         time.sleep(3)
     get_error_handler().record_exception(error)
     # A usual exit destroys the process group, which under nccl can wait for the others.

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataset.readers.worker_state import explain
 from model.pretrained.checkpoint import checkpoints
 from training.device import is_out_of_memory
-from training.precision import first_unfit
+from training.precision import first_nonfinite_weight
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share, the file
 MIN_SAMPLES = 100  # that must have been met before the share of unusable ones is judged
@@ -57,18 +57,18 @@ def explain_errors(settings, loaders=(), advice=None):
 def out_of_memory(error: BaseException, settings) -> str:
     """The order of samples follows from the seed, so the same step would fail again: say what
     makes a step smaller and leaves its samples as they are."""
-    size, times = settings.batch_size, settings.gradient_accumulation_steps
-    ways = ["--gradient_checkpointing keeps fewer activations",
-            "a lower --max_length cuts long rows"]
+    size, ways = settings.batch_size, ("--gradient_checkpointing keeps fewer activations; a lower "
+                                       "--max_length cuts long rows")
     if size > 1:
-        ways.insert(0, f"--batch_size {math.ceil(size / 2)} --gradient_accumulation_steps "
-                       f"{times * 2} takes "
-                    f"{'the same samples' if size % 2 == 0 else 'about as many samples'} in "
-                    "each step, half of them at a time")
-    go_on = "; --resume goes on from the last checkpoint" if checkpoints(settings.out) else ""
-    return (f"\nout of memory: {str(error).strip().splitlines()[0]}\nWhat helps: "
-            f"{'; '.join(ways)}{go_on}. `python -m extras.memory {settings.preset}` with the "
-            "flags of this run predicts what it takes.")
+        ways = (f"--batch_size {math.ceil(size / 2)} --gradient_accumulation_steps "
+                f"{settings.gradient_accumulation_steps * 2} takes "
+                f"{'about as many' if size % 2 else 'the same'} samples in each step, half of them "
+                f"at a time; {ways}")
+    if checkpoints(settings.out):
+        ways += "; --resume goes on from the last checkpoint"
+    return (f"\nout of memory: {str(error).strip().splitlines()[0]}\nWhat helps: {ways}. `python "
+            f"-m extras.memory {settings.preset}` with the flags of this run predicts what it "
+            "takes.")
 
 
 def check_skipped(state, max_share: float, at_end: bool = False) -> None:
@@ -85,10 +85,10 @@ def check_skipped(state, max_share: float, at_end: bool = False) -> None:
 
 def not_finite(step: int, totals: tuple, batches, losses, unfit: str | None,
                rank: int) -> NotFinite:
-    """Say which samples made the loss infinite or NaN, as far as this rank knows.
+    """Which samples made the loss infinite or NaN, as far as this rank knows.
 
     totals: loss and gradient norm over all ranks. losses: of this rank's batches. unfit: what
-    precision.first_unfit says of the weights.
+    precision.first_nonfinite_weight says of the weights.
     """
     loss, norm = totals
     guilty = [batch for batch, own in zip(batches, losses) if not math.isfinite(own)]
@@ -102,7 +102,7 @@ def not_finite(step: int, totals: tuple, batches, losses, unfit: str | None,
 def check_weights(model, step: int, batches, dtype: str, distributed) -> None:
     """Before a save: from a checkpoint with which no loss is finite, no run can go on."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if unfit := first_unfit(trained, dtype, distributed):
+    if unfit := first_nonfinite_weight(trained, dtype, distributed):
         raise NotFinite(step, f"step {step}: after its update {unfit}. "
                               f"{list_samples(batches, distributed.rank)} It was not saved.")
 

@@ -5,59 +5,56 @@
 
 from contextlib import nullcontext
 
+from training.device import HAS_EXTRAS
+from training.validation import eval_losses
 
-def make_hooks(bundle, steps, log, validator, held_out) -> list:
-    """held_out: the samples that the validator measures, or None without any."""
+
+def make_hooks(bundle, steps, log, eval_loaders) -> list:
+    """eval_loaders: of training/validation.py; empty when nothing is measured."""
     settings, distributed = steps.settings, steps.distributed
     hooks = [log.step]
     if settings.report_to and distributed.main:
         from extras.trackers import open_tracker  # here: a tracker is an extra
 
-        write, close = open_tracker(settings, log.first_step)
-        log.listeners.append(write)
-        log.closers.append(close)
+        log.tracker = open_tracker(settings, log.first_step)
     if settings.log_samples:
         hooks.append(lambda step, metrics: log.samples(step, distributed.gather(steps.sources)))
-    if validator:
-        hooks.append(every_eval(steps, lambda step: log.evaluation(
-            step, validator.losses(bundle.model, settings, distributed))))
-    if validator and settings.eval_answers:
-        hooks += answer_hooks(bundle, steps, log, held_out)
+    if eval_loaders:
+        answers = open_answers(bundle, steps, log, eval_loaders[0].data)
+
+        def evaluate(step: int, metrics: dict) -> None:
+            if step % settings.eval_steps == 0 or step == steps.total:
+                log.evaluation(step, eval_losses(bundle.model, eval_loaders, settings, distributed))
+                if answers:
+                    log.answers(step, answers.ask(bundle.model, settings, distributed))
+
+        hooks.append(evaluate)
     return hooks
 
 
-def answer_hooks(bundle, steps, log, held_out) -> list:
-    """--eval_answers: none without extras/sample_generations.py, and none under fsdp."""
-    settings, distributed = steps.settings, steps.distributed
-    if settings.parallel == "fsdp" and distributed.world_size > 1:
+def open_answers(bundle, steps, log, held_out):
+    """--eval_answers: None without extras/sample_generations.py, and under fsdp."""
+    settings = steps.settings
+    if not settings.eval_answers:
+        return None
+    if settings.parallel == "fsdp" and steps.distributed.world_size > 1:
         log.say("answers   none while it trains: under --parallel fsdp every process would have to "
                 "go through each token; eval.py asks the checkpoints")
-        return []
+        return None
     try:
         from extras.sample_generations import Answers  # here: sample answers are an extra
     except ModuleNotFoundError as error:
         log.say(f"answers   none while it trains: {error}")
-        return []
-    answers = Answers(held_out, bundle.template, bundle.processor, settings)
-    return [every_eval(steps, lambda step: log.answers(
-        step, answers.ask(bundle.model, settings, distributed)))]
-
-
-def every_eval(steps, act):
-    """-> a hook that calls act(step) on every --eval_steps-th step and after the last."""
-    def hook(step: int, metrics: dict) -> None:
-        if step % steps.settings.eval_steps == 0 or step == steps.total:
-            act(step)
-
-    return hook
+        return None
+    return Answers(held_out, bundle.template, bundle.processor, settings)
 
 
 def report_at_end(out, main: bool):
     """The context that writes OUT/report.html when a run ends, where that can be done."""
-    try:
+    if HAS_EXTRAS:
         from extras.report import reported  # here: the report is an extra
-    except ModuleNotFoundError as error:
-        if main:
-            print(f"no report.html: {error}")
-        return nullcontext()
-    return reported(out, main)
+
+        return reported(out, main)
+    if main:
+        print("no report.html: extras/ is missing")
+    return nullcontext()

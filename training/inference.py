@@ -23,17 +23,17 @@ from model.lora import merge_lora
 from model.pretrained.checkpoint import find_model, read_config
 from model.pretrained.hub import resolve
 from model.pretrained.load import load_checkpoint, load_language
-from training.device import check_dtype, choose_device, is_out_of_memory, prepare_device
-from training.precision import NUMBERS, choose_dtype
+from training.device import HAS_EXTRAS, choose_device, is_out_of_memory, prepare_device
+from training.precision import choose_dtype
 
 
 def add_model_flags(parser) -> None:
     """How a model is loaded, whichever program asks."""
     add = parser.add_argument
-    add("--language_model",
-        help="where the public language model lies, if not where it was in training")
-    add("--vision_tower",
-        help="where the public vision tower lies, if not where it was in training")
+    add("--language_model", help="where the public language model lies, if not where it was in "
+        "training")
+    add("--vision_tower", help="where the public vision tower lies, if not where it was in "
+        "training")
     add("--dtype", choices=("fp32", "bf16"), help="default: bf16 where the GPU or the processor "
         "is faster in it, else fp32; eval.py --stats tells which and why")
     add("--quantize", choices=("int8", "int4"), help="the language model's weights in so many "
@@ -50,31 +50,27 @@ def load_model(flags, name: str | None) -> tuple:
     device = choose_device(flags.device)
     prepare_device(device)
     dtype, why = inference_dtype(device, flags.dtype)
-    check_dtype(device, dtype)
-    # Weights are quantized once, from float32, after the adapters are merged.
-    load_dtype = torch.float32 if flags.quantize else dtype
     if getattr(flags, "stats", False):
         print(f"dtype: {str(dtype).removeprefix('torch.')} ({why})", file=sys.stderr)
+    # Weights are quantized once, from float32, after the adapters are merged.
+    load_dtype = torch.float32 if flags.quantize else dtype
     if name == "none":
         directory = resolve(flags.language_model or "dataset/emoji/language")
-        model = load_language(directory, load_dtype).eval()
-        tokenizer = Tokenizer.from_directory(directory)
+        model, processor = load_language(directory, load_dtype).eval(), None
         family = flags.template or model.config.model_type
-        template = ChatTemplate(tokenizer, image_tokens=0,
-                                default_system=DEFAULT_SYSTEM[family], family=family)
-        processor = None
+        facts = (0, DEFAULT_SYSTEM[family], None, family)
     else:
         directory = find_model(name)
-        config = read_config(directory)
         model = load_checkpoint(directory, load_dtype, flags.language_model, flags.vision_tower)
         merge_lora(model.language)  # adapters would cost two more products in every layer
-        template = ChatTemplate(Tokenizer.from_directory(directory), config["image_tokens"],
-                                config["system"], config.get("image_token"), config["template"])
-        processor = ImageProcessor.from_directory(directory)
+        processor, config = ImageProcessor.from_directory(directory), read_config(directory)
+        facts = (config["image_tokens"], config["system"], config.get("image_token"),
+                 config["template"])
         print(f"model: {directory}", file=sys.stderr)
+    template = ChatTemplate(Tokenizer.from_directory(directory), *facts)
     if flags.system is not None:
         template.default_system = flags.system or None
-    make_ready(model, device, dtype, flags.quantize)
+    prepare_model(model, device, dtype, flags.quantize)
     return model, template, processor
 
 
@@ -82,28 +78,27 @@ def inference_dtype(device: torch.device, name: str | None) -> tuple[torch.dtype
     """name: fp32, bf16, or None for what suits the device -> the dtype, and why.
 
     bf16 where the hardware is faster in it, with half the bytes to read for each token. Never fp16:
-    in it some public models grow past 65,504.
+    in it some public models grow past 65,504. ValueError where the device computes wrongly in it.
     """
-    if name:
-        return NUMBERS[name], "as asked"
-    chosen, why = choose_dtype("auto", device)
-    if chosen == "bf16":
-        return torch.bfloat16, why
-    return torch.float32, why.removesuffix("; with scaled gradients")
+    chosen, why = choose_dtype(name or "auto", device)
+    dtype = torch.bfloat16 if chosen == "bf16" else torch.float32
+    if device.type == "mps" and dtype != torch.float32:
+        raise ValueError("--device mps computes wrongly in bfloat16: its causal attention lets "
+                         "tokens see later ones (pytorch issue 195910). Use --dtype fp32, or "
+                         "--device cpu")
+    return dtype, why
 
 
-def make_ready(model, device: torch.device, dtype: torch.dtype, bits: str | None) -> None:
+def prepare_model(model, device: torch.device, dtype: torch.dtype, bits: str | None) -> None:
     """Move the model to the device, with its layers as fast as they can be."""
-    try:
+    if HAS_EXTRAS:
         from extras.fast import prepare_for_inference
-    except ModuleNotFoundError as error:  # without extras/ a chat works, slower
-        if not error.name.startswith("extras"):
-            raise
-        if bits:
-            raise ValueError(f"--quantize {bits} needs extras/fast, which is missing") from error
+
+        prepare_for_inference(model, device, dtype, bits)
+    elif bits:
+        raise ValueError(f"--quantize {bits} needs extras/fast, which is missing")
+    else:
         model.to(device, dtype)
-        return
-    prepare_for_inference(model, device, dtype, bits)
 
 
 class Conversation:
@@ -114,8 +109,12 @@ class Conversation:
         self.model, self.template, self.processor = model, template, processor
         self.sampling = {**sampling, "generator": torch.Generator().manual_seed(seed)}
         self.speed = "nothing was said yet"
-        # Outlives a reset: the next prompt may begin with the same system turn and image.
-        self.prefix_cache = new_prefix_cache()
+        self.prefix_cache = None  # each prompt is computed anew
+        if HAS_EXTRAS:
+            from extras.fast.prefix_cache import PrefixCache
+
+            # Outlives a reset: the next prompt may begin with the same system turn and image.
+            self.prefix_cache = PrefixCache()
         self.reset()
 
     def reset(self, system: str | None = None) -> None:
@@ -157,36 +156,23 @@ class Conversation:
         messages = [*self.messages, Message("user", text)]
         pixels = [*self.pixels, *self.waiting]
         ids = self.template.encode_prompt(messages)
-        tokens = generate(self.model, ids, torch.stack(pixels) if pixels else None,
-                          prefix_cache=self.prefix_cache, stop_ids=self.template.stop_ids,
-                          **self.sampling)
-
-        def remember(answer: str) -> None:
-            self.messages = [*messages, Message("assistant", answer)]
-            self.pixels, self.waiting = pixels, []
-
         stream, answer, times = TextStreamer(self.template.tokenizer), "", [time.perf_counter()]
         self.prompt_ids, self.answer_ids = ids, stream.ids
-        for token in tokens:
+
+        def remember(piece: str) -> str:
+            nonlocal answer
+            answer += piece
+            self.messages = [*messages, Message("assistant", answer)]
+            self.pixels, self.waiting = pixels, []
+            return piece
+
+        for token in generate(self.model, ids, torch.stack(pixels) if pixels else None,
+                              prefix_cache=self.prefix_cache, stop_ids=self.template.stop_ids,
+                              **self.sampling):
             times.append(time.perf_counter())
             self.speed = format_speed(len(ids), times)
-            piece = stream.add(token)
-            answer += piece
-            remember(answer)
-            yield piece
-        piece = stream.end()
-        remember(answer + piece)
-        yield piece
-
-
-def new_prefix_cache():
-    try:
-        from extras.fast.prefix_cache import PrefixCache
-    except ModuleNotFoundError as error:  # without extras/ each prompt is computed anew
-        if not error.name.startswith("extras"):
-            raise
-        return None
-    return PrefixCache()
+            yield remember(stream.add(token))
+        yield remember(stream.end())
 
 
 def format_speed(prompt_tokens: int, times: list[float]) -> str:

@@ -3,6 +3,7 @@
     settings, model, TrainerState, summary -> a few lines of text
 """
 
+import math
 import os
 import shlex
 from pathlib import Path
@@ -21,13 +22,13 @@ def clock(seconds: float) -> str:
 
 
 def introduction(model, optimizer, settings, steps, facts: dict) -> str:
-    """What is about to happen, in a few lines. facts: of run_metadata.describe."""
+    """What is about to happen. facts: of run_metadata.describe."""
     lines, distributed, data = [], steps.distributed, facts["data"]["samples"]
     for part in ("language", "projector", "vision"):
         parameters = list(getattr(model, part).parameters())
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         lines.append(f"{part:<10}{sum(p.numel() for p in parameters):>14,} parameters, "
-                     f"{f'{trained:,} trained' if trained else 'frozen'}")
+                     f"{trained:,} trained")
     peaks = ", ".join(f"{peak:g}" for peak in dict.fromkeys(
         group["peak"] for group in optimizer.param_groups))
     files = settings.data if isinstance(settings.data, list) else [settings.data]
@@ -37,13 +38,11 @@ def introduction(model, optimizer, settings, steps, facts: dict) -> str:
         f"run       {steps.total:,} steps of {steps.step_size} samples ({settings.batch_size} x "
         f"{settings.gradient_accumulation_steps} accumulated x {distributed.world_size} processes)",
         f"settings  preset {settings.preset}, peak learning rate {peaks}, {settings.dtype} on "
-        f"{distributed.device}, seed {settings.seed}, to {settings.out}",
-    ]
+        f"{distributed.device}, seed {settings.seed}, to {settings.out}"]
     if settings.overfit:
-        lines.append(
-            f"overfit   these {data:,} samples only, over and over: the loss should fall to "
-            "nearly 0; if it does not, the fault is not in the rest of the data"
-            + ("; held-out samples are not looked at" if settings.eval_steps else ""))
+        lines.append(f"overfit   these {data:,} samples only, over and over: the loss should fall "
+                     "to nearly 0; if it does not, the fault is not in the rest of the data; "
+                     "held-out samples are not looked at")
     lines += ["changed   from step {from_step}: {setting} is {now}, before it was {before}".format(
         **change) for change in facts["changes"]]
     return "\n".join(lines)
@@ -60,30 +59,24 @@ def started_with() -> tuple[str, str]:
     """The program that starts a script as this run was started, and where, on several machines."""
     if not dist.is_torchelastic_launched():
         return "python", ""
-    program, nodes = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}", ""
+    program, machines = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}", ""
     if os.environ["GROUP_WORLD_SIZE"] != "1":
         program += f" --nnodes {os.environ['GROUP_WORLD_SIZE']}"
-        nodes = ", on each machine and with the --rdzv flags of before"
-    return program, nodes
+        machines = ", on each machine and with the --rdzv flags of before"
+    return program, machines
 
 
 def way_out(settings, start) -> str:
     """After a loss that is not finite: the commands that go on. start: of resume.read_settings."""
     program, where = started_with()
     script, saved = f"{program} train_{start.stage}.py", checkpoints(settings.out)
-    resume = f"{script} --resume --out {shlex.quote(str(settings.out))}"
-    command = resume if saved else f"{script} {shlex.join(start.arguments)}"
-    rates = [f"--learning_rate {lower_rate(settings, start.stage, 'learning_rate'):g}"]
-    for part in ("projector", "vision"):
-        name = f"{part}_learning_rate"
-        if getattr(settings, name) is not None and getattr(settings, f"train_{part}"):
-            rates.append(f"--{name} {lower_rate(settings, start.stage, name):g}")
-    commands = f"a lower learning rate{where}: {command} {' '.join(rates)}"
+    command = (f"{script} --resume --out {shlex.quote(str(settings.out))}" if saved
+               else f"{script} {shlex.join(start.arguments)}")
+    commands = f"a lower learning rate{where}: {command} {lower_rates(settings, start.stage)}"
     if settings.dtype != "fp32":
         commands += f" or in float32: {command} --dtype fp32"
     if not saved:
-        return ("There is no checkpoint yet. If the samples are sound, start again with "
-                + commands)
+        return f"There is no checkpoint yet. If the samples are sound, start again with {commands}"
     further = "there is no older one, so start the run anew, with a lower --learning_rate"
     if len(saved) > 1:
         last, aside = (shlex.quote(str(path)) for path in
@@ -91,40 +84,31 @@ def way_out(settings, start) -> str:
         further = f"leave it out, and the same goes on from {saved[-2].name}: mv {last} {aside}"
     return (f"The last checkpoint is good: {saved[-1]}. If the samples are sound, go on from it "
             f"with {commands} (--max_grad_norm and --warmup_ratio may change too). If it then "
-            f"stops here "
-            f"again, the weights of that checkpoint are the reason; {further}")
+            f"stops here again, the weights of that checkpoint are the reason; {further}")
 
 
-def lower_rate(settings, stage: str, name: str) -> float:
-    """A tenth, or the preset's if that is lower still."""
-    usual = settings_of_preset(settings.preset, stage)[name]
-    tenth = getattr(settings, name) / 10
-    return tenth if usual is None else min(tenth, usual)
+def lower_rates(settings, stage: str) -> str:
+    """Flags: a tenth of each learning rate, or the preset's if that is lower still."""
+    usual, flags = settings_of_preset(settings.preset, stage), []
+    for name in ("learning_rate", "projector_learning_rate", "vision_learning_rate"):
+        if (rate := getattr(settings, name)) is not None:
+            flags.append(f"--{name} {min(rate / 10, usual[name] or math.inf):g}")
+    return " ".join(flags)
 
 
 def closing(summary: dict, checkpoint: Path, next_command: str) -> str:
-    """OUT/summary.json for people."""
+    """The most of OUT/summary.json for people."""
     s, met = summary, summary["samples_trained"] + summary["samples_skipped"]
-    overflows = (f" ({s['overflow_steps']:,} skipped: fp16 overflowed)" if s["overflow_steps"]
-                 else "")
+    overflows = f" ({s['overflow_steps']:,} skipped: fp16 overflowed)" * bool(s["overflow_steps"])
     lines = [
         f"{s['steps']:,} steps{overflows}, {s['samples_trained']:,} samples trained on in "
         f"{clock(s['wall_seconds'])}",
         f"{s['samples_skipped']:,} of {met:,} samples skipped as unusable",
         *(f"    {count:,} x {reason}" for reason, count in
           sorted(s["skipped_why"].items(), key=lambda pair: -pair[1])),
-        f"{s['tokens']:,} tokens, {s['tokens_supervised']:,} supervised, "
-        f"{s['tokens_useful_share']:.1%} useful, the rest padding; "
-        f"{s['tokens_per_second'] or 0:,.0f} a second",
-        "most memory " + ", ".join(
-            f"{s[name] / 1e9:,.2f} GB {where}" for name, where in
-            (("peak_memory", "in a process"), ("peak_gpu_memory", "on a GPU")) if s[name]),
-    ]
-    if s["last_loss"] is not None:
-        lines.append(f"last loss {s['last_loss']:.3f}, lowest of a step {s['best_loss']:.3f}")
-    if s["best_eval_loss"] is not None:
-        wrong = s["last_evaluation"]["eval_loss_shuffled_images"]
-        lines.append(f"best held-out loss {s['best_eval_loss']:.3f} at step {s['best_eval_step']}, "
-                     f"at last {s['last_evaluation']['eval_loss']:.3f}"
-                     + (f", with wrong images {wrong:.3f}" if wrong is not None else ""))
+        f"{s['tokens']:,} tokens, {s['tokens_useful_share']:.1%} useful, the rest padding; "
+        f"{s['tokens_per_second'] or 0:,.0f} a second"]
+    for title, key in (("last loss", "last_loss"), ("best held-out loss", "best_eval_loss")):
+        if s[key] is not None:
+            lines.append(f"{title} {s[key]:.3f}")
     return "\n".join([*lines, f"checkpoint: {checkpoint}", f"next: {next_command}"])

@@ -87,8 +87,8 @@ MINIMIND_FILES = (
     Download("jingyaogong/minimind-v_dataset", ("sft_i2t.parquet",), "dataset", 4.93))
 
 CC3M = "dataset/LLaVA-CC3M-Pretrain-595K"  # 595,000 captions
-CC3M_FILES = (Download("liuhaotian/LLaVA-CC3M-Pretrain-595K", ("chat.json", "images.zip"), CC3M,
-                       6.67, unpack=f"{CC3M}/images"),)
+CC3M_FILES = Download("liuhaotian/LLaVA-CC3M-Pretrain-595K", ("chat.json", "images.zip"), CC3M,
+                      6.67, unpack=f"{CC3M}/images")
 
 # 118,000 photos; LLaVA's conversations name them as they lie in the archive.
 COCO = "dataset/coco/train2017"
@@ -107,23 +107,22 @@ EMOJI = Recipe(data="emoji", learning_rate=2e-3, batch_size=24, train_language="
                max_length=256, save_steps=100)
 # The write-up's numbers for both stages: 3e-4, warmup 2 %, decay 0.01, batch 40, 8 epochs.
 MINIMIND_DATA = Recipe(
-    data=MINIMIND_PRETRAIN, learning_rate=3e-4, batch_size=40, train_language="none",
-    epochs=8, warmup_ratio=0.02, save_steps=500, save_total_limit=20)
-# 3e-5 for the adapters and 1e-4 for the projector, both in one run of two epochs.
+    data=MINIMIND_PRETRAIN, learning_rate=3e-4, batch_size=40, train_language="none", epochs=8,
+    warmup_ratio=0.02, save_total_limit=20)
+# The projector's 1e-4 and, in stage two, 3e-5 for the adapters: both in one run of two epochs.
 QWEN7B = Recipe(
     data=(f"{COCO}/detail_23k.json", f"{COCO}/complex_reasoning_77k.json",
           f"{AI_CHALLENGER}/caption_train_annotations_20170902.json"),
-    learning_rate=3e-5, projector_learning_rate=1e-4, batch_size=4, train_language="none",
-    lora=True, epochs=2, max_length=1024, weight_decay=0.0, warmup_ratio=0.0, save_steps=1000,
-    save_total_limit=5)
+    learning_rate=1e-4, batch_size=4, train_language="none", max_length=1024, weight_decay=0.0,
+    warmup_ratio=0.0, save_steps=1000, save_total_limit=5)
 # The learning rates and batch sizes of LLaVA-1.5, because the write-up gives none.
 CAPTIONS = Recipe(data=f"{CC3M}/chat.json", image_folder=f"{CC3M}/images", learning_rate=1e-3,
                   batch_size=32, gradient_accumulation_steps=8, train_language="none",
                   weight_decay=0.0)
 # MiniMind-V trains in PyTorch's plain AdamW, along a cosine without warmup down to 10 %.
-MINIMIND_V = Recipe(data=MINIMIND_PRETRAIN, learning_rate=4e-4, batch_size=16,
-                    train_language="none", epochs=4, max_length=640, warmup_ratio=0.0,
-                    save_steps=100)
+MINIMIND_V = Recipe(
+    data=MINIMIND_PRETRAIN, learning_rate=4e-4, batch_size=16, train_language="none", epochs=4,
+    max_length=640, warmup_ratio=0.0, save_steps=100)
 
 
 PRESETS = {
@@ -138,8 +137,7 @@ PRESETS = {
         # DINOv2's last layers are shaped by its own training task: the one before describes more.
         pixel_shuffle=2, vision_feature_layer=-2,
         pretrain=replace(MINIMIND_DATA, batch_size=8, epochs=1, learning_rate=1e-3),
-        sft=replace(MINIMIND_DATA, data=MINIMIND_SFT, batch_size=8, epochs=1,
-                    train_language="all"),
+        sft=replace(MINIMIND_DATA, data=MINIMIND_SFT, batch_size=8, epochs=1, train_language="all"),
         downloads=MINIMIND_FILES),
 
     # 196 image tokens; --projector linear is the write-up's other form.
@@ -159,9 +157,8 @@ PRESETS = {
         lora_rank=128, lora_alpha=32.0, lora_dropout=0.1,
         # Published as c_attn (q, k and v in one matrix), w1 and w2.
         lora_targets=("q_proj", "k_proj", "v_proj", "up_proj", "gate_proj"),
-        pretrain=replace(QWEN7B, learning_rate=1e-4, projector_learning_rate=None, lora=False,
-                         epochs=1),
-        sft=QWEN7B,
+        pretrain=QWEN7B,
+        sft=replace(QWEN7B, learning_rate=3e-5, projector_learning_rate=1e-4, lora=True, epochs=2),
         downloads=(
             Download("liuhaotian/LLaVA-Instruct-150K",
                      ("detail_23k.json", "complex_reasoning_77k.json"), COCO, 0.1),
@@ -177,7 +174,7 @@ PRESETS = {
                    projector_learning_rate=2e-5, batch_size=8, gradient_accumulation_steps=16,
                    train_language="none", lora=True, max_length=1024, weight_decay=0.0,
                    warmup_ratio=0.05),
-        downloads=(*CC3M_FILES,
+        downloads=(CC3M_FILES,
                    Download("trl-lib/llava-instruct-mix", ("data/train-*.parquet",),
                             "dataset/llava-instruct-mix", None))),
 
@@ -189,13 +186,11 @@ PRESETS = {
     "qwen2.5-1.5b-clip": Preset(
         language_model="Qwen/Qwen2.5-1.5B-Instruct", vision_tower="openai/clip-vit-large-patch14",
         template="qwen2.5-instruct",
-        pretrain=replace(CAPTIONS, batch_size=8, gradient_accumulation_steps=8,
-                         gradient_checkpointing=True),
+        pretrain=replace(CAPTIONS, batch_size=8, gradient_checkpointing=True),
         sft=Recipe(data=f"{COCO}/llava_instruct_150k.json", learning_rate=2e-5, batch_size=4,
                    gradient_accumulation_steps=8, train_language="all", max_length=1024,
-                   weight_decay=0.0,
-                   gradient_checkpointing=True),
-        downloads=(*CC3M_FILES,
+                   weight_decay=0.0, gradient_checkpointing=True),
+        downloads=(CC3M_FILES,
                    Download("liuhaotian/LLaVA-Instruct-150K", ("llava_instruct_150k.json",), COCO,
                             0.229),
                    COCO_IMAGES)),

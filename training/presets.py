@@ -9,25 +9,21 @@ otherwise, and what you say always counts. The result is saved with the run, in 
 import argparse
 from dataclasses import asdict
 
-from training.preset_table import PRESETS, Preset, Recipe
+from training.preset_table import PRESETS
 from training.settings import PRESET, SETTINGS
 
 OVERFIT_STEPS = 200
-
-__all__ = ["PRESETS", "Preset", "Recipe", "read_flags", "resolve", "settings_of_preset"]
 
 
 def settings_of_preset(name: str, stage: str) -> dict:
     """stage: "pretrain" or "sft" -> {flag: value} of everything that a preset decides."""
     if name not in PRESETS:
         raise SystemExit(f"there is no preset {name!r}; choose one of {', '.join(PRESETS)}")
-    values = asdict(PRESETS[name])
-    values.update(values[stage])
-    for part in ("pretrain", "sft", "downloads"):
-        del values[part]
+    preset = asdict(PRESETS[name])
+    values = {**preset, **preset[stage]}
     # Lists, as flags give them and as run.json gives them back when a run is resumed.
     return {name: list(value) if isinstance(value, tuple) else value
-            for name, value in values.items()}
+            for name, value in values.items() if name not in ("pretrain", "sft", "downloads")}
 
 
 def read_flags(description: str, stage: str, arguments=None) -> argparse.Namespace:
@@ -47,7 +43,7 @@ def read_flags(description: str, stage: str, arguments=None) -> argparse.Namespa
 
 
 def resolve(flags: argparse.Namespace, stage: str, earlier: dict) -> argparse.Namespace:
-    """Fill in what no flag said.
+    """Fill in what no flag said, and refuse numbers that no run can use.
 
     earlier: settings to prefer to the preset's: of the run to resume, or of the checkpoint that
     is trained on (the model's facts alone).
@@ -63,25 +59,19 @@ def resolve(flags: argparse.Namespace, stage: str, earlier: dict) -> argparse.Na
         settings["steps"] = OVERFIT_STEPS
     if "lora_from" in given:
         given["lora"] = settings["lora"] = True
-        of_adapters = [name for name in ("lora_rank", "lora_alpha", "lora_targets")
-                       if name in given]
-        if of_adapters:
-            raise SystemExit(f"--{of_adapters[0]}: the adapters of --lora_from "
-                             f"{given['lora_from']} have their own; leave it out")
+        for name in ("lora_rank", "lora_alpha", "lora_targets"):
+            if name in given:
+                raise SystemExit(f"--{name}: the adapters of --lora_from {given['lora_from']} have "
+                                 "their own; leave it out")
     # The two exclude each other: whichever was given puts the preset's other one out.
     if given.get("lora") and "train_language" not in given:
         settings["train_language"] = "none"
     if given.get("train_language", "none") != "none" and "lora" not in given:
         settings["lora"] = False
-    check(settings)
-    return argparse.Namespace(**settings)
-
-
-def check(settings: dict) -> None:
-    """Refuse numbers that no run can use, before anything is loaded."""
     for setting in SETTINGS:
         setting.check(settings[setting.name])
     if settings["eval_steps"] and not settings["overfit"] and settings["data"] != "emoji" and not (
             settings["eval_data"] or settings["eval_samples"]):
         raise SystemExit(f"--eval_steps {settings['eval_steps']}: on which samples? Give "
                          "--eval_data FILE, or --eval_samples N to set the last N of --data apart")
+    return argparse.Namespace(**settings)

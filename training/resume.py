@@ -21,12 +21,13 @@ from model.pretrained.checkpoint import (
     save_checkpoint,
     step_of,
 )
+from model.pretrained.hub import TOWER_SETTINGS
 from model.pretrained.pickle_loader import load_plain
 from training.errors import StopTraining
 from training.presets import read_flags, resolve
 from training.run_metadata import FILES, read_object
-from training.settings import BENDING, CHANGEABLE, TOWER_SETTINGS
-from training.state import TrainerState
+from training.settings import CHANGES_CURVE, FREE, ON_RESUME
+from training.steps import TrainerState
 from training.writable import check_directory, free_name
 
 
@@ -35,6 +36,7 @@ class Start:
     stage: str  # "pretrain" or "sft": which recipe of the preset counts
     arguments: list[str]  # of the command line
     checkpoint: Path | None  # to start from; None: the public towers and a new projector
+    changes: list[dict]  # of settings since the run began, each with the first step made with it
 
 
 def read_settings(stage: str, description: str, arguments=None, start_from=()) -> tuple:
@@ -52,10 +54,10 @@ def read_settings(stage: str, description: str, arguments=None, start_from=()) -
         sys.exit(0)
     try:
         check_directory("--out", flags.out)
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
-    try:
         checkpoint, earlier = find_start(flags, start_from)
+    except (CorruptCheckpointError, FileNotFoundError) as error:
+        raise SystemExit(f"cannot start: {error}. Without --resume the run starts anew, with "
+                         "--model none from the public towers") from error
     except (OSError, ValueError) as error:
         raise SystemExit(f"cannot start: {error}") from error
     settings = resolve(flags, stage, earlier)
@@ -66,45 +68,38 @@ def read_settings(stage: str, description: str, arguments=None, start_from=()) -
         from extras.trackers import check_installed  # here: a tracker is an extra
 
         check_installed(settings.report_to)
-    return settings, Start(stage, arguments, checkpoint)
+    changes = find_changes(settings, read_run(checkpoint)) if settings.resume else []
+    return settings, Start(stage, arguments, checkpoint, changes)
 
 
 def find_start(flags, start_from=()) -> tuple[Path | None, dict]:
     """-> the checkpoint to load, or None, and the settings that it brings: all of its run's to
     resume, the model's facts alone to train on."""
-    try:
-        checkpoint = newest_whole(flags.out) if flags.resume else None
-    except CorruptCheckpointError as error:
-        raise SystemExit(f"{error}. Without --resume the run starts anew.") from error
-    if checkpoint:
+    if flags.resume and (checkpoint := newest_whole(flags.out)):
         return checkpoint, settings_of_run(flags, checkpoint)
     if flags.model == "none" or (flags.model is None and not start_from):
         return None, {}
-    try:
-        checkpoint = find_model(flags.model, runs=start_from)
-        refuse_quantized(checkpoint, "train on from")
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(f"{error}; or --model none to start from the public towers") from error
+    checkpoint = find_model(flags.model, runs=start_from)
+    refuse_quantized(checkpoint, "train on from")
     if Path(flags.out).resolve() in checkpoint.resolve().parents:
-        raise SystemExit(f"the new run would write beside its own start, {checkpoint}: "
-                         "give another --out, or --resume to go on with that run")
+        raise ValueError(f"the new run would write beside its own start, {checkpoint}: give "
+                         "another --out, or --resume to go on with that run")
     return checkpoint, model_facts(flags, checkpoint)
 
 
 def settings_of_run(flags, checkpoint: Path) -> dict:
-    """The settings of the run to resume; SystemExit where a flag would make it another run."""
-    run = read_object(Path(flags.out) / "run.json")
-    earlier = {**template_facts(read_config(checkpoint)), **read_run(checkpoint)["settings"],
-               # Changed after this checkpoint was saved: that still holds.
-               **{name: value for name, value in run.get("settings", {}).items()
-                  if name in BENDING}}
+    """The settings of the run to resume. ValueError where a flag would make it another run."""
+    run, earlier = read_object(Path(flags.out) / "run.json"), read_run(checkpoint)["settings"]
+    # What was changed after this checkpoint was saved still holds.
+    earlier |= {name: value for name, value in run.get("settings", {}).items()
+                if ON_RESUME.get(name) == CHANGES_CURVE}
     stops = [launch.get("not_finite_step") or 0 for launch in run.get("launches", [])]
-    allowed = CHANGEABLE
+    allowed = [FREE]
     if max(stops, default=0) > step_of(checkpoint):  # a loss that was not finite stopped it
-        allowed += BENDING
+        allowed.append(CHANGES_CURVE)
     for name, value in vars(flags).items():
-        if name not in allowed and value is not None and value != earlier.get(name):
-            raise SystemExit(f"--{name} {value}: the run to resume, {checkpoint}, was started with "
+        if value not in (None, earlier.get(name)) and ON_RESUME[name] not in allowed:
+            raise ValueError(f"--{name} {value}: the run to resume, {checkpoint}, was started with "
                              f"{earlier.get(name)}. Leave the flag out, or start a new run with "
                              "another --out.")
     return earlier
@@ -113,51 +108,43 @@ def settings_of_run(flags, checkpoint: Path) -> dict:
 def model_facts(flags, checkpoint: Path) -> dict:
     """What a checkpoint says about its model, for a new run that begins with it."""
     if flags.pretrained_projector:
-        raise SystemExit(f"--pretrained_projector {flags.pretrained_projector}: {checkpoint} "
-                         f"brings its own "
-                         "projector; --model none starts from the public towers")
-    config, run = read_config(checkpoint), read_run(checkpoint)
-    facts = {"preset": run["settings"]["preset"], "system": config["system"] or "",
-             **template_facts(config)}
+        raise ValueError(f"--pretrained_projector {flags.pretrained_projector}: {checkpoint} "
+                         "brings its own projector; --model none starts from the public towers")
+    config = read_config(checkpoint)
+    facts = {"preset": read_run(checkpoint)["settings"]["preset"], "system": config["system"] or "",
+             "template": config["template"], "image_token": config["image_token"]}
     for name in ("projector", "pixel_shuffle", "vision_feature_layer", "vision_feature_select"):
         facts[name] = config[name]
         if getattr(flags, name) not in (None, facts[name]):
-            raise SystemExit(f"--{name} {getattr(flags, name)}: {checkpoint} was trained with "
+            raise ValueError(f"--{name} {getattr(flags, name)}: {checkpoint} was trained with "
                              f"{facts[name]}, and its projector fits nothing else")
     for part, reference in config["bases"].items():
         facts[TOWER_SETTINGS[part]] = reference["name"]
-    if config["lora"]:
-        facts.update({f"lora_{name}": value for name, value in config["lora"].items()})
+    for name, value in (config["lora"] or {}).items():
+        facts[f"lora_{name}"] = value
     return facts
 
 
-def template_facts(config: dict) -> dict:
-    return {"template": config["template"], "image_token": config["image_token"]}
+def find_changes(settings, run: dict) -> list[dict]:
+    """What of the curve's settings was changed since the run began, for run.json. The last ones
+    are those of this very resume. run: of the checkpoint."""
+    before, now = run["settings"], vars(settings)
+    return run["changes"] + [
+        {"from_step": run["step"] + 1, "setting": name, "before": before[name], "now": now[name]}
+        for name in before
+        if ON_RESUME.get(name) == CHANGES_CURVE and before[name] != now[name]]
 
 
-def changes(settings, checkpoint: Path | None) -> list[dict]:
-    """What of BENDING was changed since the run began, for run.json: each with the first step that
-    was made with it. The last ones are those of this very resume."""
-    if not settings.resume:
-        return []
-    run = read_run(checkpoint)
-    return run.get("changes", []) + [
-        {"from_step": run["step"] + 1, "setting": name, "before": run["settings"][name],
-         "now": getattr(settings, name)} for name in BENDING
-        if name in run["settings"] and run["settings"][name] != getattr(settings, name)]
-
-
-def restore(settings, checkpoint: Path | None, optimizer, data_facts: dict,
-            distributed) -> TrainerState:
+def restore(settings, start: Start, optimizer, data_facts: dict, distributed) -> TrainerState:
     """Resume: load the optimizer and return how far the run had come.
 
     Otherwise move what an earlier run left in OUT aside: nobody's training is overwritten.
     """
-    out = Path(settings.out)
+    out, checkpoint = Path(settings.out), start.checkpoint
     distributed.barrier()  # every rank has looked for its start by now
     if not settings.resume:
         if distributed.main:
-            move_aside(out)
+            move_aside(out, [*checkpoints(out), *(out / name for name in FILES)])
         distributed.barrier()
         return TrainerState()
     run = read_run(checkpoint)
@@ -167,39 +154,31 @@ def restore(settings, checkpoint: Path | None, optimizer, data_facts: dict,
     if distributed.main:  # torn ones are kept to be looked at, where nobody resumes from them
         for torn in [path for path in checkpoints(out) if step_of(path) > step_of(checkpoint)]:
             torn.rename(free_name(out, f"torn_{torn.name}"))
-    with distributed.one_rank_at_a_time():
+    with distributed.loading():
         try:
-            saved = load_training_state(checkpoint)
+            saved = load_plain(checkpoint / "training_state.pt")
             peaks = [group["peak"] for group in optimizer.param_groups]
             distributed.load_optimizer(optimizer, saved["optimizer"])
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["peak"] = peak  # the settings', which may have changed since
-            state = TrainerState(**saved["trainer"])
+            if start.changes != run["changes"]:
+                # With another dtype or learning rate the loss scale is searched for anew: it may
+                # have fallen to 1 before the run stopped.
+                del saved["trainer"]["loss_scale"], saved["trainer"]["growth_tracker"]
+            return TrainerState(**saved["trainer"])
         except (ValueError, KeyError, TypeError) as error:
             raise SystemExit(f"cannot go on: {checkpoint / 'training_state.pt'} does not fit this "
                              f"run: {error}") from error
-    if changes(settings, checkpoint) != run.get("changes", []):
-        # With another dtype or learning rate the loss scale is searched for anew: it may have
-        # fallen to 1 before the run stopped.
-        fresh = TrainerState()
-        state.loss_scale, state.growth_tracker = fresh.loss_scale, fresh.growth_tracker
-    return state
 
 
-def load_training_state(checkpoint: Path) -> dict:
-    """-> {"trainer": fields of TrainerState, "optimizer": its state_dict}. As data: no code runs.
-    """
-    return load_plain(checkpoint / "training_state.pt")
-
-
-def move_aside(out: Path) -> None:
-    written = [out / name for name in FILES]
-    if checkpoints(out) or any(path.exists() for path in written):
+def move_aside(out: Path, paths: list[Path]) -> None:
+    """Into OUT/earlier_N, if any of them is there."""
+    paths = [path for path in paths if path.exists()]
+    if paths:
         earlier = free_name(out, "earlier")
         earlier.mkdir()
-        for path in [*checkpoints(out), *written]:
-            if path.exists():
-                path.rename(earlier / path.name)
+        for path in paths:
+            path.rename(earlier / path.name)
         print(f"an earlier run was moved to {earlier}")
 
 

@@ -14,16 +14,14 @@ import subprocess
 import sys
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 
-import safetensors
-import tokenizers
 import torch
 
 from model.pretrained.files import write_json
 from model.pretrained.hub import ROOT
 from training.distributed import cores
-from training.errors import NotFinite
 
 # What a run writes beside its checkpoints; a new run in the same OUT moves them aside.
 FILES = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "run.json",
@@ -33,50 +31,29 @@ FILES = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "run.json",
 def describe(settings, stage: str, distributed, data_facts: dict, changes: list = ()) -> dict:
     """All that decides what a run computes; each checkpoint holds it.
 
-    changes: of the settings, since the run began: resume.changes's."""
+    changes: of the settings, since the run began."""
+    gpu = distributed.device.type == "cuda"
     return {"stage": stage, "settings": vars(settings), "changes": list(changes),
-            "processes": distributed.world_size,
-            "data": data_facts, "commit": commit(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "safetensors": safetensors.__version__,
-                         "tokenizers": tokenizers.__version__},
-            "machine": machine(distributed.device)}
+            "processes": distributed.world_size, "data": data_facts, "commit": commit(),
+            "versions": {"python": platform.python_version(), **{
+                name: version(name) for name in ("torch", "safetensors", "tokenizers")}},
+            "machine": {"cpu": processor_name(), "cores": cores(), "os": platform.platform(),
+                        "gpu": torch.cuda.get_device_name(distributed.device) if gpu else None}}
 
 
 def commit() -> str | None:
     """The version of this code, when it lies in a git repository."""
-    try:
-        described = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"],
-                                   cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return described.stdout.strip()
-
-
-def machine(device: torch.device) -> dict:
-    """Rank 0's machine. Memory in bytes, as built in: a container may grant less."""
-    gpu = None
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        gpu = {"name": properties.name, "memory": properties.total_memory}
-    return {"cpu": processor_name(), "cores": cores(), "memory": physical_memory(), "gpu": gpu,
-            "os": platform.platform()}
+    with suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.check_output(["git", "describe", "--always", "--dirty", "--abbrev=40"],
+                                       cwd=ROOT, text=True, stderr=subprocess.DEVNULL).strip()
+    return None
 
 
 def processor_name() -> str:
-    try:  # Linux; its platform.processor() is the word x86_64, or nothing
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            return next(line.split(":", 1)[1].strip() for line in file
-                        if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def physical_memory() -> int | None:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not on Windows
-        return None
+    # Linux, where platform.processor() is the word x86_64, or nothing.
+    with suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as file:
+        return next(line.split(": ")[1].strip() for line in file if line.startswith("model name"))
+    return platform.processor() or platform.machine()
 
 
 @contextmanager
@@ -87,47 +64,33 @@ def record_launch(out, facts: dict, state, steps: int, distributed):
     state: the training loop's, which it updates. A step whose loss was not finite is recorded as
     "not_finite_step", since a resume looks for it.
     """
-    if not distributed.main:
-        try:
-            yield
-        except SystemExit as error:
-            if not_finite_step(error):
-                distributed.barrier()  # torchrun ends rank 0 when one leaves: let it write
-            raise
-        return
-    path, launches = Path(out) / "run.json", []
-    if state.step and path.exists():
-        launches = json.loads(path.read_text(encoding="utf-8")).get("launches", [])
-    now = {"started": clock_time(), "first_step": state.step + 1, "ended": None,
-           "last_step": None, "outcome": None, "not_finite_step": None,
-           "processes": facts["processes"],
-           "commit": facts["commit"], "machine": facts["machine"]}
+    path = Path(out) / "run.json"
+    launches = read_object(path).get("launches", []) if state.step else []
+    launch = {"started": clock_time(), "first_step": state.step + 1, "ended": None,
+              "last_step": None, "outcome": None, "not_finite_step": None}
 
     def write() -> None:
-        # Renamed into its place: a kill while it is written leaves the file from before.
-        write_json(path.with_suffix(".partial"), {**facts, "launches": [*launches, now]})
-        os.replace(path.with_suffix(".partial"), path)
+        if distributed.main:
+            # Renamed into its place: a kill while it is written leaves the file from before.
+            write_json(path.with_suffix(".partial"), {**facts, "launches": [*launches, launch]})
+            os.replace(path.with_suffix(".partial"), path)
 
-    def end(outcome: str) -> None:
-        now.update(ended=clock_time(), last_step=state.step, outcome=outcome)
+    def end(outcome: str, not_finite_step: int | None = None) -> None:
+        launch.update(ended=clock_time(), last_step=state.step, outcome=outcome,
+                      not_finite_step=not_finite_step)
         write()
 
     write()
     try:
         yield
     except (Exception, SystemExit, KeyboardInterrupt) as error:
-        now["not_finite_step"] = not_finite_step(error)
+        step = getattr(error.__cause__, "step", None)  # of errors.NotFinite; then on all ranks
         with suppress(OSError):  # on a full disk; the error itself matters more
-            end(f"{type(error).__name__}: {error}".strip())
-        if now["not_finite_step"]:
-            distributed.barrier()
+            end(f"{type(error).__name__}: {error}".strip(), step)
+        if step:
+            distributed.barrier()  # torchrun ends rank 0 when one leaves: let it write
         raise
     end("finished" if state.step >= steps else f"stopped before step {steps}")
-
-
-def not_finite_step(error: BaseException) -> int | None:
-    """The step whose loss was not finite, when that is what has ended the run: on all ranks."""
-    return error.__cause__.step if isinstance(error.__cause__, NotFinite) else None
 
 
 def clock_time() -> str:
@@ -173,29 +136,35 @@ def peak_memory(distributed) -> tuple[int | None, int | None]:
 
     The processes that prepare data are not in it.
     """
-    try:
-        import resource  # not on Windows
+    own = gpu = 0
+    with suppress(ImportError):  # on Windows
+        import resource
 
         unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, by getrusage(2)
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    except ImportError:
-        own = 0
-    cuda = distributed.device.type == "cuda"
-    gpu = torch.cuda.max_memory_allocated(distributed.device) if cuda else 0
+    if distributed.device.type == "cuda":
+        gpu = torch.cuda.max_memory_allocated(distributed.device)
     peaks = distributed.gather([(own, gpu)])
     return tuple(max(column) or None for column in zip(*peaks))
 
 
 def read_object(path: Path) -> dict:
-    """{} where there is no such file, or no object in it."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    """The object of a JSON file; {} where there is none."""
+    return next(iter(parse_objects([text_of(path)])), {})
 
 
 def read_lines(path: Path) -> list[dict]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The object of each line, without lines that a kill cut in half; [] where there is no file."""
+    return parse_objects(text_of(path).splitlines())
+
+
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def parse_objects(texts: list[str]) -> list[dict]:
+    objects = []
+    for text in texts:
+        with suppress(ValueError):
+            objects.append(json.loads(text))
+    return [each for each in objects if isinstance(each, dict)]

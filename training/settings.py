@@ -5,6 +5,7 @@ Flags, checks, run.json and resumes iterate over SETTINGS. What a preset decides
 Preset or Recipe too (preset_table.py).
 """
 
+import operator
 from argparse import ArgumentTypeError, BooleanOptionalAction
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,9 @@ from training.schedules import SCHEDULES
 # What may be changed where a run is resumed.
 FIXED = "fixed"  # nothing: it would be another run
 FREE = "free"  # no step computes anything else because of it
-# It bends the curve, and is the way out of a loss that is not finite: it may change where a run is
-# resumed from before a step at which that had stopped it, and nowhere else.
-BENDS = "bends"
+# It changes the curve, and is the way out of a loss that is not finite: it may change where a run
+# is resumed from before a step at which that had stopped it, and nowhere else.
+CHANGES_CURVE = "changes_curve"
 
 
 def projector_kind(name: str) -> str:
@@ -30,9 +31,6 @@ def projector_kind(name: str) -> str:
 
 
 TRACKERS = ("tensorboard", "wandb", "swanlab", "trackio")  # extras/trackers.py
-
-# Which setting names the tower of each part.
-TOWER_SETTINGS = {"language": "language_model", "vision": "vision_tower"}
 
 PRESET = object()  # the default stands in the preset (preset_table.py)
 
@@ -59,22 +57,18 @@ class Setting:
         if self.type is bool:
             parser.add_argument(f"--{self.name}", action=BooleanOptionalAction, default=default,
                                 help=self.help)
-            return
-        parser.add_argument(f"--{self.name}", help=self.help, type=self.type, default=default,
-                            choices=self.choices, metavar=self.metavar,
-                            nargs="+" if self.several else None)
+        else:
+            parser.add_argument(f"--{self.name}", help=self.help, type=self.type, default=default,
+                                choices=self.choices, metavar=self.metavar,
+                                nargs="+" if self.several else None)
 
     def check(self, value) -> None:
         """SystemExit for a number that no run can use. None is no number: nothing is said."""
-        if value is None:
-            return
-        if self.above is not None and not value > self.above:
-            raise SystemExit(f"--{self.name} {value}: expected a number above {self.above:g}")
-        if self.at_least is not None and not value >= self.at_least:
-            expected = "0 or more" if self.at_least == 0 else f"at least {self.at_least:g}"
-            raise SystemExit(f"--{self.name} {value}: expected {expected}")
-        if self.below is not None and not value < self.below:
-            raise SystemExit(f"--{self.name} {value}: a share, so expected below {self.below:g}")
+        limits = ((self.above, "above", operator.gt), (self.at_least, "at least", operator.ge),
+                  (self.below, "below", operator.lt))
+        for limit, words, fits in limits:
+            if None not in (value, limit) and not fits(value, limit):
+                raise SystemExit(f"--{self.name} {value}: expected a number {words} {limit:g}")
 
 
 SETTINGS = (
@@ -87,13 +81,11 @@ SETTINGS = (
     Setting("language_model", "language model: a directory or a name on the hub", on_resume=FREE),
     Setting("vision_tower", "vision tower: a directory or a name on the hub", on_resume=FREE),
     Setting("vision_feature_layer", "whose features are used: -1 the last layer's, -2 ...", int),
-    Setting("vision_feature_select",
-            "what of an image is used: all patches, the class token alone, or the "
-            "patches' mean", choices=("patches", "class", "pooled")),
+    Setting("vision_feature_select", "what of an image is used: all patches, the class token "
+            "alone, or the patches' mean", choices=("patches", "class", "pooled")),
     Setting("projector", "what joins the two towers", projector_kind),
-    Setting("pretrained_projector",
-            "begin with the projector of this .safetensors, .bin or .pth, by "
-            "LLaVA's, transformers' or MiniMind-V's names", default=None, metavar="FILE"),
+    Setting("pretrained_projector", "begin with the projector of this .safetensors, .bin or .pth, "
+            "by LLaVA's, transformers' or MiniMind-V's names", default=None, metavar="FILE"),
     Setting("pixel_shuffle", "n: n x n patches become one token", int, above=0),
     Setting("template", "whose chat template (default: the language model's)",
             choices=CHAT_FAMILIES),
@@ -111,13 +103,12 @@ SETTINGS = (
             "read them when the image comes again; may be deleted at any time", default=None,
             metavar="DIR", on_resume=FREE),
     Setting("feature_cache_gb", "how large that directory may grow (default: 10)", float,
-            default=10.0,
-            above=0, on_resume=FREE),
+            default=10.0, above=0, on_resume=FREE),
     # The run.
     Setting("out", "directory of this run (default: %(default)s)",
             default={"pretrain": "out/pretrain", "sft": "out/sft"}, on_resume=FREE),
     Setting("resume", "go on from the newest checkpoint in --out, with that run's settings", bool,
-            default={"pretrain": False, "sft": False}, on_resume=FREE),
+            default=False, on_resume=FREE),
     Setting("steps", "optimizer steps; wins over --epochs", int, at_least=1, on_resume=FREE),
     Setting("epochs", "times through the data", float, above=0, on_resume=FREE),
     Setting("batch_size", "conversations in a micro-batch, on each process", int, above=0,
@@ -127,30 +118,31 @@ SETTINGS = (
     Setting("max_length", "tokens of a conversation, images included", int, above=0),
     # The optimizer.
     Setting("learning_rate", "peak, for every part without its own", float, above=0,
-            on_resume=BENDS),
-    Setting("projector_learning_rate", "peak, for the projector", float, above=0, on_resume=BENDS),
-    Setting("vision_learning_rate", "peak, for the vision tower", float, above=0, on_resume=BENDS),
+            on_resume=CHANGES_CURVE),
+    Setting("projector_learning_rate", "peak, for the projector", float, above=0,
+            on_resume=CHANGES_CURVE),
+    Setting("vision_learning_rate", "peak, for the vision tower", float, above=0,
+            on_resume=CHANGES_CURVE),
     Setting("weight_decay", "for matrices; norms and biases have none", float, at_least=0),
     Setting("warmup_ratio", "share of the steps in which the learning rate rises", float,
-            at_least=0, below=1, on_resume=BENDS),
+            at_least=0, below=1, on_resume=CHANGES_CURVE),
     Setting("schedule", "how the learning rate falls after the warmup (default: cosine)",
             default="cosine", choices=SCHEDULES),
     Setting("max_grad_norm", "longest gradient; longer ones are scaled down to it", float, above=0,
-            on_resume=BENDS),
+            on_resume=CHANGES_CURVE),
     Setting("dtype", "of the matrix products; auto: bf16 on a GPU that has it and on a processor "
             "that is faster in it, else fp16 on CUDA, fp32 elsewhere",
-            choices=("auto", "bf16", "fp16", "fp32"), on_resume=BENDS),
-    Setting("gradient_checkpointing",
-            "keep each block's input alone for the backward pass and compute the "
-            "block again there: less memory, a third more time", bool, on_resume=FREE),
+            choices=("auto", "bf16", "fp16", "fp32"), on_resume=CHANGES_CURVE),
+    Setting("gradient_checkpointing", "keep each block's input alone for the backward pass and "
+            "compute the block again there: less memory, a third more time", bool, on_resume=FREE),
     Setting("parallel", "with several processes: each holds the whole model, or a share of it "
             "(default: ddp)", default="ddp", choices=("ddp", "fsdp"), on_resume=FREE),
     Setting("seed", "of new weights, data order, dropout (default: 0)", int, default=0),
     # Checkpoints and workers.
     Setting("save_steps", "steps between checkpoints", int, above=0, on_resume=FREE),
     Setting("save_total_limit", "newest checkpoints that are kept", int, above=0, on_resume=FREE),
-    Setting("log_samples", "write where each step's samples stand to OUT/samples.jsonl "
-            "(default: no)", bool, default=False, on_resume=FREE),
+    Setting("log_samples", "write where each step's samples stand to OUT/samples.jsonl (default: "
+            "no)", bool, default=False, on_resume=FREE),
     Setting("num_workers", "processes that prepare data (default: 2)", int, default=2, at_least=0,
             on_resume=FREE),
     Setting("max_skip_ratio", "share of unusable samples that stops the run (default: 0.01)", float,
@@ -167,8 +159,8 @@ SETTINGS = (
             below=1),
     Setting("lora_targets", "names of the linear layers that get an adapter", several=True),
     # What is measured and shown.
-    Setting("eval_steps", "steps between measurements of the loss on held-out samples (default: "
-            "0, never)", int, default=0, at_least=0, on_resume=FREE),
+    Setting("eval_steps", "steps between measurements of the loss on held-out samples (default: 0, "
+            "never)", int, default=0, at_least=0, on_resume=FREE),
     Setting("eval_data", "held-out samples; without it the emoji world has its own, and other "
             "--data needs --eval_samples", default=None, metavar="FILE", on_resume=FREE),
     Setting("eval_samples", "of --eval_data the first so many; without it the last so many of "
@@ -180,13 +172,11 @@ SETTINGS = (
             "when a loss looks wrong (200 steps, if nothing else is said)", int, default=None,
             metavar="N", at_least=1),
     Setting("report_to", "show the figures of metrics.jsonl and evaluations.jsonl there too "
-            "(requirements-extra.txt)", default=None,
-            choices=TRACKERS, on_resume=FREE),
+            "(requirements-extra.txt)", default=None, choices=TRACKERS, on_resume=FREE),
     Setting("lora_from", "begin with the adapters of a peft directory; it says their rank, alpha "
             "and targets", default=None, metavar="DIR"),
     Setting("full_checkpoint", "copy the public towers into each checkpoint instead of referring "
             "to them", bool, default=False, on_resume=FREE),
 )
 
-CHANGEABLE = tuple(s.name for s in SETTINGS if s.on_resume == FREE)
-BENDING = tuple(s.name for s in SETTINGS if s.on_resume == BENDS)
+ON_RESUME = {setting.name: setting.on_resume for setting in SETTINGS}

@@ -20,8 +20,6 @@ def stop_requested() -> bool:
 @contextmanager
 def handle_signals():
     """While the block runs, the first signal only asks the loop to stop."""
-    _received.clear()
-
     def note(number: int, frame) -> None:
         if _received:
             signal.signal(number, signal.SIG_DFL)

@@ -25,13 +25,14 @@ HELP = """\
 /speed                   tokens per second of the last answer
 /quit                    end (as Ctrl-D does); Ctrl-C stops an answer
 A line that ends with \\ goes on in the next one; so does all between two lines of \"\"\"."""
-COMMANDS = ("/image", "/scene", "/reset", "/system", "/save", "/speed", "/help", "/quit")
+COMMANDS = (*re.findall("^/[a-z]+", HELP, re.MULTILINE), "/help")
 QUOTES = '"""'
 # What could steer a terminal, shown as a symbol: C0 and DEL by their pictures; C1 and the
 # characters that change the direction of writing by the replacement character.
 CONTROLS = {**{c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"}, 127: 0x2421,
             **dict.fromkeys([*range(0x80, 0xa0), *range(0x202a, 0x202f), *range(0x2066, 0x206a)],
                             0xfffd)}
+WINDOWS = os.name == "nt"  # where \ parts the names in a path, and shields no space
 
 
 def printable(text: str) -> str:
@@ -43,11 +44,7 @@ def printable(text: str) -> str:
 
 
 def read_turn(prompt: str, continuation: str) -> str:
-    """One turn, of one line or of several. EOFError: there is none any more.
-
-        a line that ends with \\       this is \\          three quotes       \"\"\"
-        goes on in the next one       one turn           around several     one turn
-                                                         lines              of two lines\"\"\"
+    """One turn, of one line or of several, see HELP. EOFError: there is none any more.
 
     A command is one line always: a path on Windows may end with \\.
     """
@@ -55,13 +52,12 @@ def read_turn(prompt: str, continuation: str) -> str:
         line = input(prompt).strip()
     except OSError as error:  # the terminal is gone: asking again would never end
         raise SystemExit(f"cannot read from the terminal or the pipe: {error}") from error
+    lines = [line.removeprefix(QUOTES)]
     try:
         if line.startswith(QUOTES):
-            lines = [line[len(QUOTES):]]
             while not lines[-1].rstrip().endswith(QUOTES):
                 lines.append(input(continuation))
             return "\n".join(lines).rstrip().removesuffix(QUOTES).strip()
-        lines = [line]
         while lines[-1].endswith("\\") and not line.startswith("/"):
             lines[-1] = lines[-1][:-1]
             lines.append(input(continuation).rstrip())
@@ -76,6 +72,7 @@ def prepare_editing() -> None:
         import readline
     except ImportError:  # Windows has none, and edits lines by itself
         return
+
     matches = []
 
     def complete(text: str, number: int) -> str | None:
@@ -105,16 +102,15 @@ def completions(line: str) -> list[str]:
         return [name + " " for name in COMMANDS if name.startswith(word)] if word else []
     if line.split()[0] not in ("/image", "/save"):
         return []
-    windows = os.name == "nt"
-    start = os.path.expanduser(word if windows else re.sub(r"\\(.)", r"\1", word))
-    paths = sorted(glob.glob(glob.escape(start) + "*"))
-    paths = [path + (os.sep if os.path.isdir(path) else " ") for path in paths]
-    return paths if windows else [re.sub(r"([\s\\'\"])(?!$)", r"\\\1", path) for path in paths]
+    start = os.path.expanduser(word if WINDOWS else re.sub(r"\\(.)", r"\1", word))
+    paths = [path + (os.sep if os.path.isdir(path) else " ")
+             for path in sorted(glob.glob(glob.escape(start) + "*"))]
+    return paths if WINDOWS else [re.sub(r"([\s\\'\"])(?!$)", r"\\\1", path) for path in paths]
 
 
 def split_paths(text: str) -> list[str]:
     """A path with spaces needs no quotes when it is the only one and there."""
-    paths = [text] if Path(text).is_file() else shlex.split(text, posix=os.name != "nt")
+    paths = [text] if Path(text).is_file() else shlex.split(text, posix=not WINDOWS)
     return [os.path.expanduser(path) for path in paths]
 
 
@@ -145,11 +141,10 @@ def command(conversation, line: str) -> str:
 def show_scene(conversation, number: int) -> str:
     from dataset.emoji.world import TEST_START, picture, scene  # here: most chats do not need it
 
-    image = picture(scene(TEST_START + number))
     path = Path("out") / f"scene_{number}.png"
     path.parent.mkdir(exist_ok=True)
-    image.save(path)
-    conversation.show(image)
+    picture(scene(TEST_START + number)).save(path)
+    conversation.show(path)
     return f"scene {number}, never seen in training, is in {path}; now ask about it"
 
 
@@ -162,17 +157,17 @@ def save(conversation, file: Path) -> str:
         raise ValueError("nothing was answered yet, so there is nothing to save")
     if file.suffix != ".json":
         raise ValueError(f"/save {file}: expected a name that ends with .json")
-    count = sum(turn.images for turn in turns)
-    names = [f"{file.stem}_{number}.png" for number in range(1, count + 1)]
-    for path in (file, *map(file.with_name, names)):
+    sources = conversation.sources[:sum(turn.images for turn in turns)]
+    copies = {file.with_name(f"{file.stem}_{number}.png"): load_image(source)
+              for number, source in enumerate(sources, start=1)}
+    for path in (file, *copies):
         if path.exists():
             raise ValueError(f"{path} is there already, and is not overwritten; give another name")
-    images = [load_image(image) for image in conversation.sources[:count]]
     sample = {"conversations": [{"role": turn.role, "content": turn.content} for turn in turns]}
-    if names:
-        sample["image"] = names
+    if copies:
+        sample["image"] = [path.name for path in copies]
     file.parent.mkdir(parents=True, exist_ok=True)
-    for name, image in zip(names, images):
-        image.save(file.with_name(name))
+    for path, image in copies.items():
+        image.save(path)
     file.write_text(json.dumps([sample], ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    return f"{len(turns)} turns and {len(names)} images are in {file}"
+    return f"{len(turns)} turns and {len(copies)} images are in {file}"

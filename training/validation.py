@@ -26,25 +26,6 @@ from dataset.readers.formats import BadSample
 from training.precision import autocast
 
 
-class Validator:
-    """The held-out samples, ready to be measured as often as needed."""
-
-    def __init__(self, data, make_batches):
-        """data: len() and [i] -> Sample. make_batches: data -> Batches for this rank."""
-        self.loader, self.shuffled = make_batches(data), make_batches(ShuffledImages(data))
-
-    @property
-    def loaders(self) -> list[Batches]:
-        return [self.loader, self.shuffled]
-
-    def losses(self, model, settings, distributed) -> dict:
-        """-> a line of evaluations.jsonl, but for the step. All ranks call it."""
-        loss, samples, images, skipped = mean_loss(model, self.loader, settings, distributed)
-        wrong = mean_loss(model, self.shuffled, settings, distributed)[0] if images else None
-        return {"eval_loss": loss, "eval_loss_shuffled_images": wrong, "samples": samples,
-                "skipped": skipped}
-
-
 class ShuffledImages:
     """The same samples, each with the images of those that follow it, in a circle.
 
@@ -74,6 +55,20 @@ class ShuffledImages:
         if len(others) < len(sample.images):
             raise BadSample(sample.where, "no other image to show in the place of its own")
         return replace(sample, images=tuple(others[:len(sample.images)]))
+
+
+def make_eval_loaders(held_out, make_batches) -> list[Batches]:
+    """The held-out samples, with their own images and with others'. make_batches: data -> Batches
+    for this rank."""
+    return [make_batches(data) for data in (held_out, ShuffledImages(held_out))]
+
+
+def eval_losses(model, loaders: list[Batches], settings, distributed) -> dict:
+    """-> a line of evaluations.jsonl, but for the step. All ranks call it."""
+    loss, samples, images, skipped = mean_loss(model, loaders[0], settings, distributed)
+    wrong = mean_loss(model, loaders[1], settings, distributed)[0] if images else None
+    return {"eval_loss": loss, "eval_loss_shuffled_images": wrong, "samples": samples,
+            "skipped": skipped}
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ Nothing is made, so a command that then stops for another reason leaves nothing 
 
 import os
 import tempfile
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -18,58 +19,40 @@ def check_directory(name: str, path) -> None:
 
     name: of the flag, or of whatever else says path.
     """
-    if not str(path):
-        raise ValueError(f"{name} '': expected the name of a directory")
-    if os.path.lexists(path) and not os.path.isdir(path):
+    if not str(path) or (os.path.lexists(path) and not os.path.isdir(path)):
         raise ValueError(f"{name} {path}: expected a directory, or the name of a new one, and "
-                         "found a file; give another name")
-    try_to_write(name, path)
-
-
-def check_file(name: str, path) -> None:
-    """Raise ValueError where no file `path` can be written, with the directories above it; one
-    that is there may be replaced. name: as above."""
-    if not str(path):
-        raise ValueError(f"{name} '': expected the name of a file")
-    if os.path.isdir(path):
-        raise ValueError(f"{name} {path}: expected the name of a file, and found a directory")
+                         f"found {'a file' if str(path) else 'no name'}; give another name")
     try_to_write(name, path)
 
 
 def check_image(name: str, path) -> None:
-    """check_file, and ValueError where the name's end is that of no kind of image."""
-    check_file(name, path)
+    """Raise ValueError where no image file `path` can be written; one that is there may be
+    replaced. name: as above."""
+    if os.path.isdir(path):
+        raise ValueError(f"{name} {path}: expected the name of a file, and found a directory")
     if Image.registered_extensions().get(Path(path).suffix.lower()) not in Image.SAVE:
         raise ValueError(f"{name} {path}: no kind of image that can be written ends in "
                          f"{Path(path).suffix!r}; give a name that ends in .png")
+    try_to_write(name, path)
 
 
 def try_to_write(name: str, path) -> None:
     """Open what is nearest to it for writing, and change nothing. Permissions alone do not tell:
     root has them all, also on a disk that can only be read."""
+    target = above = Path(path).absolute()
     try:
-        target = above = Path(path).absolute()
-        while not exists(above):
-            above = above.parent
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(target)  # raises what no path above would show: too long a name, say
+        above = next(each for each in (target, *target.parents) if os.path.lexists(each))
         if above.is_dir():
             tempfile.TemporaryFile(dir=above).close()
         elif above == target:
             open(above, "ab").close()
         else:
-            raise NotADirectoryError(0, "is not a directory", str(above))
+            raise NotADirectoryError(0, "is not a directory")
     except (OSError, ValueError) as error:  # ValueError: no name at all, for it has a null byte
-        reason = f"tried at {above}: {error.strerror}" if isinstance(error, OSError) else error
-        raise ValueError(f"{name} {path}: cannot be written ({reason}); give another name"
-                         ) from error
-
-
-def exists(path: Path) -> bool:
-    """As os.path.lexists, but any other fault of the path raises: too long a name, say."""
-    try:
-        os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
+        raise ValueError(f"{name} {path}: cannot be written (tried at {above}: "
+                         f"{getattr(error, 'strerror', error)}); give another name") from error
 
 
 def free_name(directory: Path, name: str) -> Path:
