@@ -171,12 +171,11 @@ def image_key(images: tuple) -> tuple:
 
 def by_image(window: list[int], prompts: dict, questions: list[Question]) -> list[int]:
     """Questions about the same images one after the other, and groups by their longest prompt."""
-    group = {i: image_key(questions[i].images) or i for i in window}
-    longest, first = {}, {}
+    groups = {}
     for i in window:
-        longest[group[i]] = max(longest.get(group[i], 0), len(prompts[i]))
-        first.setdefault(group[i], i)
-    return sorted(window, key=lambda i: (longest[group[i]], first[group[i]], i))
+        groups.setdefault(image_key(questions[i].images) or i, []).append(i)
+    groups = sorted(groups.values(), key=lambda group: max(len(prompts[i]) for i in group))
+    return [i for group in groups for i in group]
 
 
 def chunks(items: list, size: int) -> list[list]:
