@@ -60,20 +60,18 @@ def table(predictions: list[Prediction], unit: str = "%") -> str:
 def summarize(metric: str, predictions: dict[str, list]) -> dict:
     """{condition: [Prediction]} -> every figure with its interval, and how far the score falls
     without the right image, over the questions that were asked both ways."""
-    rows = {condition: np.array([p.row for p in answered])  # (Q,S)
-            for condition, answered in predictions.items()}
     summary, falls = {}, {}
-    for condition, values in rows.items():
-        between = intervals(metric, values)
+    for condition, answered in predictions.items():
+        rows = np.array([p.row for p in answered])  # (Q,S)
+        between = intervals(metric, rows)
         summary[condition] = {name: with_bounds(value, *between[name])
-                              for name, value in figures(metric, values.mean(0)).items()}
-    index = {question_key(p): i for i, p in enumerate(predictions["sft"])}
-    for condition in [name for name in CONTROLS if name in rows]:
-        pairs = [(index[question_key(p)], j) for j, p in enumerate(predictions[condition])
-                 if question_key(p) in index]
-        if pairs:
-            ours, control = map(list, zip(*pairs))
-            falls[condition] = with_bounds(*fall(rows["sft"][ours], rows[condition][control]))
+                              for name, value in figures(metric, rows.mean(0)).items()}
+    ours = {question_key(p): p.row for p in predictions["sft"]}
+    for condition in CONTROLS:
+        both = [p for p in predictions.get(condition, ()) if question_key(p) in ours]
+        if both:
+            with_image = np.array([ours[question_key(p)] for p in both])
+            falls[condition] = with_bounds(*fall(with_image, np.array([p.row for p in both])))
     return {"figures": summary, "falls": falls}
 
 
