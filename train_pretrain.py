@@ -41,7 +41,7 @@ from training.run_metadata import describe, record_launch, summarise
 from training.schedules import SCHEDULES
 from training.signal_handler import handle_signals, stop_requested
 from training.steps import Steps
-from training.validation import make_eval_loaders
+from training.validation import ShuffledImages
 
 
 def main(arguments=None) -> None:
@@ -125,7 +125,8 @@ def fit(bundle, data, settings, start, distributed) -> Log:
     make_batches = batch_maker(bundle, settings, distributed)
     loader = make_batches(samples, bucket=state.bucket)
     steps = Steps(loader, settings, state, distributed)
-    eval_loaders = make_eval_loaders(held_out, make_batches) if held_out else []
+    held_out = [held_out, ShuffledImages(held_out)] if held_out else []
+    eval_loaders = [make_batches(data) for data in held_out]
 
     # 7. Checkpoints, and what else is written down on the way.
     facts = describe(settings, start.stage, distributed, data_facts, start.changes)

@@ -5,9 +5,9 @@
            weight, gradient, statistic         (N ranks; AdamW then changes that share alone)
 
 Training a weight takes 16 bytes: itself, its gradient and Adam's two statistics, 4 bytes each.
-Seven billion of them are 112 GB, more than any one card has; eight cards with 14 GB each hold
-them easily. But a layer needs its whole matrix to compute with. So the ranks lend each other their
-shares, a block at a time:
+Seven billion of them are 112 GB, more than one card has; eight cards hold 14 GB each easily. But a
+layer needs its whole matrix to compute with. So the ranks lend each other their shares, a block at
+a time:
 
     forward    block 1: gather its weights from all ranks, compute, forget the others' shares
                block 2: ...
@@ -15,12 +15,11 @@ shares, a block at a time:
                keeps the sum of its own share (reduce-scatter), forget the others' shares ...
 
 The price: for each micro-batch all weights go over the wires twice and the gradients once, where
-ddp sends the gradients of what is trained once for each step, and for LoRA that is next to
-nothing. So: ddp as long as the model fits on each card, fsdp when it does not.
+ddp sends the gradients of what is trained once for each step. So: ddp as long as the model fits on
+each card, fsdp when it does not.
 
-Between steps a weight is a DTensor: it has the shape of the whole, and only its share in memory.
-Code that reads one takes either the share (`to_local`) or the whole (`full_tensor`, for which all
-ranks must ask at the same time).
+Between steps a weight is a DTensor: it has the shape of the whole, and only its share in memory
+(`to_local`); `full_tensor` makes the whole, when all ranks ask at the same time.
 
 **All ranks must go through the same blocks in the same order**, whatever their rows are, or one
 waits for ever for shares that nobody sends. Rows differ: see `drop_or_dummy_batch`.
@@ -29,7 +28,6 @@ waits for ever for shares that nobody sends. Rows differ: see `drop_or_dummy_bat
 import math
 import os
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -42,18 +40,14 @@ from training.distributed import Distributed
 from training.precision import NUMBERS
 
 
-@dataclass
 class FSDP(Distributed):
-    weights_sum: float = 0.0  # of the whole model as this rank has read it
-
     def __post_init__(self):
         if self.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
             raise SystemExit(f"--parallel fsdp without GPUs needs torch 2.7 or newer, this is "
                              f"{torch.__version__}: use --parallel ddp, or another torch")
 
     @cached_property
-    def mesh(self):
-        """The ranks in a row, as fully_shard wants them."""
+    def mesh(self):  # the ranks in a row
         return init_device_mesh(self.device.type, (self.world_size,))
 
     # ------------------------------------------------------------ the model
@@ -70,18 +64,13 @@ class FSDP(Distributed):
             self.barrier()
 
     def place_model(self, model, settings) -> None:
-        """Keep this rank's share of every weight.
-
-        Frozen weights are sharded like the others: they are most of what there is to save, and
-        the frozen language model is needed whole only for the moment in which a gradient passes
-        through it. They get no gradient, so none is sent.
-        """
+        """Keep this rank's share of every weight. Frozen ones, most of what there is to save, are
+        sharded like the others; they get no gradient, so none is sent."""
         self.weights_sum = sum(float(p.detach().sum(dtype=torch.float64))
                                for p in model.parameters())
         # The language model's blocks, most of all there is, are sent and multiplied in 16 bits.
-        # What a rank keeps, and the sums of gradients, have 32. Inputs stay as they are: RoPE's
-        # angles would not survive in bf16. torch 2.6 wants one dtype in a unit, so frozen shares
-        # have 32 bits as well: a share is small.
+        # What a rank keeps, and the sums of gradients, have 32: torch 2.6 wants one dtype in a
+        # unit, frozen or not. Inputs stay as they are: RoPE's angles would not survive in bf16.
         policy = MixedPrecisionPolicy(param_dtype=NUMBERS[settings.dtype],
                                       reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in model.language.layers:
@@ -90,13 +79,9 @@ class FSDP(Distributed):
         # begins at the embedding table.
         for block in model.vision.layers:
             fully_shard(block.float(), mesh=self.mesh)
-        # All that is in no block is one unit, gathered when the step begins: embedding table,
-        # head, projector, first and last layers of the towers.
+        # All that is in no block is one unit, gathered when the step begins.
         fully_shard(model.float(), mesh=self.mesh)
         model.force_vision_forward = True
-
-    def describe_start(self, step: int) -> str:
-        return f"step {step}, weights that add up to {self.weights_sum}"
 
     # ------------------------------------------------------------ in a step
 
@@ -127,11 +112,8 @@ class FSDP(Distributed):
 
     def full_tensors(self, content):
         """With every sharded tensor put together, so that a checkpoint does not know how many
-        ranks wrote it.
-
-        All ranks must call it. Rank 0 gets the result, on the CPU; the others only lend their
-        shares and get None in the place of such a tensor.
-        """
+        ranks wrote it. All ranks must call it; rank 0 gets the tensors, on the CPU, the others
+        None in their place."""
         if isinstance(content, dict):
             return {name: self.full_tensors(value) for name, value in content.items()}
         if isinstance(content, (list, tuple)):
@@ -142,22 +124,14 @@ class FSDP(Distributed):
         return full.cpu() if self.main else None
 
     def load_optimizer(self, optimizer, state: dict) -> None:
-        """Of each tensor, this rank's share."""
+        """Of each tensor this rank's share, cut along the first dimension as its parameter is.
+        Where there are more ranks than rows, the last ranks hold nothing."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for index, tensors in state["state"].items():
             for name, tensor in tensors.items():
                 if tensor.ndim:  # the count of steps is one number, the same everywhere
-                    tensors[name] = shard_like(tensor, parameters[index])
+                    shares = tensor.chunk(self.world_size)
+                    tensors[name] = torch.zeros_like(parameters[index])
+                    if self.rank < len(shares):
+                        tensors[name].to_local().copy_(shares[self.rank])
         optimizer.load_state_dict(state)
-
-
-def shard_like(tensor: torch.Tensor, parameter: DTensor) -> DTensor:
-    """This rank's share of a whole tensor, cut like the parameter: along the first dimension.
-
-    Where there are more ranks than rows, the last ranks hold nothing.
-    """
-    mesh, share = parameter.device_mesh, torch.zeros_like(parameter)
-    parts, rank = tensor.chunk(mesh.size()), mesh.get_local_rank()
-    if rank < len(parts):
-        share.to_local().copy_(parts[rank])
-    return share

@@ -76,10 +76,10 @@ def test_more_processes_than_gpus(monkeypatch):
 def test_ranks_that_do_not_start_alike_stop(world, tmp_path, monkeypatch):
     """A checkpoint that is torn on one machine, an --out that is not shared: they would drift."""
     def gather(self, items):
-        return [*items, "step 7"] if items == ["step 0"] else items
+        return [*items, "step 7"] if "step 0" in str(items) else items
 
     monkeypatch.setattr(Distributed, "gather", gather)
-    with pytest.raises(SystemExit, match="same point:\n  rank 0: step 0\n  rank 1: step 7\n"):
+    with pytest.raises(SystemExit, match="same point, but from .'step 0, .*, 'step 7'"):
         train_pretrain.main([*world, "--out", str(tmp_path)])
 
 

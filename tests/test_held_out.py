@@ -25,7 +25,7 @@ from tests.tiny import ROOT, curve, make_data, make_world, metrics, torchrun
 from training.data import open_held_out, open_training_data
 from training.distributed import start_distributed
 from training.presets import read_flags, resolve
-from training.validation import ShuffledImages, eval_losses, make_eval_loaders
+from training.validation import ShuffledImages, eval_losses
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +81,9 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens(world, unseen, tmp_path
     data, _ = open_training_data(settings, "pretrain")
     held_out = open_held_out(settings, "pretrain", data)
     with start_distributed() as ranks:
-        told = eval_losses(parts.model, make_eval_loaders(held_out, lambda samples: Batches(
-            samples, parts.template, parts.processor, 4, 128, 0)), settings, ranks)
+        told = eval_losses(parts.model, [
+            Batches(samples, parts.template, parts.processor, 4, 128, 0)
+            for samples in (held_out, ShuffledImages(held_out))], settings, ranks)
     assert parts.model.training, "training goes on with dropout"
     for name, samples in (("eval_loss", held_out),
                           ("eval_loss_shuffled_images", ShuffledImages(held_out))):

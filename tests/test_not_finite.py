@@ -1,4 +1,4 @@
-"""Claims: a loss that is not finite is no dead end. What bends the curve may change when the run
+"""Claims: a loss that is not finite is no dead end. What changes the curve may change when the run
 goes on, and only then; each command that the message tells works; what was changed is written down
 and holds; in fp16 a forward pass that overflows is skipped like a gradient that does."""
 
@@ -115,7 +115,7 @@ def test_the_other_commands_lead_to_an_end_too(stopped, out):
      "0.2"],
     ["--learning_rate", "0.001", "--projector_learning_rate", "0.002", "--vision_learning_rate",
      "0.003"]])
-def test_what_bends_the_curve_may_change_and_is_written_down(out, flags, capsys):
+def test_what_changes_the_curve_may_change_and_is_written_down(out, flags, capsys):
     first = len(checkpoints(out)) + 1
     was = run_json(out)["settings"]
     resume(out, *flags)
@@ -173,25 +173,25 @@ def test_a_resume_killed_before_it_saved_has_changed_it_all_the_same(out, tmp_pa
     assert run_json(out)["launches"][1]["ended"] is None
 
 
-BENT = {"learning_rate": "0.5", "projector_learning_rate": "0.5", "vision_learning_rate": "0.5",
+OTHER = {"learning_rate": "0.5", "projector_learning_rate": "0.5", "vision_learning_rate": "0.5",
         "warmup_ratio": "0.5", "max_grad_norm": "0.5", "dtype": "bf16"}
 
 
-@pytest.mark.parametrize("name", BENT)
+@pytest.mark.parametrize("name", OTHER)
 def test_otherwise_nothing_of_it_may_change(world, out, name, monkeypatch):
     """After a kill, after an end, and after the step that had stopped it is passed; and nothing
     else may change even there."""
     with pytest.raises(SystemExit, match="--seed 5: the run to resume.*was started with 0"):
         resume(out, "--seed", "5")
     resume(out, "--learning_rate", "0.001", "--steps", "6")
-    with pytest.raises(SystemExit, match=f"--{name} {BENT[name]}: .*was started with"):
-        resume(out, f"--{name}", BENT[name])
+    with pytest.raises(SystemExit, match=f"--{name} {OTHER[name]}: .*was started with"):
+        resume(out, f"--{name}", OTHER[name])
     other = out.with_name("other")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         die_in_step(patch, 3)
         train_sft.main([*world, *SFT, "--out", str(other)])
-    with pytest.raises(SystemExit, match=f"--{name} {BENT[name]}: .*was started with"):
-        resume(other, f"--{name}", BENT[name])
+    with pytest.raises(SystemExit, match=f"--{name} {OTHER[name]}: .*was started with"):
+        resume(other, f"--{name}", OTHER[name])
 
 
 def test_the_scale_of_fp16_is_looked_for_anew_after_a_change(out):

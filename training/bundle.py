@@ -41,10 +41,8 @@ class ModelBundle:
 
 
 def load_bundle(checkpoint, settings) -> ModelBundle:
-    """The model of a checkpoint, its weights in the dtype of their files.
-
-    --language_model and --vision_tower say where its public towers lie now, if not where they were.
-    """
+    """The model of a checkpoint, its weights in the dtype of their files. --language_model and
+    --vision_tower say where its public towers lie now, if not where they were."""
     config, moved = read_config(checkpoint), {}
     bases = config["bases"]
     for part, reference in bases.items():

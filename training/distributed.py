@@ -2,19 +2,16 @@
 
     torchrun's environment variables -> Distributed(rank, world_size, device)
 
-`Distributed` is plain data parallelism (--parallel ddp): every rank holds the whole model. PyTorch
-has DistributedDataParallel for this, but it averages gradients in the backward pass of every
-micro-batch, and hangs when one rank's batch has no image and so no gradient for the projector.
-Less is needed here: one sum of all gradients for each optimizer step, after its last micro-batch.
-A rank that has no gradient for a parameter adds zeros. DistributedDataParallel sends while it
-still computes; with LoRA or a projector there is little to send.
-
-The subclass FSDP (--parallel fsdp, extras/fsdp.py) has the same methods; there each rank holds a
-share of every weight.
+`Distributed` is plain data parallelism (--parallel ddp): every rank holds the whole model. Torch's
+DistributedDataParallel averages gradients in the backward pass of every micro-batch, and hangs
+when one rank's batch has no image and so no gradient for the projector. One sum of all gradients
+after a step's last micro-batch is enough here: a missing one counts as zeros, and with LoRA or a
+projector there is little to send. The subclass FSDP (--parallel fsdp, extras/fsdp.py) has the same
+methods; there each rank holds a share of every weight.
 
 A rank that fails prints the reason and exits at once: the others may be waiting for it in the
-middle of a sum, and would keep it waiting too. torchrun notices, ends them (30 seconds for those
-that do not react) and, with --max_restarts, starts all of them anew.
+middle of a sum. torchrun notices, ends them (30 seconds for those that do not react) and, with
+--max_restarts, starts all of them anew.
 """
 
 import os
@@ -32,36 +29,26 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from training.device import prepare_device
 
-# How long the others wait for a rank that lives but does not come: it may be rank 0, which is
-# writing a large checkpoint. A rank that has died is noticed within seconds, by torchrun.
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT = timedelta(minutes=30)  # rank 0 may be writing a large checkpoint: the others wait
 
 
 @dataclass
 class Distributed:
-    """Plain data parallelism: all ranks hold all weights and see different rows."""
-
     rank: int  # 0..world_size-1; rank 0 writes the files and prints
     world_size: int
     device: torch.device
+    weights_sum: float = 0.0  # under fsdp, of the whole model as this rank has read it
 
     @property
     def main(self) -> bool:
         return self.rank == 0
 
-    def print(self, text: str) -> None:
-        """Rank 0 prints, the others keep quiet."""
-        if self.main:
-            print(text, flush=True)
-
     # ------------------------------------------------------------ collectives
 
     def sum(self, *numbers) -> list[float]:
         """Add each number up over all ranks, in float64: token counts stay exact."""
-        # Apple's GPUs have no float64, and without a GPU device the sum is done on the CPU.
-        device = self.device if self.device.type == "cuda" else "cpu"
-        total = torch.tensor([float(number) for number in numbers],
-                             dtype=torch.float64, device=device)
+        total = torch.tensor([float(number) for number in numbers], dtype=torch.float64,
+                             device=self.device)
         if self.world_size > 1:
             dist.all_reduce(total)
         return total.tolist()
@@ -82,7 +69,7 @@ class Distributed:
     # ------------------------------------------------------------ the model
 
     def loading(self):
-        """The context in which a rank reads the whole model: here all ranks do so side by side."""
+        """The context in which a rank reads the whole model; here all ranks do so at once."""
         return nullcontext()
 
     def place_model(self, model, settings) -> None:
@@ -93,16 +80,12 @@ class Distributed:
                 dist.broadcast(parameter.data, src=0)
 
     def check_same_start(self, step: int) -> None:
-        """SystemExit when the ranks do not begin at the same step (and with the same weights)."""
-        lines = self.gather([self.describe_start(step)])
-        if len(set(lines)) > 1:
-            lines = "\n".join(f"  rank {rank}: {line}" for rank, line in enumerate(lines))
-            raise SystemExit(f"the ranks do not start from the same point:\n{lines}\nEvery "
-                             "machine must see the same --out, --model and weights: put them into "
-                             "a directory that all machines share.")
-
-    def describe_start(self, step: int) -> str:
-        return f"step {step}"
+        """SystemExit when the ranks do not begin at the same step and with the same weights."""
+        starts = self.gather([f"step {step}, sum of weights {self.weights_sum}"])
+        if len(set(starts)) > 1:
+            raise SystemExit(f"the ranks do not start from the same point, but from {starts}. "
+                             "Every machine must see the same --out, --model and weights: put them "
+                             "into a directory that all machines share.")
 
     # ------------------------------------------------------------ in a step
 
@@ -111,10 +94,8 @@ class Distributed:
         return batch if batch.where else None
 
     def all_reduce_gradients(self, parameters: list) -> None:
-        """Sum every parameter's gradient over all ranks; afterwards all ranks hold the same.
-
-        One flat float32 buffer: a single message instead of hundreds, and no rounding in bf16.
-        """
+        """Sum every parameter's gradient over all ranks; afterwards all ranks hold the same. One
+        flat float32 buffer: a single message instead of hundreds, and no rounding in bf16."""
         for parameter in parameters:
             if parameter.grad is None:  # no image in this rank's batches, say
                 parameter.grad = torch.zeros_like(parameter)
@@ -127,10 +108,8 @@ class Distributed:
             parameter.grad.copy_(part.view_as(parameter))
 
     def clip_gradients(self, parameters: list, max_norm: float) -> float:
-        """Scale the gradient down to the length max_norm where it is longer; return its length.
-
-        The length is that of all gradients of all parameters laid end to end.
-        """
+        """Scale the gradient, all parameters' laid end to end, down to the length max_norm where it
+        is longer; return its length."""
         return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
 
     # ------------------------------------------------------------ to a file and back
@@ -148,9 +127,8 @@ class Distributed:
 def start_distributed(strategy: type[Distributed] = Distributed):
     """-> Distributed, connected to the other processes of torchrun; disconnected at the end.
 
-    strategy: a subclass, for more than one process. Without torchrun there is one process and
-    nothing to connect to. A bare `torchrun script.py` starts one process too, and then the process
-    group is made all the same.
+    strategy: a subclass, for more than one process. Without torchrun there is one, and nothing to
+    connect to.
     """
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -163,8 +141,8 @@ def start_distributed(strategy: type[Distributed] = Distributed):
         yield distributed
         return
     if device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
-        # torchrun sets this so that many processes do not fight for the cores. One process alone
-        # would train on one core at half speed or less: give each its fair share instead.
+        # torchrun sets this so that many processes do not fight for the cores. A fair share of
+        # them does not, and is faster.
         torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT,
                             store=store_of_this_try(), rank=rank, world_size=world_size)
@@ -194,8 +172,7 @@ def store_of_this_try() -> dist.Store | None:
 
     With --max_restarts, torchrun keeps one store for all its tries. A rank that is early would
     read the address that a dead one has left there, and wait for it (pytorch issue 135712). So
-    every try gets names of its own. Over several machines their numbers of tries are not the same;
-    there torchrun must be told to make a new store each time.
+    every try gets names of its own, which over several machines are not numbered alike.
     """
     env = os.environ
     if (env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -215,8 +192,7 @@ def abort(error: BaseException, rank: int) -> None:
 
     The others are still waiting then, so this is the first error on the screen. Those that lose
     the connection wait a little before they record their own error for torchrun, which takes the
-    earliest one for the cause; a rank that the system has killed records none, and counts from
-    when torchrun finds it gone.
+    earliest one for the cause.
     """
     explained = isinstance(error, SystemExit)  # its text is written for people
     message = str(error.code) if explained else "".join(traceback.format_exception(error))
@@ -232,6 +208,5 @@ def abort(error: BaseException, rank: int) -> None:
 
 def cores() -> int:
     """The cores that this process may use; a container often grants fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

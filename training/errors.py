@@ -23,7 +23,7 @@ class StopTraining(Exception):
 
 class NotFinite(StopTraining):
     """The loss, or a weight after an update, is not finite. A resume from before `step` may change
-    the settings that bend the curve, see training/settings.py."""
+    the settings that change the curve, see training/settings.py."""
 
     def __init__(self, step: int, text: str):
         super().__init__(text)

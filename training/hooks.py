@@ -10,7 +10,7 @@ from training.validation import eval_losses
 
 
 def make_hooks(bundle, steps, log, eval_loaders) -> list:
-    """eval_loaders: of training/validation.py; empty when nothing is measured."""
+    """eval_loaders: see validation.eval_losses; empty when nothing is measured."""
     settings, distributed = steps.settings, steps.distributed
     hooks = [log.step]
     if settings.report_to and distributed.main:
@@ -37,7 +37,7 @@ def open_answers(bundle, steps, log, held_out):
     settings = steps.settings
     if not settings.eval_answers:
         return None
-    if settings.parallel == "fsdp" and steps.distributed.world_size > 1:
+    if settings.parallel == "fsdp":
         log.say("answers   none while it trains: under --parallel fsdp every process would have to "
                 "go through each token; eval.py asks the checkpoints")
         return None

@@ -42,11 +42,8 @@ def add_model_flags(parser) -> None:
 
 
 def load_model(flags, name: str | None) -> tuple:
-    """A checkpoint or run (None: the newest) -> (model, template, processor).
-
-    Name "none": the language model of --language_model alone, whose processor is None.
-    flags: those of add_model_flags, and template and system, as eval.py reads them.
-    """
+    """A checkpoint or run (None: the newest) -> (model, template, processor). Name "none": the
+    language model of --language_model alone, whose processor is None. flags: eval.py's."""
     device = choose_device(flags.device)
     prepare_device(device)
     dtype, why = inference_dtype(device, flags.dtype)
@@ -75,11 +72,8 @@ def load_model(flags, name: str | None) -> tuple:
 
 
 def inference_dtype(device: torch.device, name: str | None) -> tuple[torch.dtype, str]:
-    """name: fp32, bf16, or None for what suits the device -> the dtype, and why.
-
-    bf16 where the hardware is faster in it, with half the bytes to read for each token. Never fp16:
-    in it some public models grow past 65,504. ValueError where the device computes wrongly in it.
-    """
+    """name: fp32, bf16, or None for what suits the device -> the dtype, and why. Never fp16: in it
+    some public models grow past 65,504. ValueError where the device computes wrongly."""
     chosen, why = choose_dtype(name or "auto", device)
     dtype = torch.bfloat16 if chosen == "bf16" else torch.float32
     if device.type == "mps" and dtype != torch.float32:
@@ -159,20 +153,20 @@ class Conversation:
         stream, answer, times = TextStreamer(self.template.tokenizer), "", [time.perf_counter()]
         self.prompt_ids, self.answer_ids = ids, stream.ids
 
-        def remember(piece: str) -> str:
-            nonlocal answer
+        def pieces():
+            for token in generate(self.model, ids, torch.stack(pixels) if pixels else None,
+                                  prefix_cache=self.prefix_cache, stop_ids=self.template.stop_ids,
+                                  **self.sampling):
+                times.append(time.perf_counter())
+                self.speed = format_speed(len(ids), times)
+                yield stream.add(token)
+            yield stream.end()
+
+        for piece in pieces():
             answer += piece
             self.messages = [*messages, Message("assistant", answer)]
             self.pixels, self.waiting = pixels, []
-            return piece
-
-        for token in generate(self.model, ids, torch.stack(pixels) if pixels else None,
-                              prefix_cache=self.prefix_cache, stop_ids=self.template.stop_ids,
-                              **self.sampling):
-            times.append(time.perf_counter())
-            self.speed = format_speed(len(ids), times)
-            yield remember(stream.add(token))
-        yield remember(stream.end())
+            yield piece
 
 
 def format_speed(prompt_tokens: int, times: list[float]) -> str:
@@ -186,8 +180,7 @@ def format_speed(prompt_tokens: int, times: list[float]) -> str:
 
 @contextmanager
 def exit_on_error(script: str):
-    """Errors that say what is wrong and what to do end the program in a sentence, without a
-    traceback."""
+    """Errors that say what is wrong and what to do end the program without a traceback."""
     try:
         yield
     except (OSError, ValueError, KeyError) as error:

@@ -58,11 +58,10 @@ def open_adapters(model, settings, present: dict | None) -> dict:
 
 def set_requires_grad(model, projector: bool = True, vision: bool = False,
                       language: str = "none") -> None:
-    """Train the parts that are named, and freeze everything else.
+    """Train the parts that are named, and freeze everything else; by default as in stage one.
 
     language: "none", "all", "last:N" (its last N layers), "first:N", both joined by a plus sign
-    ("first:1+last:1"), or "lora" (the adapters that add_lora put in before). Stage one is the
-    default: the projector alone. ValueError for any other text.
+    ("first:1+last:1"), or "lora" (the adapters that add_lora put in before).
     """
     model.requires_grad_(False)
     model.projector.requires_grad_(projector)
@@ -89,11 +88,9 @@ def set_requires_grad(model, projector: bool = True, vision: bool = False,
 
 
 def parameter_groups(model, settings) -> list[dict]:
-    """One learning rate per part, and weight decay for matrices alone.
-
-    Decay pulls weights towards zero. For a norm's scale, whose neutral value is one, and for a
-    bias, which no input multiplies, that is harm without use; both have one dimension.
-    """
+    """One learning rate per part, and weight decay, which pulls towards zero, for matrices alone.
+    For a norm's scale, whose neutral value is one, and for a bias, which no input multiplies, that
+    is harm without use; both have one dimension."""
     peaks = {"language": None, "projector": settings.projector_learning_rate,
              "vision": settings.vision_learning_rate}
     groups = []

@@ -6,8 +6,7 @@
 
 bf16 has float32's range with 8 bits of precision, fp16 11 bits and a range that ends at 65,504.
 Both halve the memory of activations and at least double the speed, on hardware made for them.
-Other hardware takes them too, and converts to float32 and back for every product: four times
-*slower* than float32 on a processor with AVX-512 but without its bf16 instructions.
+Other hardware converts to float32 and back for every product, four times *slower* than float32.
 
 Paper: mixed precision training (Micikevicius et al. 2018).
 """
@@ -45,16 +44,15 @@ def resolve_dtype(settings, distributed) -> None:
     """--dtype auto -> settings.dtype. It may be measured: all ranks take rank 0's choice."""
     choice = choose_dtype(settings.dtype, distributed.device)
     settings.dtype, reason = distributed.gather([choice])[0]
-    distributed.print(f"dtype     {settings.dtype}: {reason}")
+    if distributed.main:
+        print(f"dtype     {settings.dtype}: {reason}", flush=True)
 
 
 @cache
 @torch.no_grad()
 def bf16_speedup() -> float:
     """How many times faster this processor multiplies bf16 than float32, measured in some
-    milliseconds. That it has the instructions is not enough: with AMX they are several times
-    faster, with AVX-512 alone they can be slower, and without any torch converts each number.
-    """
+    milliseconds: its instructions do not tell, with AVX-512 alone they can be slower."""
     inputs = [(torch.ones(128, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype))
               for dtype in (torch.float32, torch.bfloat16)]
     seconds, threads = ([], []), torch.get_num_threads()
@@ -69,11 +67,9 @@ def bf16_speedup() -> float:
 
 
 def autocast(dtype: str, device: torch.device):
-    """The context in which a forward pass computes its matrix products in dtype.
-
-    Norms, softmax, the loss and the trained weights stay float32: an update of 1/1000 of a weight
-    would vanish in bf16's 8 bits.
-    """
+    """The context in which a forward pass computes its matrix products in dtype. Norms, softmax,
+    the loss and the trained weights stay float32: an update of 1/1000 of a weight would vanish in
+    bf16's 8 bits."""
     return torch.autocast(device.type, NUMBERS[dtype], enabled=dtype != "fp32")
 
 
@@ -81,12 +77,9 @@ def cast_weights(model, dtype: str, keep: set[str]) -> None:
     """Give every weight the dtype in which it is stored for the whole run.
 
     What is trained: float32, the master copy that takes small steps. Frozen matrices: dtype, half
-    the memory, and nothing to convert at every step; published weights are bf16 mostly, and lose
-    nothing. Frozen vectors and position tables: float32; they are few, and so the streams that
-    they are added to stay float32.
-
-    keep: names of frozen weights that stay float32, because a checkpoint saves them: what an
-    earlier stage has trained must not be rounded by passing through this one.
+    the memory, and nothing to convert at every step. Frozen vectors and position tables: float32;
+    they are few, and so the streams that they are added to stay float32. keep: names of frozen
+    weights that stay float32: what an earlier stage has trained must not be rounded by this one.
     """
     for name, parameter in model.named_parameters():
         matrix = name.endswith(".weight") and parameter.ndim > 1
@@ -115,10 +108,9 @@ def update_loss_scale(state, finite: bool) -> dict:
 
     Gradients below 6e-8 are zero in fp16. So the loss is multiplied before the backward pass, and
     the gradients are divided after it. The scale, a power of two, rounds nothing, and is found by
-    trial: doubled after GROWTH_INTERVAL good steps, halved when a gradient, or a number of the
-    forward pass, grew past 65,504; that step is skipped. The rule is torch.amp.GradScaler's. That
-    class decides by the gradients which its own process holds: under fsdp these are a share, and
-    one rank would skip a step that another one takes. `finite` is made from sums over all ranks.
+    trial: doubled after GROWTH_INTERVAL good steps, halved when a number grew past 65,504; that
+    step is skipped. The rule is torch.amp.GradScaler's. That class decides by the gradients of its
+    own process, under fsdp a share; `finite` is made from sums over all ranks.
     """
     scale = state.loss_scale
     state.growth_tracker += 1

@@ -29,9 +29,8 @@ def settings_of_preset(name: str, stage: str) -> dict:
 def read_flags(description: str, stage: str, arguments=None) -> argparse.Namespace:
     """The flags of both training scripts. Not given: None, so that the preset can fill it in."""
     parser = argparse.ArgumentParser(description=description.split("\n\n")[0])
-    parser.add_argument("--list_presets", action="store_true", default=argparse.SUPPRESS,
-                        help="print the presets with their models, memory and download size, "
-                             "and end")
+    parser.add_argument("--list_presets", action="store_true", default=argparse.SUPPRESS, help=(
+        "print the presets with their models, memory and download size, and end"))
     for setting in SETTINGS:
         setting.add_to(parser, stage)
     flags = parser.parse_args(arguments)
@@ -43,11 +42,8 @@ def read_flags(description: str, stage: str, arguments=None) -> argparse.Namespa
 
 
 def resolve(flags: argparse.Namespace, stage: str, earlier: dict) -> argparse.Namespace:
-    """Fill in what no flag said, and refuse numbers that no run can use.
-
-    earlier: settings to prefer to the preset's: of the run to resume, or of the checkpoint that
-    is trained on (the model's facts alone).
-    """
+    """Fill in what no flag said, and refuse numbers that no run can use. earlier: settings to
+    prefer to the preset's, see resume.find_start."""
     given = {name: value for name, value in vars(flags).items() if value is not None}
     preset = given.get("preset") or earlier.get("preset") or "emoji"
     defaults = {s.name: s.default for s in SETTINGS if s.default is not PRESET}

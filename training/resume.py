@@ -42,8 +42,8 @@ class Start:
 def read_settings(stage: str, description: str, arguments=None, start_from=()) -> tuple:
     """-> the settings of the run, and its Start.
 
-    description: the script's docstring, for --help. arguments: if not those of the command line.
-    start_from: runs whose newest checkpoint is taken when no flag says otherwise.
+    description: the script's docstring. start_from: runs whose newest checkpoint is taken when no
+    flag says otherwise.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     flags = read_flags(description, stage, arguments)
@@ -62,8 +62,7 @@ def read_settings(stage: str, description: str, arguments=None, start_from=()) -
         raise SystemExit(f"cannot start: {error}") from error
     settings = resolve(flags, stage, earlier)
     # On a first start there is nothing to resume: the run starts from another run's checkpoint.
-    settings.resume = bool(settings.resume and checkpoint
-                           and checkpoint.parent == Path(settings.out))
+    settings.resume = checkpoint is not None and checkpoint.parent == Path(settings.out)
     if settings.report_to:
         from extras.trackers import check_installed  # here: a tracker is an extra
 
@@ -136,10 +135,8 @@ def find_changes(settings, run: dict) -> list[dict]:
 
 
 def restore(settings, start: Start, optimizer, data_facts: dict, distributed) -> TrainerState:
-    """Resume: load the optimizer and return how far the run had come.
-
-    Otherwise move what an earlier run left in OUT aside: nobody's training is overwritten.
-    """
+    """Resume: load the optimizer and return how far the run had come. Otherwise move what an
+    earlier run left in OUT aside: nobody's training is overwritten."""
     out, checkpoint = Path(settings.out), start.checkpoint
     distributed.barrier()  # every rank has looked for its start by now
     if not settings.resume:
@@ -183,11 +180,8 @@ def move_aside(out: Path, paths: list[Path]) -> None:
 
 
 def save(bundle, optimizer, state: TrainerState, settings, facts: dict, distributed) -> None:
-    """Write OUT/step_NNNNNN. Every rank calls it, since under fsdp each holds a share of what is
-    written; rank 0 writes. facts: run_metadata.describe's.
-
-    All ranks learn whether the files are there, and go on, or raise StopTraining.
-    """
+    """Write OUT/step_NNNNNN. Every rank calls it, since under fsdp each holds a share of what rank
+    0 writes; all go on, or raise StopTraining. facts: run_metadata.describe's."""
     names, problem = bundle.saved_names(), None
     tensors = distributed.full_tensors(
         {name: p for name, p in bundle.model.named_parameters() if name in names})
@@ -195,9 +189,8 @@ def save(bundle, optimizer, state: TrainerState, settings, facts: dict, distribu
                       "optimizer": distributed.full_tensors(optimizer.state_dict())}
     if distributed.main:
         try:
-            metrics = Path(settings.out) / "metrics.jsonl"
-            if metrics.exists():  # first the lines of its steps, then the checkpoint
-                flush_to_disk(metrics)
+            # First the lines of its steps, then the checkpoint.
+            flush_to_disk(Path(settings.out) / "metrics.jsonl")
             save_checkpoint(settings.out, state.step, tensors, bundle.config,
                             {"step": state.step, **facts},
                             (bundle.template.tokenizer, bundle.processor), training_state,

@@ -18,11 +18,9 @@ MAX_REASONS = 50  # counted one by one; more would be file names mistaken for re
 
 @dataclass
 class TrainerState:
-    """How far a run has come: with the optimizer's state, all that an exact resume needs.
-
-    bucket and (epoch, position) are those of dataset/batching.py: they say which samples come next,
-    whatever the number of ranks and the size of a batch will be.
-    """
+    """How far a run has come: with the optimizer's state, all that an exact resume needs. bucket,
+    epoch and position (see dataset/batching.py) say which samples come next, whatever the
+    number of ranks and the size of a batch will be."""
 
     step: int = 0  # Optimizer steps made.
     bucket: int | None = None  # Rows of the run's first micro-batch on all ranks; None: not begun.
@@ -45,12 +43,11 @@ class Steps:
     """From state.step on to the last step, or to the one in which `stopping` is set.
 
     total: steps of the whole run. ahead: how many more steps than were made would have brought a
-    run of the present batch size to where this one is; 0 unless --epochs decides and the size was
+    run of the present batch size to this position; 0 unless --epochs decides and the size was
     changed. Then the learning rate goes on from its point on the curve.
     """
 
-    def __init__(self, loader, settings, state, distributed):
-        """loader: the Batches of this rank."""
+    def __init__(self, loader, settings, state, distributed):  # loader: the Batches of this rank
         self.loader, self.settings, self.state = loader, settings, state
         self.distributed, layout = distributed, loader.layout
         self.on_skipped = lambda lines: None  # called with a line for each unusable sample

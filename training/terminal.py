@@ -44,10 +44,8 @@ def printable(text: str) -> str:
 
 
 def read_turn(prompt: str, continuation: str) -> str:
-    """One turn, of one line or of several, see HELP. EOFError: there is none any more.
-
-    A command is one line always: a path on Windows may end with \\.
-    """
+    """One turn, of one line or of several, see HELP; a command is one line always, since a path on
+    Windows may end with \\. EOFError: there is none any more."""
     try:
         line = input(prompt).strip()
     except OSError as error:  # the terminal is gone: asking again would never end
@@ -150,8 +148,7 @@ def show_scene(conversation, number: int) -> str:
 
 def save(conversation, file: Path) -> str:
     """FILE.json with one sample, as the readers of dataset/ take it, and FILE_1.png, ... beside it:
-    names in data cannot leave their folder, so the images are copied. Nothing is overwritten.
-    """
+    names in data cannot leave their folder, so the images are copied."""
     turns = conversation.transcript()
     if not turns:
         raise ValueError("nothing was answered yet, so there is nothing to save")

@@ -11,12 +11,12 @@ A falling training loss can mean that answers are memorised; then the held-out l
 can fall while the model only learns how answers usually sound. A model that uses the image is
 worse off with a wrong one: the gap between the two losses is what the image contributes.
 
-Which samples are set apart follows from the files and N alone, so it is the same after a resume
-and on any number of ranks: of several files each gives its last ones, as many as its share of the
-samples. They are apart as samples; where an image has several rows, another may be trained on.
-A measurement draws no random numbers and changes no weight: training goes on as if there were none.
+Which samples are set apart follows from the files and N alone: of several files each gives its last
+ones, as many as its share of the samples. Where an image has several rows, another may be trained
+on. A measurement draws no random numbers and changes no weight.
 """
 
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -30,12 +30,11 @@ class ShuffledImages:
     """The same samples, each with the images of those that follow it, in a circle.
 
     Text without images stays as it is, so that both losses are over the same tokens. When there
-    is no other image at all, a sample with images raises BadSample.
+    is no other image at all, a sample with images raises BadSample. may_lend: whether a sample, or
+    an evaluation's question, may get the images of the other one.
     """
 
     def __init__(self, data, may_lend=lambda sample, other: True):
-        """data: len() and [i] -> Sample, or an evaluation's question. may_lend: whether a sample
-        may get the images of the other one."""
         self.data, self.may_lend = data, may_lend
 
     def __len__(self) -> int:
@@ -46,25 +45,18 @@ class ShuffledImages:
         for step in range(1, len(self)):
             if len(others) >= len(sample.images):
                 break
-            try:
+            with suppress(BadSample):
                 following = self.data[(i + step) % len(self)]
-            except BadSample:
-                continue
-            if self.may_lend(sample, following):
-                others += [image for image in following.images if image not in sample.images]
+                if self.may_lend(sample, following):
+                    others += [image for image in following.images if image not in sample.images]
         if len(others) < len(sample.images):
             raise BadSample(sample.where, "no other image to show in the place of its own")
         return replace(sample, images=tuple(others[:len(sample.images)]))
 
 
-def make_eval_loaders(held_out, make_batches) -> list[Batches]:
-    """The held-out samples, with their own images and with others'. make_batches: data -> Batches
-    for this rank."""
-    return [make_batches(data) for data in (held_out, ShuffledImages(held_out))]
-
-
 def eval_losses(model, loaders: list[Batches], settings, distributed) -> dict:
-    """-> a line of evaluations.jsonl, but for the step. All ranks call it."""
+    """loaders: of the samples with their own images, and with others'. -> a line of
+    evaluations.jsonl, but for the step. All ranks call it."""
     loss, samples, images, skipped = mean_loss(model, loaders[0], settings, distributed)
     wrong = mean_loss(model, loaders[1], settings, distributed)[0] if images else None
     return {"eval_loss": loss, "eval_loss_shuffled_images": wrong, "samples": samples,
@@ -74,8 +66,7 @@ def eval_losses(model, loaders: list[Batches], settings, distributed) -> dict:
 @torch.no_grad()
 def mean_loss(model, loader: Batches, settings, distributed) -> tuple[float | None, int, int, int]:
     """-> mean loss of a supervised token (None without any), samples, images, and samples that
-    could not be used; over all ranks. Divided once, so each token weighs the same, as in training.
-    """
+    could not be used; over all ranks. Each token weighs the same, as in training."""
     total = tokens = samples = num_images = skipped = 0
     model.eval()  # no dropout: it would be noise, and draw from the generator of the training
     try:
