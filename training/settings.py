@@ -132,7 +132,8 @@ SETTINGS = (
             "and compute the block again there: less memory, a third more time", bool),
     Setting("parallel", FREE, "with several processes: each holds the whole model, or a share of "
             "it (default: ddp)", default="ddp", choices=("ddp", "fsdp")),
-    Setting("seed", FIXED, "of new weights, data order, dropout (default: 0)", int, default=0),
+    Setting("seed", FIXED, "of new weights, data order, dropout (default: 0)", int, default=0,
+            at_least=0, below=2**31),
     # Checkpoints and workers.
     Setting("save_steps", FREE, "steps between checkpoints", int, above=0),
     Setting("save_total_limit", FREE, "newest checkpoints that are kept", int, above=0),

@@ -49,11 +49,21 @@ def image_key(record: dict) -> str | None:
     for key in IMAGE_KEYS:
         value = record.get(key)
         first = value[0] if isinstance(value, list) and value else value
-        if value is None or (key == "image_id" and "caption" not in record):
+        if is_nothing(value) or (key == "image_id" and "caption" not in record):
             continue
         if not key.startswith("file_") or (isinstance(first, str) and IMAGE_FILE.fullmatch(first)):
             return key
     return None
+
+
+def is_nothing(value, depth: int = 4) -> bool:
+    """null, "", [], {"bytes": null}, NaN: a table has a place for it and this row nothing there."""
+    if isinstance(value, (list, dict)) and depth:
+        return all(is_nothing(each, depth - 1)
+                   for each in (value.values() if isinstance(value, dict) else value))
+    if isinstance(value, str):
+        return value.strip().lower() in ("", "nan", "none", "null")
+    return value is None or value is False or value == b"" or value != value
 
 
 def read_image(item, images_dir: Path, where: str, key: str) -> Path | bytes | None:

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from dataset.chat import IMAGE
 from dataset.readers.bad_sample import BadSample, shown
-from dataset.readers.record_images import ENDINGS, IMAGE_KEYS, PART_KEYS
+from dataset.readers.record_images import ENDINGS, IMAGE_KEYS, PART_KEYS, is_nothing
 
 # What a key that is not read seems to hold, by its name as kinds_of spells it: see refuse_unread.
 _ENDING = (r"(?:_?\d+)?(?:_?(?:file|path|name|url|uri|id|key|index|byte|data|base64|b64|content"
@@ -107,16 +107,6 @@ def kinds_of(key: str) -> set[str]:
     key = re.sub("(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()
     key = re.sub("[^a-z0-9]+", "_", key).strip("_")
     return {kind for kind, name in UNREAD.items() if name.fullmatch(key)}
-
-
-def is_nothing(value, depth: int = 4) -> bool:
-    """null, "", [], {"bytes": null}, NaN: a table has a place for it and this row nothing there."""
-    if isinstance(value, (list, dict)) and depth:
-        return all(is_nothing(each, depth - 1)
-                   for each in (value.values() if isinstance(value, dict) else value))
-    if isinstance(value, str):
-        return value.strip().lower() in ("", "nan", "none", "null")
-    return value is None or value is False or value == b"" or value != value
 
 
 def holds_media(value, names: set | None, depth: int = 4) -> bool:
