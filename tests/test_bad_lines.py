@@ -51,7 +51,7 @@ RECORDS = [
     ("messages is a number", {"messages": 1}, "'messages' must be a list of turns"),
     # roles
     ("an unknown role", talk(("robot", "x")), "unknown role 'robot'; expected one of system"),
-    ("a role in capitals", talk(("User", "x"), A), "unknown role 'User'"),
+    ("a role of a tool", talk(("Tool", "x"), A), "unknown role 'Tool'"),
     ("an empty role", talk(("", "x"), A), "unknown role ''"),
     ("tool", talk(Q, ("tool", "x"), A), "unknown role 'tool'"),
     ("no role", {"conversations": [{"content": "x"}]}, "the role of a turn is 'None'"),

@@ -157,9 +157,9 @@ def test_no_file_without_a_picture_is_ready_unless_it_is_meant_so(run, folder):
     (folder / "two.jsonl").write_text(json.dumps(row(image="a.png")))
     code, out, _ = run([row()], others=[folder / "two.jsonl"])  # file by file
     assert code == 1 and out.index("NOT READY") < out.index("two.jsonl") < out.rindex("ready")
-    unread = [{**row(), "image_path": "a.png"}, {"file_name": "a.png", "caption": "A cat."}]
+    unread = [{**row(), "picture": "a.png"}, {"photo": "a.png", "caption": "A cat."}]
     code, out, _ = run(unread, "--text_only")
-    assert code == 1 and "d.jsonl:1: 'image_path'" in out and "d.jsonl:2: 'file_name'" in out
+    assert code == 1 and "d.jsonl:1: 'picture'" in out and "d.jsonl:2: 'photo'" in out
     assert "NOT READY: 100.0% unusable" in out
 
 

@@ -349,7 +349,7 @@ def test_cauldron_and_finevision(folder):
     data = open_data(write_columns(folder / "y", images=[None, [{"bytes": None, "path": "a.png"}]],
                                    texts=texts[::-1]))
     assert data[0].images == () and data[1].images == (folder / "a.png",)
-    with pytest.raises(BadSample, match=r"y:1: 'images' is 'None', not an image"):
+    with pytest.raises(BadSample, match=r"y:1: 'images' is .*None.*, not an image"):
         open_data(write_columns(folder / "y", texts=texts[:1],
                                 images=[[{"bytes": None, "path": None}]]))[0]
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from dataset.images import load_image
 from dataset.readers import parquet
 from dataset.readers.formats import BadSample, open_data
 from dataset.sample import RECORD_LAYOUTS, to_sample
@@ -74,9 +75,8 @@ def read(folder, record, form="lines"):
 
 # ---------------------------------------------------------------- names of keys
 
-NAMES = """file_name image_path img img_path image_url image_file picture photo pixel_values path
-url file video videos video_path audio audios audio_path image_1 image2 images_1 imgs
-pictures photos image_paths image_urls image_id imageId img_id imageID image_name
+NAMES = """picture photo pixel_values path url file video videos video_path audio audios
+audio_path image_1 image2 images_1 imgs pictures photos image_id imageId img_id imageID image_name
 image_base64 img_b64 imageURL Image Image-Path filename filePath file_path media
 media_path query_image input_image decoded_image screenshot screenshots pic jpg png
 frames thumbnail video_id video_url audio_file image_file_name image_features
@@ -90,6 +90,49 @@ def test_a_picture_under_another_key_is_refused(folder, key, form):
     for value in ("red.png", "https://host/12345", 7):
         assert "'image_bytes'" in refused(folder, {**TALK, key: value}, key, form)
     refused(folder, {**TALK, key: ["red.png", "blue.png"]}, key, form)
+
+
+# What other data sets call it is read.
+URI = "data:image/png;base64," + base64.b64encode(png()).decode()
+OTHERS = [("image_path", "a.png"), ("image_paths", ["a.png"]), ("image_file", "a.png"),
+          ("image_files", ["a.png"]), ("image_url", "a.png"), ("image_urls", ["a.png"]),
+          ("img", "a.png"), ("img_path", "a.png"), ("file_name", "a.png"),
+          ("file_names", ["a.png"]), ("image_url", {"url": "a.png"}), ("image_url", URI),
+          ("image", URI), ("image", URI.partition(",")[2])]
+
+
+@pytest.mark.parametrize("key, value", OTHERS, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize("form", ["lines", "parquet"])
+def test_usual_keys_of_an_image_are_read(folder, key, value, form):
+    expected = folder / "a.png" if "a.png" in str(value) else png()
+    for layout in LAYOUTS:
+        sample = read(folder, {**layout, key: value}, form)
+        assert sample.images == (expected,) and sample.messages[0].content.startswith("<image>\n")
+    benchmarked, _ = benchmark(folder, {**QUESTION, "answer": "red", key: value}, form)
+    image, = benchmarked.images  # a question of a benchmark reads it alike
+    image = image if image == expected else image()
+    assert image == expected or np.array_equal(image, load_image(png()))
+
+
+def test_names_that_are_written_in_other_ways(folder):
+    for name in ("Paris, France.png", "set[1].png"):
+        (folder / name).write_bytes(png())
+        assert read(folder, {**SHOW, "image": name}).images == (folder / name,)
+    two = {"role": "user", "content": "<image><image>"}
+    several = {"conversations": [two, *SHOW["conversations"][1:]], "image": "a.png, b.png"}
+    assert read(folder, several).images == (folder / "a.png", folder / "b.png")
+    assert read(folder, {**SHOW, "image": "sub\\a.png"}).images == (folder / "sub/a.png",)
+    for name in ("..\\a.png", "sub\\..\\..\\x.png", "C:\\a.png"):
+        file, _ = write(folder, {**SHOW, "image": name})
+        with pytest.raises(BadSample, match="leads out of the image folder|no image"):
+            open_data(file)[1]
+    for name in ("https://host/a.png", "s3://bucket/a.png"):
+        file, _ = write(folder, {**SHOW, "image": name})
+        with pytest.raises(BadSample, match="nothing is fetched from the network"):
+            open_data(file)[1]
+    file, _ = write(folder, {**SHOW, "image": "data:image/png;base64,@@@@"})
+    with pytest.raises((OSError, ValueError), match="cannot read"):
+        load_image(open_data(file)[1].images[0])
 
 
 @pytest.mark.parametrize("form", ["lines", "array", "parquet"])
@@ -131,7 +174,7 @@ def test_a_layout_is_one_entry_of_the_list(monkeypatch):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_in_every_layout(folder, layout):
-    for key in ("image_path", "file_name", "video"):
+    for key in ("picture", "image_name", "video"):
         refused(folder, {**layout, key: "red.png"}, key)
         refused(folder, {**layout, key: "red.png"}, key, "parquet")
 
@@ -216,8 +259,8 @@ def test_text_among_pictures_passes(folder):
                  {"image": None, "path": "src/main.py"}, {"path": "src/main.py"},
                  {"id": "a.png", "source": "b.png"}, {"num_images": 0}, {"model": "", "id": "t"}):
         assert read(folder, {**TALK, **more}).images == ()
-    refused(folder, {**TALK, "image": None, "file_name": "a.png"}, "file_name")
-    refused(folder, {**TALK, "image": None, "image_path": "1"}, "image_path")
+    refused(folder, {**TALK, "image": None, "picture": "a.png"}, "picture")
+    refused(folder, {**TALK, "image": None, "image_name": "1"}, "image_name")
 
 
 def test_a_caption_without_a_picture_is_refused(folder):
@@ -246,7 +289,7 @@ def test_an_annotation_of_coco_holds_no_more_than_its_caption(folder):
 
 @pytest.mark.parametrize("turn", [
     {"images": ["a.png"]}, {"image": "b.png"}, {"video": "x"}, {"what": "b.png"},
-    {"audio": {"path": "x"}}, {"file_name": "x"}], ids=str)
+    {"audio": {"path": "x"}}, {"image_name": "x"}], ids=str)
 def test_keys_of_a_turn(folder, turn):
     key, = turn
     for shape in ({"role": "user", "content": "u"}, {"from": "human", "value": "u"}):
@@ -266,25 +309,66 @@ def talk(*parts, **more):
 
 
 def test_parts_of_a_turn(folder):
-    for part, key in (({"type": "image", "image": "b.png"}, "image"),
-                      ({"type": "image", "url": "b.png"}, "url"),
-                      ({"type": "image", "path": "b.png"}, "path"),
-                      ({"type": "text", "text": "x", "video": "x.mp4"}, "video"),
-                      ({"type": "image", "image_url": {"url": "b.png"}}, "image_url")):
+    for part, key in (({"type": "text", "text": "x", "video": "x.mp4"}, "video"),
+                      ({"type": "image", "image": "a.png", "mask": "b.png"}, "mask")):
         for more in ({}, {"images": ["a.png"]}):
             assert f"{key!r} in a part of a turn" in refused(folder, talk(part, **more), key)
-    for part in ({"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "audio"},
-                 {"type": "video", "video": "x.mp4"}, {"type": "video", "text": "a clip"},
-                 {"type": "image_url", "text": "x"}, {"type": "input_image", "text": ""},
-                 {"type": "input_audio", "text": "x"}, {"type": "file", "text": "x"}):
+    for part in ({"type": "audio"}, {"type": "video", "video": "x.mp4"},
+                 {"type": "video", "text": "a clip"}, {"type": "input_audio", "text": "x"},
+                 {"type": "file", "text": "x"}, "a.png", {"type": "tool_use", "id": "x"}):
         file, _ = write(folder, talk(part))
         with pytest.raises(BadSample, match="data:2: a part of a turn is .*expected an image or a"):
             open_data(file)[1]
     both = [{"type": "image", "text": None, "index": 0, "image": None, "url": ""},
             {"type": "text", "text": "x", "index": None, "image_url": None}]
     assert len(read(folder, talk(*both, images=["a.png"])).images) == 1
-    assert len(read(folder, talk({"type": "image", "path": "x/a.png"}, images=["a.png"])).images)
     assert read(folder, talk({"text": "x"}, {"type": "input_text", "text": "y"})).images == ()
+
+
+NAMED = [{"type": "image", "image": "b.png"}, {"type": "image", "path": "b.png"},
+         {"type": "image", "url": "b.png"}, {"type": "image_url", "image_url": {"url": "b.png"}},
+         {"type": "image_url", "image_url": "b.png"}, {"image": "b.png"},
+         {"type": "input_image", "image_url": "b.png"},
+         {"type": "image", "image": {"bytes": None, "path": "b.png"}}]
+
+
+@pytest.mark.parametrize("part", NAMED, ids=str)
+def test_an_image_that_stands_in_its_part(folder, part):
+    b, text = folder / "b.png", {"type": "text", "text": "x"}
+    for record in (talk(part, text), {"prompt": talk(part, text)["messages"][:1],
+                                      "completion": talk()["messages"][1:]}):
+        sample = read(folder, record)
+        assert (sample.images, sample.messages[0].content) == ((b,), "<image>x")
+        row = {key: json.dumps(value) for key, value in record.items()}
+        if "messages" in row:  # minimind-v's column of JSON text
+            assert read(folder, row, "parquet").images == (b,)
+    # Beside the record's own images each stands where its part stands.
+    sample = read(folder, talk(text, part, {"type": "image"}, text, images=["a.png"]))
+    assert sample.images == (b, folder / "a.png")
+    assert sample.messages[0].content == "x<image><image>x"
+    data = read(folder, talk({"type": "image_url", "image_url": {
+        "url": f"data:image/png;base64,{BASE64}"}}))
+    assert data.images == (png(),)
+    for bad, reason in (({"type": "image", "image": "gone.png"}, "no image"),
+                        ({"type": "image", "image": "../a.png"}, "leads out of the image folder"),
+                        ({"type": "image", "url": "https://host/b.png"}, "network"),
+                        ({"type": "image", "image": 7}, "not an image")):
+        file, _ = write(folder, talk(part, bad))
+        with pytest.raises(BadSample, match=f"data:2: .*{reason}"):
+            open_data(file)[1]
+    file, _ = write(folder, {"messages": [{"role": "user", "content": "u"},
+                                          {"role": "assistant", "content": [part]}]})
+    with pytest.raises(BadSample, match="an answer holds an image"):
+        open_data(file)[1]
+
+
+def test_parts_with_images_in_parquet(folder):
+    """As the datasets library stores them: a part has every key, null where it has none."""
+    parts = [{"type": "image", "text": None, "image": {"bytes": png(), "path": None}},
+             {"type": "text", "text": "x", "image": None}]
+    turns = [{"role": "user", "content": parts},
+             {"role": "assistant", "content": [{"type": "text", "text": "a", "image": None}]}]
+    assert read(folder, {"messages": turns}, "parquet").images == (png(),)
 
 
 @pytest.mark.parametrize("text, beside_a_picture", [
@@ -375,8 +459,8 @@ def benchmark(folder, record, form="lines"):
     return found, opened.metric
 
 
-BLIND = [{"image_path": "a.png"}, {"imageId": "n1"}, {"image_id": 7}, {"image_1": "a.png"},
-         {"file_name": "a.png"}, {"what": "a.png"}, {"url": "https://host/1"},
+BLIND = [{"picture": "a.png"}, {"imageId": "n1"}, {"image_id": 7}, {"image_1": "a.png"},
+         {"photo": "a.png"}, {"what": "a.png"}, {"url": "https://host/1"},
          {"video": "x.mp4", "image": "a.png"}, {"image_2": "b.png", "image": "a.png"}]
 
 

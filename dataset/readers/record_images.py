@@ -49,7 +49,9 @@ def image_key(record: dict) -> str | None:
     for key in IMAGE_KEYS:
         value = record.get(key)
         first = value[0] if isinstance(value, list) and value else value
-        if is_nothing(value) or (key == "image_id" and "caption" not in record):
+        own = key in IMAGE_KEYS[:3]  # what is there must be an image
+        if value is None or (not own and is_nothing(value)) or (
+                key == "image_id" and "caption" not in record):
             continue
         if not key.startswith("file_") or (isinstance(first, str) and IMAGE_FILE.fullmatch(first)):
             return key

@@ -5,7 +5,8 @@
 A record may hold keys that its layout does not read. Most of them are harmless (ids, sources,
 licenses). Where one seems to hold an image, a video, a sound or the options of a question, the
 sample would be blind without it, learned or scored all the same, and no number would show it. So
-the record is refused, by the name of the key and by what the value looks like.
+the record is refused, by the name of the key and by what the value looks like. So is a system text
+or a weight under a key where none is read: it would change what is learned.
 """
 
 import re
@@ -28,6 +29,8 @@ UNREAD = {kind: re.compile(pattern) for kind, pattern in {
                r"(?:_?(?:list|text|dict)s?)*|(?:option|choice)_(?:list|text)s?|possible_answers"
                r"|(?:option|choice|distractor)s?_?(?:[a-j]|\d+)|op[a-j]",
     "id": r"(?:\w+_)?(?:u|uu|gu)?ids?",
+    "system": r"(?:system|sys)(?:_?(?:prompt|message|msg|text|instruction|content|role))?s?",
+    "weight": r"(?:(?:sample|loss|example|train|training|turn)_)?weights?",
     # Passed over whatever stands there; other names are, unless media stand there.
     "ignored": r"(?:\w+_)?(?:source|origin|dataset|license|model|split|category|score)s?"}.items()}
 _VIDEO = "mp4|m4v|avi|mov|mkv|webm|mpe?g|wmv|flv|wav|mp3|flac|ogg|opus|m4a|aac"
@@ -72,7 +75,7 @@ def refuse_unread(record: dict, read, where: str, images=(), text: str = "",
     letters = {key for key in record if re.fullmatch("[A-J]|[a-j]", key)
                and isinstance(record[key], str) and not is_nothing(record[key])}
     letters = letters if {"a", "b"} <= {key.lower() for key in letters} else ()
-    media, options = {}, {}
+    media, options, system, weights = {}, {}, {}, {}
     for key, value in record.items():
         if key in read or is_nothing(value):
             continue
@@ -83,6 +86,10 @@ def refuse_unread(record: dict, read, where: str, images=(), text: str = "",
         elif "video" in kinds:
             if not (images and "id" in kinds):
                 media[key] = value
+        elif "system" in kinds:
+            system[key] = value
+        elif "weight" in kinds:
+            weights |= {} if value == 1 else {key: value}
         elif kinds & {"ignored", "id"} and "image" not in kinds:
             continue
         # A file may be any; not where the record says that it has no image, see IMAGE_KEYS.
@@ -94,7 +101,11 @@ def refuse_unread(record: dict, read, where: str, images=(), text: str = "",
             (media, "an image, a video or a sound: images are read from one of the record's "
              "keys 'image', 'images', 'image_bytes'; rename it, or take it out if it means none"),
             (options, "options to choose from: write them into the question, or for scoring into "
-             "'choices' (a list) or 'A', 'B', ... beside 'question' and 'answer'")):
+             "'choices' (a list) or 'A', 'B', ... beside 'question' and 'answer'"),
+            (system, "a system text: it is read from 'system' beside the turns, or from a first "
+             "turn with that role"),
+            (weights, "a weight: every sample counts alike here; --data FILE:WEIGHT weighs a file, "
+             "and a turn may have the weight 0")):
         if found:
             first = shown(next(iter(found.values())))
             raise BadSample(where, f"{', '.join(map(repr, found))}{inside} ({first}) is not read, "

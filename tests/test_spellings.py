@@ -1,0 +1,138 @@
+"""Claims: what records say in other usual spellings is understood, and nothing of it is ignored:
+speakers, a system text beside the turns, answers that are not to be learned, languages, null."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dataset.chat import ChatTemplate
+from dataset.readers.captions import PROMPTS
+from dataset.readers.formats import BadSample, open_data
+from dataset.tokenizer import Tokenizer
+from training.data import matching
+
+
+def read(folder, record):
+    (folder / "data").write_text(json.dumps(record))
+    return open_data(folder / "data")[0]
+
+
+def turns(*pairs, **more):
+    return {"conversations": [{"from": role, "value": text} for role, text in pairs], **more}
+
+
+@pytest.mark.parametrize("user", ["human", "user", "User", "USER"])
+@pytest.mark.parametrize("assistant", ["gpt", "chatgpt", "bing", "bard", "model", "bot",
+                                       "Assistant", "GPT"])
+def test_speakers(tmp_path, user, assistant):
+    messages = read(tmp_path, turns(("developer", "s"), (user, "u"), (assistant, "a"))).messages
+    assert [(m.role, m.content) for m in messages] == [
+        ("system", "s"), ("user", "u"), ("assistant", "a")]
+
+
+@pytest.mark.parametrize("role", ["tool", "function", "ipython", "observation"])
+def test_other_speakers_are_refused_by_name(tmp_path, role):
+    with pytest.raises(BadSample, match=f"data:1: unknown role '{role}'"):
+        read(tmp_path, turns(("user", "u"), (role, "r"), ("assistant", "a")))
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt"])
+def test_a_system_text_beside_the_turns(tmp_path, key):
+    for record in (turns(("human", "u"), ("gpt", "a")), {"prompt": "u", "completion": "a"},
+                   {"texts": [{"user": "u", "assistant": "a"}]}):
+        messages = read(tmp_path, {**record, key: "Answer in French."}).messages
+        assert [(m.role, m.content) for m in messages] == [
+            ("system", "Answer in French."), ("user", "u"), ("assistant", "a")]
+        assert len(read(tmp_path, {**record, key: None}).messages) == 2
+    twice = turns(("system", "s"), ("human", "u"), ("gpt", "a"))
+    assert len(read(tmp_path, {**twice, key: "s"}).messages) == 3, "the same text once more"
+    with pytest.raises(BadSample, match="two system texts"):
+        read(tmp_path, {**twice, key: "t"})
+
+
+@pytest.mark.parametrize("key, value, hint", [
+    ("system_message", "Be brief.", "read from 'system'"), ("systemPrompt", "s", "read from 'syst"),
+    ("sys_prompt", "s", "read from 'system'"), ("weight", 0.5, "a turn may have the weight 0"),
+    ("loss_weight", 2, "FILE:WEIGHT"), ("sample_weight", 0, "FILE:WEIGHT")])
+def test_other_words_for_them_are_refused_by_name(tmp_path, key, value, hint):
+    record = turns(("human", "u"), ("gpt", "a"))
+    with pytest.raises(BadSample, match=f"data:1: '{key}' .*is not read.*{hint}"):
+        read(tmp_path, {**record, key: value})
+    record["conversations"][0][key] = value
+    if key != "weight":
+        with pytest.raises(BadSample, match=f"data:1: '{key}' in a turn .*is not read"):
+            read(tmp_path, record)
+    for nothing in (None, "", 1 if "weight" in key else " "):
+        assert read(tmp_path, {**turns(("human", "u"), ("gpt", "a")), key: nothing})
+
+
+@pytest.mark.parametrize("key", ["weight", "train"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_an_answer_that_is_not_to_be_learned(tiny_tokenizer_dir, tmp_path, key, family):
+    template = ChatTemplate(Tokenizer.from_directory(tiny_tokenizer_dir), 4, family=family)
+    record = {"messages": [{"role": "user", "content": "2+2?"},
+                           {"role": "assistant", "content": "5", key: 0},
+                           {"role": "user", "content": "Wrong."},
+                           {"role": "assistant", "content": "4", key: 1}]}
+    messages = read(tmp_path, record).messages
+    for prefix in template.training_prefixes(messages):
+        ids, mask = template.encode_conversation(prefix)
+        learned = template.tokenizer.decode([i for i, on in zip(ids, mask) if on])
+        assert learned == "4<|im_end|>" and "5" in template.tokenizer.decode(ids)
+    for record["messages"][1][key] in (False, 0.0):
+        assert not read(tmp_path, record).messages[1].supervised
+    record["messages"][1][key] = 0.5
+    with pytest.raises(BadSample, match="the weight of a turn is '0.5'; expected 1, or 0"):
+        read(tmp_path, record)
+
+
+def test_null_beside_a_value_is_not_there(tmp_path):
+    both = [{"role": None, "content": None, "from": "human", "value": "u"},
+            {"role": "assistant", "content": "a", "from": None, "value": None}]
+    pq.write_table(pa.table({"conversations": [both]}), tmp_path / "mixed")
+    for sample in (read(tmp_path, {"conversations": both}), open_data(tmp_path / "mixed")[0]):
+        assert [(m.role, m.content) for m in sample.messages] == [("user", "u"), ("assistant", "a")]
+
+
+@pytest.mark.parametrize("more", [
+    {"info": {"source": "mine"}}, {"categories": ["colour"]}, {"licenses": [1]}, {"images": []},
+    {"annotations": [{"bbox": [1, 2, 3, 4]}]}, {"info": 1, "categories": [], "annotations": []}],
+    ids=str)
+def test_json_lines_whose_first_keys_are_those_of_coco(tmp_path, more):
+    record = {**more, **turns(("human", "u"), ("gpt", "a"))}
+    (tmp_path / "data").write_text(f"{json.dumps(record)}\n" * 3)
+    assert len(open_data(tmp_path / "data")) == 3
+    (tmp_path / "data").write_text(json.dumps(record)[:-9] + f"\n{json.dumps(record)}\n" * 2)
+    data = open_data(tmp_path / "data")
+    assert len(data) == 3 and data[1].messages[1].content == "a"
+    with pytest.raises(BadSample, match="data:1: not JSON"):
+        data[0]
+
+
+@pytest.mark.parametrize("caption, language", [
+    ("赤い四角がある", "ja"), ("ネコ", "ja"), ("빨간 사각형", "ko"), ("红色的方块", "zh"),
+    ("A red square.", "en"), ("Un carré rouge.", "en")])
+def test_a_caption_is_asked_for_in_its_language(tmp_path, caption, language):
+    record = {"image_bytes": [], "caption": caption}
+    pq.write_table(pa.table({"image_bytes": [b"x"], "caption": [caption]}), tmp_path / "data")
+    assert record and open_data(tmp_path / "data")[0].messages[0].content.removeprefix(
+        "<image>\n") in PROMPTS[language]
+
+
+def test_each_caption_meets_each_prompt(tmp_path):
+    pq.write_table(pa.table({"image_bytes": [b"x"], "caption": [["a", "b", "c", "d"]]}),
+                   tmp_path / "data")
+    data = open_data(tmp_path / "data")
+    pairs = {tuple(m.content for m in data.sample(0, caption_index=n).messages) for n in range(16)}
+    assert len(pairs) == 16
+
+
+def test_a_file_that_is_there_is_no_pattern(tmp_path):
+    for name in ("set[1].jsonl", "set1.jsonl"):
+        (tmp_path / name).write_text("{}")
+    name = f"{tmp_path}/set[1].jsonl"
+    assert matching(name) == [name] and matching(name + ":2") == [name + ":2"]
+    (tmp_path / "set[1].jsonl").unlink()
+    assert matching(name) == [f"{tmp_path}/set1.jsonl"]
