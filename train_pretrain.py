@@ -26,7 +26,6 @@ from training.device import HAS_EXTRAS
 from training.distributed import Distributed, start_distributed
 from training.errors import check_skipped, check_weights, explain_errors, not_finite
 from training.hooks import make_hooks, report_at_end
-from training.index_cache import load_on_local_leader
 from training.log import Log
 from training.messages import introduction, way_out
 from training.optim import choose_trainable, make_optimizer, set_learning_rate
@@ -50,7 +49,7 @@ def main(arguments=None) -> None:
     settings, start = read_settings("pretrain", __doc__, arguments)
     with start_distributed(strategy(settings)) as distributed, explain_errors(settings):
         # 2. Data: a line on disk -> Sample. One process of each machine reads the index.
-        data = load_on_local_leader(partial(open_data, settings, "pretrain"), distributed)
+        data = open_data(settings, "pretrain", distributed)
         resolve_dtype(settings, distributed)
         with distributed.loading():
             # 3. Model: two public towers, a new projector between them.
@@ -124,7 +123,7 @@ def fit(bundle, data, settings, start, distributed) -> Log:
 
     # 6. Batches: Sample -> ids, labels (B,T), pixels (N,3,H,W). Held-out samples go the same way.
     make_batches = batch_maker(bundle, settings, distributed)
-    loader = make_batches(samples, bucket=state.bucket, shards=state.shards)
+    loader = make_batches(samples, bucket=state.bucket)
     steps = Steps(loader, settings, state, distributed)
     held_out = [held_out, ShuffledImages(held_out)] if held_out else []
     eval_loaders = [make_batches(data) for data in held_out]

@@ -11,13 +11,10 @@ metrics.jsonl to --out; eval.py chats with them.
 Only what differs from stage one is here; the loop is train_pretrain.train.
 """
 
-from functools import partial
-
 from train_pretrain import fit, load_or_build, place_model, strategy
 from training.data import open_data
 from training.distributed import start_distributed
 from training.errors import explain_errors
-from training.index_cache import load_on_local_leader
 from training.optim import choose_trainable
 from training.precision import resolve_dtype
 from training.resume import read_settings
@@ -29,7 +26,7 @@ def main(arguments=None) -> None:
     settings, start = read_settings("sft", __doc__, arguments, start_from=("out/pretrain",))
     with start_distributed(strategy(settings)) as distributed, explain_errors(settings):
         # 2. Data: conversations instead of captions.
-        data = load_on_local_leader(partial(open_data, settings, "sft"), distributed)
+        data = open_data(settings, "sft", distributed)
         resolve_dtype(settings, distributed)
         with distributed.loading():
             # 3. Model: stage one's, its trained projector included.

@@ -28,6 +28,7 @@ from PIL import Image
 
 import train_pretrain
 import train_sft
+from benchmarks.common import random_weights
 from dataset.chat import ChatTemplate
 from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
@@ -52,10 +53,8 @@ def random_parts(settings, checkpoint=None) -> ModelBundle:
     model = empty_model(settings)
     for tower in (model.language, model.vision):
         tower.bfloat16()  # as most are published; cast_weights starts from there
-    model.to_empty(device="cpu")
+    random_weights(model)
     model.config = replace(model.config, image_token_id=template.image_token_id)
-    for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, float("norm" in name and parameter.ndim == 1), 0.02)
     vision = facts(settings.vision_tower, VISION)
     side = vision.get("pixels", vision["image_size"])
     processor = ImageProcessor("SiglipImageProcessor", (side, side), None, 3, 1 / 255, (0.5,) * 3,

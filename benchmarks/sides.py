@@ -4,18 +4,15 @@
     Work -> batches, ids labels pixels             -> our Batch;        its dictionary of tensors
     Side(...) -> a process of its own, that makes a step when it is asked to
 
-Each side is written as its own documentation would have it. Ours is the training loop's: backward,
-clipping, AdamW from training/. Theirs is LlavaForConditionalGeneration with its default attention,
-labels given to the model, peft's adapters, and the same clipping and AdamW. Both begin at the same
-weights, so that their first losses must agree; who prints them prints a proof that the work is one.
+Each side is written as its own documentation would have it: ours as the training loop, theirs as
+LlavaForConditionalGeneration with its default attention, labels given to the model and peft's
+adapters. Both begin at the same weights, so their first losses must agree: the work is the same.
 """
 
 import argparse
 import ctypes
 import gc
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,11 +24,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from benchmarks.common import Process, peak_bytes, random_weights
 from dataset.batching import Batch
 from extras.export.transformers import llava
 from extras.fast import prepare_for_training
 from extras.fast.feature_cache import CachedBatch, FeatureCache, with_cached_features
-from extras.preset_list import LANGUAGE, ROOT, VISION
+from extras.preset_list import LANGUAGE, VISION
 from model.config import ProjectorConfig, VLMConfig
 from model.pretrained.meta_device import meta_device
 from model.pretrained.public_config import read_language_config, read_vision_config
@@ -81,11 +79,8 @@ def empty(work: Work) -> VLM:
 def write_weights(work: Work, directory: Path) -> None:
     """The same random numbers for both: once with our names, once as a LLaVA."""
     torch.manual_seed(0)
-    model = empty(work).to_empty(device="cpu")
-    for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, float("norm" in name and parameter.ndim == 1), 0.02)
-    save_file({name: p.detach() for name, p in model.named_parameters()},
-              directory / "ours.safetensors")
+    model = random_weights(empty(work))
+    save_file(dict(model.named_parameters()), directory / "ours.safetensors")
     side = work.vision["image_size"]
     config, tensors = llava(model, (side, side), work.placeholder)
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -105,13 +100,8 @@ def make_batch(work: Work, number: int) -> Batch:
         labels[b, first:length - 1] = ids[b, first + 1:length]  # shifted, as ours are
     side = work.vision["image_size"]
     pixels = torch.randn(len(lengths), 3, side, side, generator=random)
-    return Batch(ids, labels, pixels, ["random"] * len(lengths), list(lengths))
-
-
-def make_batches(work: Work) -> list[Batch]:
-    """As a loader's workers would have them ready."""
-    made = [make_batch(work, number) for number in range(len(work.batches))]
-    return [batch.pin_memory() for batch in made] if torch.cuda.is_available() else made
+    batch = Batch(ids, labels, pixels, ["random"] * len(lengths), list(lengths))
+    return batch.pin_memory() if torch.cuda.is_available() else batch  # as a loader's workers do
 
 
 # ---------------------------------------------------------------- the two sides
@@ -131,23 +121,17 @@ def ours(work: Work, directory: Path, numbers: str, device, cached: bool):
     cast_weights(model, numbers, set())
     prepare_for_training(model)
     model.to(device).train()
-    optimizer = make_optimizer(model, settings)
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
     ranks = argparse.Namespace(device=device)
     files = FeatureCache(directory / "features", numbers, 1e12) if cached else None
-    batches = make_batches(work)
+    batches = [make_batch(work, number) for number in range(len(work.batches))]
 
-    def step(number: int) -> float:
+    def loss_and_gradients(number: int):
         batch = batches[number]
         if cached:
             batch = with_cached_features(model, found(batch, files), files, numbers)
-        loss = backward(model, batch, batch.supervised, settings, ranks)
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss)
+        return backward(model, batch, batch.supervised, settings, ranks)
 
-    return step
+    return step_of(loss_and_gradients, make_optimizer(model, settings))
 
 
 def found(batch: Batch, files: FeatureCache) -> Batch:
@@ -170,20 +154,18 @@ def theirs(work: Work, directory: Path, numbers: str, device):
     if work.trained == "lora":
         import peft
 
-        names = "|".join(LORA["targets"])
+        targets = rf".*language_model.*\.({'|'.join(LORA['targets'])})"
         model = peft.inject_adapter_in_model(peft.LoraConfig(
-            r=LORA["rank"], lora_alpha=LORA["alpha"], lora_dropout=0.0,
-            target_modules=rf".*language_model.*\.({names})"), model)
+            r=LORA["rank"], lora_alpha=LORA["alpha"], target_modules=targets), model)
     for name, parameter in model.named_parameters():
         if "projector" in name or (work.trained == "all" and "vision" not in name):
             parameter.requires_grad_(True)
     model.to(device).train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0,
-                                  fused=True)
-    batches = make_batches(work)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4,
+                                  betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    batches = [make_batch(work, number) for number in range(len(work.batches))]
 
-    def step(number: int) -> float:
+    def loss_and_gradients(number: int):
         batch = batches[number]
         labels = torch.full_like(batch.labels, -100)
         labels[:, 1:] = batch.labels[:, :-1]  # transformers shifts them itself
@@ -192,28 +174,25 @@ def theirs(work: Work, directory: Path, numbers: str, device):
                     pixel_values=batch.pixels.to(device, NUMBERS[numbers]),
                     labels=labels.to(device), use_cache=False)
         out.loss.backward()
+        return out.loss.detach()
+
+    return step_of(loss_and_gradients, optimizer)
+
+
+def step_of(loss_and_gradients, optimizer):
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def step(number: int) -> float:
+        loss = loss_and_gradients(number)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return out.loss.item()
+        return float(loss)
 
     return step
 
 
 # ---------------------------------------------------------------- a process for each
-
-
-def peak_bytes(reset: bool = False) -> int:
-    """The most memory that this process held since the last reset."""
-    if torch.cuda.is_available():
-        most = torch.cuda.max_memory_allocated()
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return most
-    if reset:  # Linux: forget the peak of loading
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 
 def count_products() -> FlopCounterMode:
@@ -250,45 +229,29 @@ def serve(side: str, threads: int) -> None:
             gc.collect()
             with suppress(OSError, AttributeError):  # Linux's C library
                 ctypes.CDLL("libc.so.6").malloc_trim(0)
-            work, directory = Work(**message["work"]), Path(message["directory"])
             numbers = message["numbers"]
-            if side == "theirs":
-                step = theirs(work, directory, numbers, device)
-            else:
-                step = ours(work, directory, numbers, device, side == "cached")
+            given = Work(**message["work"]), Path(message["directory"]), numbers, device
+            step = theirs(*given) if side == "theirs" else ours(*given, side == "cached")
             peak_bytes(reset=True)
-            print(json.dumps(peak_bytes()), flush=True)
-            continue
-        counter = count_products() if message["count"] else nullcontext()
-        began, busy = time.perf_counter(), time.process_time()
-        with counter:
-            loss = step(message["step"])
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        answer = {"seconds": time.perf_counter() - began, "loss": loss,
-                  "busy": time.process_time() - busy, "peak": peak_bytes()}
-        if message["count"]:
-            answer |= {"flops": counter.get_total_flops(),
-                       "rate": product_rate(NUMBERS[numbers], device)}
+            answer = peak_bytes()
+        else:
+            counter = count_products() if message["count"] else nullcontext()
+            began, busy = time.perf_counter(), time.process_time()
+            with counter:
+                loss = step(message["step"])  # a number, so a GPU has done its work by then
+            answer = {"seconds": time.perf_counter() - began, "loss": loss,
+                      "busy": time.process_time() - busy, "peak": peak_bytes()}
+            if message["count"]:
+                answer |= {"flops": counter.get_total_flops(),
+                           "rate": product_rate(NUMBERS[numbers], device)}
         print(json.dumps(answer), flush=True)
 
 
-class Side:
+class Side(Process):
     """A side's process, as seen from outside."""
 
     def __init__(self, side: str, threads: int):
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.sides", side, str(threads)], cwd=ROOT, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"})
-
-    def ask(self, message):
-        self.process.stdin.write(json.dumps(message) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"a side ended with {self.process.wait()}; its reason stands above")
-        return json.loads(line)
+        super().__init__("-m", "benchmarks.sides", side, str(threads), OMP_NUM_THREADS=str(threads))
 
     def begin(self, work: Work, directory: str, numbers: str) -> int:
         """-> bytes that it holds before the first step."""
@@ -297,9 +260,8 @@ class Side:
     def step(self, number: int, count: bool = False) -> dict:
         return self.ask({"step": number, "count": count})
 
-    def end(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+    def round(self, work: Work, count: bool = False) -> list[dict]:
+        return [self.step(number, count) for number in range(len(work.batches))]
 
 
 def race(sides: list[tuple[str, Work]], numbers: str, rounds: int, threads: int) -> list[dict]:
@@ -312,26 +274,24 @@ def race(sides: list[tuple[str, Work]], numbers: str, rounds: int, threads: int)
     """
     with tempfile.TemporaryDirectory() as directory:
         write_weights(sides[0][1], Path(directory))
-        running = [(Side(side, threads), work) for side, work in sides]
-        results = [{"seconds": [], "busy": []} for _ in running]
-        for (side, _), (process, work), one in zip(sides, running, results):
+        running = [Side(side, threads) for side, _ in sides]
+        results = [{"seconds": [], "busy": []} for _ in sides]
+        for (side, work), process, one in zip(sides, running, results):
             process.begin(work, directory, numbers)
             if side == "cached":  # the first epoch: features are computed, and kept on disk
-                one["loss"] = process.step(0)["loss"]
-                for number in range(1, len(work.batches)):
-                    process.step(number)
+                one["loss"] = process.round(work)[0]["loss"]
         for turn in range(-1, rounds):
-            for (process, work), one in zip(running, results):
-                steps = [process.step(number, turn < 0) for number in range(len(work.batches))]
+            for (_, work), process, one in zip(sides, running, results):
+                steps = process.round(work, count=turn < 0)
                 one.setdefault("loss", steps[0]["loss"])
                 one["peak"] = steps[-1]["peak"]
                 if turn < 0:
                     one["flops"] = sum(step["flops"] for step in steps)
                     one["rate"] = max(step["rate"] for step in steps)
-                else:
-                    for name in ("seconds", "busy"):
-                        one[name].append(sum(step[name] for step in steps))
-        for process, _ in running:
+                    continue
+                for name in ("seconds", "busy"):
+                    one[name].append(sum(step[name] for step in steps))
+        for process in running:
             process.end()
     return results
 

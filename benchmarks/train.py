@@ -18,15 +18,14 @@ of the seconds that the step's matrix products would take if they ran as fast as
 """
 
 import argparse
-import platform
 from dataclasses import replace
 from statistics import median
 
 import torch
 
+from benchmarks.common import machine
 from benchmarks.sides import QWEN, SIGLIP, SMOLLM2, Work, race
 from training.precision import choose_dtype
-from training.run_metadata import processor_name
 
 ANSWER = 32
 WORKS = {
@@ -81,17 +80,6 @@ def measure(name: str, numbers: str, flags) -> list[str]:
     return rows_of(name, numbers, by_side, works)
 
 
-def about(flags) -> str:
-    import peft
-    import transformers
-
-    gpu = f"{torch.cuda.get_device_name()}; " if torch.cuda.is_available() else ""
-    return (f"{gpu}{processor_name()}, {flags.threads} threads, {platform.system()}; Python "
-            f"{platform.python_version()}, torch {torch.__version__} ("
-            f"{torch.backends.cpu.get_cpu_capability()}), transformers {transformers.__version__}, "
-            f"peft {peft.__version__}; {flags.clock} time")
-
-
 def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.train", description=__doc__.split("\n\n")[0])
@@ -107,7 +95,8 @@ def main(arguments=None) -> None:
         "process computed, for a machine that others use; with --threads 1 (default: seconds)")
     flags = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(about(flags), HEAD, sep="\n\n", flush=True)
+    print(f"{machine(flags.threads, 'transformers', 'peft')}; {flags.clock} time\n\n{HEAD}",
+          flush=True)
     for numbers in flags.numbers or [choose_dtype("auto", device)[0]]:
         for name in flags.works:
             print("\n".join(measure(name, numbers, flags)), flush=True)

@@ -5,27 +5,28 @@
 
 Rows of like length stand together, padded on the right (length-bucketed batching). A causal model
 never looks to the right, so padding changes nothing and training needs no attention mask. To find
-rows of like length without spoiling the shuffle, the shuffled epoch is cut into windows:
+rows of like length without spoiling the shuffle, the tokens of each row are counted once, and the
+shuffled epoch is cut into windows (readers/lengths.py, readers/sampler.py):
 
-    shuffle the epoch -> cut into windows -> in each: tokenize, sort by length,
-    cut into buckets, shuffle the buckets -> the positions 0, 1, 2, ... of the epoch
+    shuffle the epoch -> cut into windows -> in each: sort by length, cut into buckets,
+    shuffle the buckets -> the positions 0, 1, 2, ... of the epoch
 
 A bucket has as many positions as the run's first micro-batch had on all ranks together, also when
 the run is resumed with another: so seed and epoch fix the position of each sample. A micro-batch is
 the next batch_size * world_size positions; position p belongs to rank p % world_size. Another batch
 size or number of ranks cuts the same line of positions elsewhere: no sample comes twice or is left
-out. Which worker tokenizes which rows: readers/sampler.py.
+out. A worker reads and tokenizes the rows of its own batches and nothing else.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from dataset.readers.bad_sample import BadSample
-from dataset.readers.sampler import EpochLayout, WindowPlan
+from dataset.readers.lengths import RowLengths, count_tokens, name_of
+from dataset.readers.sampler import EpochLayout
 from dataset.readers.worker_state import WorkerState, prepare_ahead
 from dataset.sample import Sample
 
@@ -53,10 +54,6 @@ class Batch:
     @property
     def supervised(self) -> int:
         return int((self.labels != UNSUPERVISED).sum())
-
-    @property
-    def waste(self) -> int:  # positions of padding
-        return self.ids.numel() - sum(self.lengths)
 
     def each_tensor(self, change) -> "Batch":
         """The batch with change(tensor) instead of each of its tensors."""
@@ -111,57 +108,59 @@ class Batches:
     workers: int = 0
     window: int = 1024  # buckets sorted together, at most; padding falls as 1 / window
     bucket: int | None = None  # positions; of the run that is resumed, else a micro-batch
-    shards: int | None = None  # ranks that share the tokenizing; of the run that is resumed
+    lengths: RowLengths | None = None  # tokens of the rows of data; None: they are counted here
 
     def __post_init__(self):
         if len(self.data) == 0:
             raise ValueError("the data holds no samples; nothing can be learned from it")
         self.global_batch = self.batch_size * self.world_size
-        self.layout = EpochLayout(self.data, self.global_batch, self.world_size, self.window,
-                                  self.bucket, self.shards)
+        lengths = self.lengths or count_tokens(self.data, self.template, self.workers)
+        self.layout = EpochLayout(self.data, lengths, self.seed, self.global_batch, self.window,
+                                  self.bucket)
         self.batches_per_epoch = -(-self.layout.positions // self.global_batch)
         self.worker_state = WorkerState(self.workers)
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[Batch, list[BadSample]]]:
-        """One epoch from batch number `skip` on; the samples of the windows before are not read."""
+        """One epoch from batch number `skip` on; the samples before it are not read."""
         end, size = self.layout.positions, self.global_batch
         return self.load((epoch, start, min(start + size, end))
                          for start in range(skip * size, end, size))
 
     def load(self, micro_batches: Iterable[tuple]) -> Iterator[tuple[Batch, list[BadSample]]]:
         """micro_batches: (epoch, first position, position after the last), see layout.steps."""
-        return prepare_ahead(WindowPlan(self), micro_batches, self.workers)
+        return prepare_ahead(self, micro_batches, self.workers)
 
-    def tokenize(self, data, i: int, epoch: int) -> TokenizedSample:
-        """data: self.data, as it is in this epoch. Raises BadSample."""
-        sample = data[i]
+    def __getitem__(self, micro_batch: tuple[int, int, int]) -> tuple[Batch, list[BadSample]]:
+        epoch, start, end = micro_batch
+        mine = range(start + (self.rank - start) % self.world_size, end, self.world_size)
+        data, samples = self.layout.samples(epoch, mine)
+        rows, bad, images = [], [], {}
+        for i in samples:
+            try:
+                with self.worker_state.at(name_of(data, i)):
+                    sample = data[i]
+                with self.worker_state.at(sample.where):
+                    rows.append(self.prepare(sample, epoch + i, images))
+            except BadSample as error:
+                bad.append(error)
+        return self.collate(rows), bad
+
+    def prepare(self, sample: Sample, number: int, images: dict) -> TokenizedSample:
+        """number: how often the sample came up. images: those that the batch has read so far."""
         try:
             # Qwen3 learns one answer of a row: each epoch another one.
-            messages = self.template.training_prefix(sample.messages, epoch + i)
+            messages = self.template.training_prefix(sample.messages, number)
             ids, mask = self.template.encode_conversation(messages)
             ids, mask = self.template.truncate(ids, mask, self.max_length)
-        except ValueError as error:
+            shown = []
+            for image in sample.images[:sum(message.images for message in messages)]:
+                # One name for one file or the same bytes; an image that is drawn has none.
+                name = image if isinstance(image, (str, bytes, Path)) else object()
+                images[name] = images[name] if name in images else self.read_image(image)
+                shown.append(images[name])
+        except (OSError, ValueError, MemoryError) as error:
             raise BadSample(sample.where, str(error)) from error
-        images = sample.images[:sum(message.images for message in messages)]
-        # Arrays, a fifth of a list's size, and without the text: rows wait in memory.
-        return TokenizedSample(np.array(ids, np.int32), np.array(mask),
-                               replace(sample, messages=(), images=images))
-
-    def make_batch(self, rows: list[TokenizedSample], bad: list[BadSample]):
-        """Read the images, each once -> (Batch, bad and the samples whose images are broken)."""
-        complete, images = [], {}
-        for row in rows:
-            # One name for one file or the same bytes; an image that is drawn has none.
-            names = [image if isinstance(image, (str, bytes, Path)) else id(image)
-                     for image in row.sample.images]
-            with self.worker_state.at(row.sample.where):
-                try:
-                    for name, image in zip(names, row.sample.images):
-                        images[name] = images[name] if name in images else self.read_image(image)
-                    complete.append(replace(row, images=tuple(images[name] for name in names)))
-                except (OSError, ValueError, MemoryError) as error:
-                    bad.append(BadSample(row.sample.where, str(error)))
-        return self.collate(complete), bad
+        return TokenizedSample(ids, mask, sample, tuple(shown))
 
     def read_image(self, image) -> torch.Tensor:  # extras/fast/feature_cache.py has another one
         return self.image_processor.read(image)

@@ -102,14 +102,23 @@ class ChatTemplate:
         ids, _ = self._turns(messages, newest=len(messages))  # the answer that is to come
         return ids + self.headers["assistant"] + self.opening
 
-    def training_prefix(self, messages, number: int) -> list[Message]:
-        """The part of a conversation to train on when it comes up for the number-th time: all of
-        it, or where a row teaches one answer (Qwen3), all up to one of the answers in turn."""
+    def training_prefixes(self, messages) -> list[list[Message]]:
+        """The parts of a conversation to train on, one each time that it comes up, in turn: all of
+        it, or where a row teaches one answer (Qwen3), all up to each of the answers."""
         messages = list(messages)
         answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
         if self.opens_every_answer or not answers:
-            return messages
-        return messages[:answers[number % len(answers)] + 1]
+            return [messages]
+        return [messages[:answer + 1] for answer in answers]
+
+    def training_prefix(self, messages, number: int) -> list[Message]:
+        """The part to train on when a conversation comes up for the number-th time."""
+        prefixes = self.training_prefixes(messages)
+        return prefixes[number % len(prefixes)]
+
+    def fingerprint(self) -> str:
+        """Templates of one fingerprint give the same ids."""
+        return str([vars(self) | {"tokenizer": self.tokenizer.backend.to_str()}])
 
     def truncate(self, ids: list[int], mask: list[bool], max_length: int):
         """Cut a rendered conversation at max_length tokens, or raise ValueError with the reason.

@@ -5,8 +5,6 @@
 
 import torch
 
-from extras.fast.cuda_graph import CUDAGraphDecodeStep
-from extras.fast.inference import can_record
 from model.generate import KVCache, embed, language_model_of, room_left
 
 
@@ -76,7 +74,9 @@ def generate_batch(model, prompts: list[list[int]], pixels: list, max_new_tokens
         cache.store = cache.store[:, :, torch.tensor(owner, device=device)]
         pixels = []
     hidden = prefill(model, rests, pixels, positions, real, cache)  # (B,R,D)
-    step = (CUDAGraphDecodeStep if can_record(decoder) else BatchedDecodeStep)(decoder, cache, real)
+    # extras/fast may have put a decoder here that records its steps.
+    recorded = getattr(decoder, "recorded_step", lambda *_: None)(cache, real)
+    step = recorded or BatchedDecodeStep(decoder, cache, real)
     return decode_all(step, decoder.logits(hidden[:, -1]), max_new_tokens, stop_ids)
 
 
@@ -87,7 +87,11 @@ def decode_all(step, logits, max_new_tokens: int, stop_ids) -> list[list[int]]:
     going = list(range(len(logits)))  # the prompt that each row of the batch answers
     for left in reversed(range(max_new_tokens)):
         tokens = logits.argmax(-1)  # (rows,)
-        ended |= append_tokens(tokens.tolist(), going, answers, ended, stop_ids)
+        for prompt, token in zip(going, tokens.tolist()):
+            if token in stop_ids:
+                ended.add(prompt)
+            elif prompt not in ended:
+                answers[prompt].append(token)
         rows = [row for row, prompt in enumerate(going) if prompt not in ended]
         if not rows or not left:
             break
@@ -144,13 +148,3 @@ def prefill(model, ids, pixels: list, positions, real, cache: KVCache):
     given = [p for p in pixels if p is not None]
     embeds = embed(model, ids, torch.cat(given).to(ids.device) if given else None)  # (B,T,D)
     return language_model_of(model).decode(embeds, positions[:, past:end], mask, cache)
-
-
-def append_tokens(tokens: list[int], going: list[int], answers: list[list[int]], ended: set,
-                  stop_ids) -> set[int]:
-    """Append each row's token to its prompt's answer -> the prompts that end with it."""
-    stopped = {prompt for token, prompt in zip(tokens, going) if token in stop_ids}
-    for token, prompt in zip(tokens, going):
-        if prompt not in ended | stopped:
-            answers[prompt].append(token)
-    return stopped

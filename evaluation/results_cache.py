@@ -12,43 +12,29 @@ and each batch is written only below the first line that this run began with.
 
 import json
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 
 @contextmanager
 def locked(directory):
-    """For the time of the block no other process gets this lock. ValueError when another has it.
-
-    The operating system holds the lock for the open file DIRECTORY/lock: it ends with the process,
-    however that ends. The file stays, because a deleted one could be locked twice.
-    """
+    """For the time of the block no other process gets this lock, which ends with the process,
+    however that ends. ValueError when another has it."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / "lock", "ab") as file:
+    with ExitStack() as held:
         try:
-            lock(file)
-        except (BlockingIOError, PermissionError):  # what POSIX and Windows say when it is taken
+            held.enter_context(FileLock(directory / "lock", timeout=0))
+        except Timeout:
             raise ValueError(
                 f"{directory} is in use: another process is scoring there now. Wait until it has "
                 "ended, or give --report DIR, another directory for each of the two.") from None
-        except OSError as error:  # some network disks know no locks
+        except (OSError, NotImplementedError) as error:  # some network disks know no locks
             print(f"{directory} cannot be locked ({error}): see to it yourself that nobody else "
                   "scores there at the same time", file=sys.stderr)
         yield
-
-
-def lock(file) -> None:
-    """Lock an open file or raise OSError at once; closing it unlocks it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        file.seek(0)
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        return
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class ResultsCache:
@@ -61,42 +47,33 @@ class ResultsCache:
         self.file, self.answers, self.errors = Path(file), {}, {}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         key = json.loads(json.dumps(key))  # as it will be read: a tuple is a list
-        lines = self.file.read_bytes().split(b"\n") if self.file.is_file() else []
-        differences = []
-        if len(lines) > 1:
-            old_key = parse_object(lines[0]).get("key")
+        self.header = json.dumps({"key": key}, ensure_ascii=False).encode() + b"\n"
+        lines = self.file.read_bytes().splitlines(keepends=True) if self.file.is_file() else []
+        old_key = parse_object(lines[0]).get("key") if lines else key
+        if old_key != key:
             differences = (changes(old_key, key) if isinstance(old_key, dict)
                            else ["its first line cannot be read"])
-        if len(lines) < 2 or differences:
-            if differences:
-                old = self.file.with_name(self.file.name + ".old")
-                self.file.replace(old)
-                print(f"{self.file} holds answers to something else: {'; '.join(differences)}. It "
-                      f"is {old.name} now, and every question is asked anew.", file=sys.stderr)
-            lines = [json.dumps({"key": key}, ensure_ascii=False).encode(), b""]
-            self.file.write_bytes(b"\n".join(lines))
-        self.header = lines[0]
-        self._read(lines[1:])
+            old = self.file.with_name(self.file.name + ".old")
+            self.file.replace(old)
+            print(f"{self.file} holds answers to something else: {'; '.join(differences)}. It is "
+                  f"{old.name} now, and every question is asked anew.", file=sys.stderr)
+            lines = []
+        kept = [line for line in lines[1:] if self._read(line)]
+        broken = len(lines[1:]) - len(kept)
+        if broken:
+            print(f"{self.file}: {broken} broken lines; their questions are asked again",
+                  file=sys.stderr)
+        if lines != [self.header, *kept]:  # new, or with lines to leave out
+            self.file.write_bytes(self.header + b"".join(kept))
 
-    def _read(self, lines: list[bytes]) -> None:
-        """lines: all that ends with a line break, and what follows the last break."""
-        *whole, torn = lines
-        broken = 0
-        for line in map(parse_object, whole):
-            index, answer, error = (line.get(name) for name in ("index", "answer", "error"))
-            if isinstance(index, int) and isinstance(answer, str):
-                self.answers[index] = answer
-            elif isinstance(index, int) and isinstance(error, str):
-                self.errors[index] = error
-            else:
-                broken += 1
-        if torn:  # killed while it wrote: the next line must not join the half line
-            size = self.file.stat().st_size - len(torn)
-            with open(self.file, "r+b") as file:
-                file.truncate(size)
-        if broken or torn:
-            print(f"{self.file}: {broken + bool(torn)} broken lines; their questions are asked "
-                  "again", file=sys.stderr)
+    def _read(self, line: bytes) -> bool:
+        """Whether it is a whole line: the last one may be torn, killed while it was written."""
+        entry = parse_object(line) if line.endswith(b"\n") else {}
+        for name, known in (("answer", self.answers), ("error", self.errors)):
+            if isinstance(entry.get("index"), int) and isinstance(entry.get(name), str):
+                known[entry["index"]] = entry[name]
+                return True
+        return False
 
     def add(self, answers: dict[int, str], errors: dict[int, str]) -> None:
         """ValueError when the file is no longer the one that this run began or went on with."""
@@ -104,7 +81,7 @@ class ResultsCache:
         lines += [{"index": i, "error": reason} for i, reason in errors.items()]
         with open(self.file, "a+b") as file:  # one write, closed at once: a kill tears one line
             file.seek(0)
-            if file.readline() != self.header + b"\n":
+            if file.readline() != self.header:
                 raise ValueError(
                     f"{self.file} was replaced while this scoring ran: its first line no longer "
                     "says who is asked what here, so no answer was added. Give the same command "

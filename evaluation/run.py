@@ -12,6 +12,7 @@ for each model and data (result_name). Only one process at a time scores into on
 
 import hashlib
 import json
+import re
 import sys
 import time
 from dataclasses import replace
@@ -23,19 +24,20 @@ from dataset.readers.mixture import open_mixture, split_source
 from evaluation.benchmarks import open_benchmark
 from evaluation.eval_samples import read_questions
 from evaluation.metrics import METRICS, measure
-from evaluation.report import contact_sheet, loss_curve, write_scores
+from evaluation.report import contact_sheet, loss_curve
 from evaluation.results_cache import ResultsCache, changes, locked
 from evaluation.score import Predictor, with_shuffled_images, without_images
 from evaluation.summary import (
     CONDITIONS,
     accuracy,
+    by_tag,
     format_summary,
     summarize,
     table,
     write_predictions,
 )
 from model.pretrained.checkpoint import STEP, find_model, read_run
-from model.pretrained.files import file_hashes, sha256
+from model.pretrained.files import file_hashes, sha256, write_json
 from model.pretrained.hub import resolve
 from model.projector import Projector
 from training.data import data_hash, matching
@@ -104,20 +106,20 @@ def open_questions(flags) -> tuple[str, object]:
     """-> the metric, and what read_questions reads."""
     if flags.metric not in ("auto", *METRICS):
         raise ValueError(f"--metric {flags.metric}: expected auto, {', '.join(METRICS)}")
-    if flags.data == ["emoji"]:
+    files, benchmark = data_files(flags), None
+    if not files:
         from dataset.emoji.world import EmojiData  # here: other data has no use for it
 
-        metric, data = "exact", EmojiData("test")
+        data = EmojiData("test")
     else:
-        files = data_files(flags)
         for file in files:
             if split_source(file)[1] != 1:
                 raise ValueError(f"--data {file}: a weight says how often training sees a sample, "
                                  "and a score asks every question once. Leave the weight out.")
         benchmark = open_benchmark(files, flags.image_folder, flags.suffix)
-        metric = benchmark.metric if benchmark else "exact"
         data = benchmark.data if benchmark else open_mixture(files, flags.image_folder)
-    return metric if flags.metric == "auto" else flags.metric, data
+    own = benchmark.metric if benchmark else "exact"
+    return own if flags.metric == "auto" else flags.metric, data
 
 
 def conditions(flags, runs: list[Path], checkpoint, predictor: Predictor, questions: list):
@@ -143,20 +145,20 @@ def result_name(flags, checkpoint) -> str:
     """MODEL-DATA-HASH, a directory's name: the same for the same model and data, whatever the
     other settings. The hash is of where both lie, for there may be a second data.jsonl elsewhere.
     """
-    files = data_files(flags)
-    model = resolve(model_name(flags, checkpoint)) if checkpoint == "none" else Path(checkpoint)
-    emoji = flags.data == ["emoji"]
-    paths = [model.resolve(), *("emoji" if emoji else Path(file).resolve() for file in files)]
-    shown = "-".join(model.resolve().parts[-2:] if STEP.fullmatch(model.resolve().name)
-                     else [Path(model_name(flags, checkpoint)).resolve().name])
-    names = [shown, Path(files[0]).name + ("-and-more" if len(files) > 1 else "")]
-    names = ["".join(c if c.isalnum() or c in "-_." else "_" for c in name) for name in names]
-    names = [name.encode()[:NAME_BYTES].decode(errors="ignore") for name in names]
-    digest = hashlib.sha256(json.dumps(list(map(str, paths))).encode()).hexdigest()
+    model = Path(model_name(flags, checkpoint)).resolve()
+    files = [Path(file).resolve() for file in data_files(flags)]
+    names = ["-".join(model.parts[-2:]) if STEP.fullmatch(model.name) else model.name,
+             (files[0].name if files else "emoji") + ("-and-more" if len(files) > 1 else "")]
+    names = [re.sub(r"[^\w.-]", "_", name).encode()[:NAME_BYTES].decode(errors="ignore")
+             for name in names]
+    digest = hashlib.sha256(json.dumps(list(map(str, [model, *files]))).encode()).hexdigest()
     return "-".join([*names, digest[:8]])
 
 
 def data_files(flags) -> list[str]:
+    """None for the embedded world."""
+    if flags.data == ["emoji"]:
+        return []
     return [file for source in flags.data for file in matching(source)]
 
 
@@ -200,13 +202,12 @@ def answer_settings(flags, metric: str, questions: list, template, model) -> dic
     for q in questions:
         turns = [[m.role, m.content] for m in q.messages]
         digest.update(json.dumps([turns, q.truths, q.where, len(q.images)]).encode())
-    files = [] if flags.data == ["emoji"] else list(map(data_hash, data_files(flags)))
     weight = next(model.parameters())
-    return {"data": files, "questions": digest.hexdigest(), "images": flags.image_folder,
-            "system": template.default_system, "stop_after_truth": METRICS[metric].stop_after_truth,
+    return {"data": list(map(data_hash, data_files(flags))), "questions": digest.hexdigest(),
+            "images": flags.image_folder, "system": template.default_system,
+            "stop_after_truth": METRICS[metric].stop_after_truth, "quantize": flags.quantize,
             "batch_size": flags.batch_size, "max_new_tokens": flags.max_new_tokens,
-            "dtype": str(weight.dtype), "quantize": flags.quantize,
-            "device": weight.device.type}
+            "dtype": str(weight.dtype), "device": weight.device.type}
 
 
 def model_files(flags, checkpoint) -> dict:
@@ -250,12 +251,11 @@ def predict(title: str, predictor: Predictor, questions: list, cache: ResultsCac
     started = time.monotonic()
 
     def progress(done: int, total: int) -> None:
-        seconds = time.monotonic() - started
-        if done == total:
-            print(f"\r{title}: {done:,}/{total:,} in {seconds:.0f} s" + " " * 16, file=sys.stderr)
-        elif sys.stderr.isatty():
-            print(f"\r{title}: {done:,}/{total:,}, {seconds / done * (total - done):.0f} s left   ",
-                  end="", file=sys.stderr, flush=True)
+        if done == total or sys.stderr.isatty():
+            seconds = time.monotonic() - started
+            print(f"\r{title}: {done:,}/{total:,} in {seconds:.0f} s, "
+                  f"{seconds / done * (total - done):.0f} s left   ",
+                  end="\n" if done == total else "", file=sys.stderr, flush=True)
 
     predictions, bad = predictor.predict(questions, cache, progress)
     print_skipped(bad)
@@ -272,13 +272,14 @@ def print_skipped(bad: list) -> None:
 def write_results(flags, out: Path, predictions: dict, runs: list[Path], details: dict) -> None:
     """scores.json and answers.jsonl always; with --report the PNG files too."""
     write_predictions(predictions, out / "answers.jsonl")
-    scores = {name: accuracy(predictions[name]) for name in CONDITIONS if name in predictions}
-    write_scores(scores, predictions["sft"], out / "scores.json", details)
-    written = ["scores.json", "answers.jsonl"]
-    if flags.report and any(p.question.images for p in predictions["sft"]):
-        if not contact_sheet(predictions["sft"], out / "contact_sheet.png"):
-            print("no font here can write all the Chinese of these answers: their cards are not "
-                  "on the contact sheet (the package fonts-noto-cjk would help)")
+    ours, written = predictions["sft"], ["scores.json", "answers.jsonl"]
+    # All are 0 to 1, CIDEr 0 to 10. By kind and by language: of this model.
+    write_json(out / "scores.json", {
+        **{name: accuracy(predictions[name]) for name in CONDITIONS if name in predictions},
+        "by_kind": by_tag(ours, "kind"), "by_language": by_tag(ours, "language"),
+        "details": details})
+    if flags.report and any(p.question.images for p in ours):
+        contact_sheet(ours, out / "contact_sheet.png")
         written.append("contact_sheet.png")
     names = ["this model"] if len(runs) == 1 else ["stage one: projector", "stage two"]
     metrics = {name: run.parent / "metrics.jsonl" for name, run in zip(names, runs)}

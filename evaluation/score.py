@@ -6,22 +6,21 @@ The controls are the same questions without their image, and with the image of a
 """
 
 from collections import Counter
+from collections.abc import Hashable
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
-from dataset.chat import IMAGE, Message
-from dataset.images import load_image
+from dataset.chat import IMAGE
 from dataset.readers.bad_sample import BadSample
 from evaluation.batched_generation import generate_batch
 from evaluation.eval_samples import Question
 from evaluation.metrics import is_exact
-from model.generate import language_model_of
+from model.generate import language_model_of, room_left
 from training.validation import ShuffledImages
 
 WINDOW = 16  # batches whose questions are sorted by length together, for less padding
-UNREADABLE = (OSError, ValueError, BadSample)  # an image that is damaged, or too long and thin
 
 
 @dataclass(frozen=True)
@@ -41,18 +40,11 @@ class Prediction:
         return self.points >= 0.5
 
 
-# ---------------------------------------------------------------- control conditions
-
-
 def without_images(questions: list[Question]) -> list[Question]:
     """The same text, no image: what can be known from the question alone."""
-    def blind(message: Message) -> Message:
-        if not message.images:
-            return message
-        return Message(message.role, message.content.replace(IMAGE, "").strip("\n"))
-
-    return [replace(q, messages=tuple(map(blind, q.messages)), images=())
-            for q in questions if q.images]
+    return [replace(q, images=(), messages=tuple(
+        replace(m, content=m.content.replace(IMAGE, "").strip("\n")) if m.images else m
+        for m in q.messages)) for q in questions if q.images]
 
 
 def with_shuffled_images(questions: list[Question]) -> list[Question]:
@@ -66,25 +58,20 @@ def with_shuffled_images(questions: list[Question]) -> list[Question]:
             groups.setdefault((len(q.images), *sorted(q.tags.items())), []).append(i)
     shuffled = {}
     for members in groups.values():
-        totals, ranks, circle = Counter(questions[i].truth for i in members), Counter(), []
-        for i in members:
-            ranks[questions[i].truth] += 1
-            circle.append((ranks[questions[i].truth] / totals[questions[i].truth], i))
-        members = [i for _, i in sorted(circle)]
-        group = [questions[i] for i in members]
+        totals, ranks, place = Counter(questions[i].truth for i in members), Counter(), {}
         if len(totals) == 1:  # none can lend: do not compare each with all others
             continue
-        data = ShuffledImages(group, lambda q, other: q.truth != other.truth
-                              and q.where != other.where)
+        for i in members:
+            truth = questions[i].truth
+            ranks[truth] += 1
+            place[i] = ranks[truth] / totals[truth], i
+        members.sort(key=place.get)
+        data = ShuffledImages([questions[i] for i in members], lambda q, other:
+                              q.truth != other.truth and q.where != other.where)
         for n, i in enumerate(members):
-            try:
+            with suppress(BadSample):  # all others show the same image
                 shuffled[i] = data[n]
-            except BadSample:  # all others show the same image
-                pass
     return [shuffled[i] for i in sorted(shuffled)]
-
-
-# ---------------------------------------------------------------- answering
 
 
 @dataclass(frozen=True)
@@ -110,42 +97,37 @@ class Predictor:
         ResultsCache, whose questions are not asked again; the batches do not depend on it, so an
         answer is the same whenever it is asked for.
         """
-        prompts, bad = self.encode(questions)
-        answers, errors, done = {}, {}, 0
+        prompts, errors = self.encode(questions)
+        answers, done = {}, 0
         for window in chunks(list(prompts), WINDOW * self.batch_size):
-            images = None
             for batch in chunks(by_image(window, prompts, questions), self.batch_size):
                 if cache and all(map(cache.has, batch)):
-                    answers |= {i: cache.answers[i] for i in batch if i in cache.answers}
-                    errors |= {i: cache.errors[i] for i in batch if i in cache.errors}
+                    new = {i: cache.answers[i] for i in batch if i in cache.answers}
+                    faults = {i: cache.errors[i] for i in batch if i in cache.errors}
                 else:
-                    # In the order of the file, which may hold them: once, from front to back.
-                    images = images or fetch_all(questions[i].images for i in window)
                     new, faults = self.answer_batch(
-                        {i: prompts[i] for i in batch},
-                        {i: images[image_key(questions[i].images)] for i in batch},
+                        {i: prompts[i] for i in batch}, {i: questions[i].images for i in batch},
                         self.longest_answer([questions[i] for i in batch]))
                     if cache:
                         cache.add(new, faults)
-                    answers |= new
-                    errors |= faults
+                answers |= new
+                errors |= faults
                 done += len(batch)
                 progress(done, len(prompts))
-        bad += [BadSample(questions[i].where, errors[i]) for i in sorted(errors)]
-        return [Prediction(questions[i], answers[i]) for i in sorted(answers)], bad
+        return ([Prediction(questions[i], answers[i]) for i in sorted(answers)],
+                [BadSample(questions[i].where, errors[i]) for i in sorted(errors)])
 
-    def encode(self, questions: list[Question]) -> tuple[dict[int, list[int]], list[BadSample]]:
-        """-> {index: prompt ids}, and the questions that are too long for the model."""
-        limit = language_model_of(self.model).config.max_position_embeddings
-        prompts, bad = {}, []
+    def encode(self, questions: list[Question]) -> tuple[dict[int, list[int]], dict[int, str]]:
+        """-> {index: prompt ids}, and {index: why it is too long for the model}."""
+        prompts, errors = {}, {}
         for i, question in enumerate(questions):
             ids = self.template.encode_prompt(question.messages)
-            if len(ids) < limit:
+            try:
+                room_left(language_model_of(self.model), len(ids))
                 prompts[i] = ids
-            else:
-                bad.append(BadSample(question.where, f"the prompt has {len(ids)} tokens, the model "
-                                                     f"takes fewer than {limit}"))
-        return prompts, bad
+            except ValueError as error:
+                errors[i] = str(error)
+        return prompts, errors
 
     def longest_answer(self, questions: list[Question]) -> int:
         """Tokens: those of the longest truth, and a few more to show how an answer goes wrong."""
@@ -160,24 +142,26 @@ class Predictor:
         """-> {index: answer}, and {index: why it could not be asked}. Questions with the same
         images share one tensor of pixels: they are read once, and encoded once."""
         loaded, pixels, errors = {}, {}, {}
-        for i in prompts:
+        for i in sorted(prompts):  # in the order of the file, which may hold the images
             key = image_key(images[i])
             try:
                 if key not in loaded:
-                    loaded[key] = read_pixels(images[i], self.processor)
+                    read = [self.processor.read(image) for image in images[i]]
+                    loaded[key] = torch.stack(read) if read else None  # (N,3,H,W)
                 pixels[i] = loaded[key]
-            except UNREADABLE as error:
+            except (OSError, ValueError) as error:  # damaged, or too long and thin
                 errors[i] = str(error)
-        if not pixels:
+        asked = [i for i in prompts if i in pixels]
+        if not asked:
             return {}, errors
-        rows = generate_batch(self.model, [prompts[i] for i in pixels], list(pixels.values()),
+        rows = generate_batch(self.model, [prompts[i] for i in asked], [pixels[i] for i in asked],
                               max_new_tokens, self.template.stop_ids)
-        return {i: self.template.tokenizer.decode(ids) for i, ids in zip(pixels, rows)}, errors
+        return {i: self.template.tokenizer.decode(ids) for i, ids in zip(asked, rows)}, errors
 
 
 def image_key(images: tuple) -> tuple:
     """Equal for the same images: paths and bytes by what they are, others by identity."""
-    return tuple(each if isinstance(each, (str, Path, bytes)) else id(each) for each in images)
+    return tuple(each if isinstance(each, Hashable) else id(each) for each in images)
 
 
 def by_image(window: list[int], prompts: dict, questions: list[Question]) -> list[int]:
@@ -192,25 +176,3 @@ def by_image(window: list[int], prompts: dict, questions: list[Question]) -> lis
 
 def chunks(items: list, size: int) -> list[list]:
     return [items[start:start + size] for start in range(0, len(items), size)]
-
-
-def fetch_all(several) -> dict[tuple, tuple]:
-    """Tuples of images -> {image_key: the images}. Those that are read or drawn on demand are, each
-    once; an error is kept until its image is needed."""
-    def fetch(image):
-        try:
-            return image() if callable(image) else image
-        except UNREADABLE as error:
-            return error
-
-    distinct = {image_key(images): images for images in several}
-    return {key: tuple(map(fetch, images)) for key, images in distinct.items()}
-
-
-def read_pixels(images: tuple, processor):
-    """-> (N,3,H,W), or None when there are none. An error among them is raised."""
-    for image in images:
-        if isinstance(image, Exception):
-            raise image
-    return torch.stack([processor(load_image(image, processor.draft)) for image in images]
-                       ) if images else None

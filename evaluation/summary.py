@@ -31,31 +31,28 @@ def accuracy(predictions: list[Prediction]) -> float:
 
 def by_tag(predictions: list[Prediction], tag: str) -> dict[str, float]:
     """{value of the tag: accuracy}, in the order of first appearance."""
-    groups = {}
-    for p in predictions:
-        if tag in p.question.tags:
-            groups.setdefault(p.question.tags[tag], []).append(p)
-    return {value: accuracy(group) for value, group in groups.items()}
+    values = dict.fromkeys(p.question.tags[tag] for p in predictions if tag in p.question.tags)
+    return {value: accuracy(tagged(predictions, tag, value)) for value in values}
+
+
+def tagged(predictions: list[Prediction], tag: str, value: str) -> list[Prediction]:
+    return [p for p in predictions if p.question.tags.get(tag) == value]
 
 
 def table(predictions: list[Prediction], unit: str = "%") -> str:
     """Accuracy times 100 by kind of question (rows) and by language (columns); tags that no
     question has are left out, so without any tag it is one line."""
     languages, kinds = (list(by_tag(predictions, tag)) for tag in ("language", "kind"))
-
-    def cells(row: list[Prediction]) -> str:
-        columns = [[p for p in row if p.question.tags.get("language") == language]
-                   for language in languages]
-        values = [f"{100 * accuracy(c):.1f}{unit}" if c else "-" for c in [*columns, row]]
-        return "".join(f"{value:>9}" for value in values) + f"{len(row):11,}"
-
     width = max(map(len, [*kinds, "question"])) + 1
     lines = [f"{'question':{width}}" + "".join(f"{name:>9}" for name in [*languages, "all"])
              + f"{'questions':>11}"]
-    for kind in kinds:
-        row = [p for p in predictions if p.question.tags.get("kind") == kind]
-        lines.append(f"{kind:{width}}" + cells(row))
-    return "\n".join([*lines, f"{'all':{width}}" + cells(predictions)])
+    for name, row in [*((kind, tagged(predictions, "kind", kind)) for kind in kinds),
+                      ("all", predictions)]:
+        cells = [*(tagged(row, "language", language) for language in languages), row]
+        values = [f"{100 * accuracy(cell):.1f}{unit}" if cell else "-" for cell in cells]
+        lines.append(f"{name:{width}}" + "".join(f"{value:>9}" for value in values)
+                     + f"{len(row):11,}")
+    return "\n".join(lines)
 
 
 def summarize(metric: str, predictions: dict[str, list], rows: dict) -> dict:
@@ -65,18 +62,20 @@ def summarize(metric: str, predictions: dict[str, list], rows: dict) -> dict:
     summary, falls = {}, {}
     for condition, values in rows.items():
         between = intervals(metric, values)
-        summary[condition] = {
-            name: {"value": value, "low": between[name][0], "high": between[name][1]}
-            for name, value in figures(metric, values.mean(0)).items()}
+        summary[condition] = {name: with_bounds(value, *between[name])
+                              for name, value in figures(metric, values.mean(0)).items()}
     index = {question_key(p): i for i, p in enumerate(predictions["sft"])}
     for condition in [name for name in CONTROLS if name in rows]:
         pairs = [(index[question_key(p)], j) for j, p in enumerate(predictions[condition])
                  if question_key(p) in index]
         if pairs:
             ours, control = map(list, zip(*pairs))
-            value, low, high = fall(rows["sft"][ours], rows[condition][control])
-            falls[condition] = {"value": value, "low": low, "high": high}
+            falls[condition] = with_bounds(*fall(rows["sft"][ours], rows[condition][control]))
     return {"figures": summary, "falls": falls}
+
+
+def with_bounds(value: float, low: float, high: float) -> dict:
+    return {"value": value, "low": low, "high": high}
 
 
 def question_key(prediction: Prediction) -> tuple:
@@ -116,15 +115,13 @@ def write_predictions(predictions: dict[str, list], path: Path) -> None:
     with open(path, "w", encoding="utf-8") as file:
         for p in predictions["sft"]:
             q = p.question
-            line = {"where": q.where, **q.tags, "image": [image_name(q, i) for i in q.images],
+            # An image that is no file lies in a row of the data, or is drawn as that says.
+            line = {"where": q.where, **q.tags, "image": [
+                        str(i) if isinstance(i, (str, Path, StoredImage)) else q.where
+                        for i in q.images],
                     "question": q.messages[-1].content.replace(IMAGE, "").strip(),
                     "truth": list(q.truths) if len(q.truths) > 1 else q.truth,
                     "answer": p.answer, "score": p.points, "right": p.correct}
             line |= {condition: answers[question_key(p)] for condition, answers in controls.items()
                      if question_key(p) in answers}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def image_name(question, image) -> str:
-    """A file's name, or the row of the data that holds the image or says how it is drawn."""
-    return str(image) if isinstance(image, (str, Path, StoredImage)) else question.where

@@ -3,7 +3,7 @@
     python -m extras.check_data train.jsonl --image_folder photos --max_length 512
     python -m extras.check_data train.jsonl --image_folder photos --show 7
 
-    files -> data[i] -> load_image, ChatTemplate -> Finding -> Report -> the terminal
+    files -> data[i] -> load_image, ChatTemplate -> Report -> the terminal
 
 It reports rows that are broken, images that are missing or damaged, how long the conversations are
 in tokens, and what --max_length would cut or refuse. The exit code is 1 when more than 1 % of the
@@ -13,11 +13,11 @@ nothing from it. --show prints one sample as the model sees it, supervised text 
 """
 
 import argparse
-import json
 import sys
 import time
-from array import array
+from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -29,8 +29,10 @@ from dataset.families import DEFAULT_SYSTEM
 from dataset.images import load_image
 from dataset.readers.formats import BadSample, MissingImage, open_data
 from dataset.readers.mixture import split_source
-from dataset.readers.parquet import SLOW
+from dataset.readers.parquet import POOL
 from dataset.tokenizer import COMPANIONS, Tokenizer
+from model.pretrained.files import read_json
+from model.pretrained.hub import public
 
 ALLOWED = 0.01  # share of unusable samples; more, and the data should be repaired first
 LISTED = 12  # samples named for each kind of fault
@@ -42,130 +44,96 @@ FAULTS = {"broken": "rows that cannot be read", "missing": "images that are not 
 
 
 @dataclass
-class Finding:
-    """What opening one sample showed."""
-
-    fault: str | None = None  # a key of FAULTS
-    reason: str = ""  # with file:line
-    length: int | None = None  # tokens, before a cut; None: there is no readable conversation
-    supervised: int = 0  # of them
-    images: int = 0
-    cut: bool = False
-
-
-@dataclass
 class Report:
-    """The sums over all samples of a file."""
+    """Of all samples of a file."""
 
-    samples: int = 0
-    images: int = 0
-    supervised: int = 0
-    cut: int = 0
-    lengths: array = field(default_factory=lambda: array("l"))
-    counts: dict = field(default_factory=lambda: dict.fromkeys(FAULTS, 0))
-    reasons: dict = field(default_factory=lambda: {fault: [] for fault in FAULTS})
+    counts: Counter = field(default_factory=Counter)  # as examine gives them
+    lengths: list = field(default_factory=list)  # tokens of each readable conversation, before cuts
+    reasons: dict = field(default_factory=lambda: {fault: [] for fault in FAULTS})  # the first few
 
     @property
     def bad(self) -> int:
-        return sum(self.counts.values())
-
-    def add(self, finding: Finding) -> None:
-        self.samples += 1
-        self.images += finding.images
-        self.supervised += finding.supervised
-        self.cut += finding.cut
-        if finding.length is not None:
-            self.lengths.append(finding.length)
-        if finding.fault:
-            self.counts[finding.fault] += 1
-            if len(self.reasons[finding.fault]) < LISTED:
-                self.reasons[finding.fault].append(finding.reason)
+        return sum(self.counts[fault] for fault in FAULTS)
 
 
-class Chunks:
-    """[c] -> a Finding for each sample of chunk c; what a worker process holds."""
+def examine(data, template: ChatTemplate, max_length: int | None, i: int) -> tuple:
+    """Do with one sample what training will do with it -> counts, and the reason of its fault.
 
-    def __init__(self, data, template: ChatTemplate, max_length: int | None):
-        self.data, self.template, self.max_length = data, template, max_length
-
-    def __len__(self) -> int:
-        return -(-len(self.data) // CHUNK)
-
-    def __getitem__(self, c: int) -> list[Finding]:
-        return [examine(self.data, i, self.template, self.max_length)
-                for i in range(c * CHUNK, min((c + 1) * CHUNK, len(self.data)))]
-
-
-def examine(data, i: int, template: ChatTemplate, max_length: int | None) -> Finding:
-    """Do with one sample what training will do with it."""
+    counts: of the sample, its images, tokens and supervised tokens, whether it is cut, its fault.
+    """
     try:
         sample = data[i]
-    except MissingImage as bad:
-        return Finding("missing", str(bad))
     except BadSample as bad:
-        return Finding("broken", str(bad))
+        return {"missing" if isinstance(bad, MissingImage) else "broken": 1}, str(bad)
     # Where a row teaches one answer at a time, the last one makes the longest row.
     ids, mask = template.encode_conversation(template.training_prefix(sample.messages, -1))
-    finding = Finding(length=len(ids), supervised=sum(mask), images=len(sample.images))
+    counts = {"images": len(sample.images), "tokens": len(ids), "supervised": sum(mask)}
+    fault = "damaged"
     try:
         for image in sample.images:
             load_image(image)
-    except (OSError, ValueError, MemoryError) as error:
-        finding.fault, finding.reason = "damaged", str(BadSample(sample.where, str(error)))
-        return finding
-    try:
+        fault = "refused"
         kept, _ = template.truncate(ids, mask, max_length or len(ids))
-        finding.cut = len(kept) < len(ids)
-    except ValueError as error:
-        finding.fault, finding.reason = "refused", f"{sample.where}: {error}"
-    return finding
+    except (OSError, ValueError, MemoryError) as error:
+        return {**counts, fault: 1}, str(BadSample(sample.where, str(error)))
+    return {**counts, "cut": int(len(kept) < len(ids))}, None
+
+
+def examine_all(*rest) -> list[tuple]:
+    *arguments, indices = rest
+    return [examine(*arguments, i) for i in indices]
 
 
 def check(data, template: ChatTemplate, max_length: int | None, workers: int, name: str) -> Report:
     """Open every sample of a file, and say on stderr how far it is."""
-    report, said = Report(), time.monotonic()
-    for findings in DataLoader(Chunks(data, template, max_length), batch_size=None,
-                               num_workers=workers, collate_fn=list):
-        for finding in findings:
-            report.add(finding)
-        if time.monotonic() > said + 10 or report.samples == len(data):
+    report, done, said = Report(), 0, time.monotonic()
+    look = partial(examine_all, data, template, max_length)
+    for found in DataLoader(range(len(data)), CHUNK, num_workers=workers, collate_fn=look):
+        for counts, reason in found:
+            report.counts.update(counts)
+            report.lengths += [counts["tokens"]] if "tokens" in counts else []
+            for fault in FAULTS.keys() & counts.keys():
+                report.reasons[fault] = [*report.reasons[fault], reason][:LISTED]
+        done += len(found)
+        if time.monotonic() > said + 10 or done == len(data):
             said = time.monotonic()
-            print(f"{name}: {report.samples:,} of {len(data):,} samples, {report.bad:,} unusable",
+            print(f"{name}: {done:,} of {len(data):,} samples, {report.bad:,} unusable",
                   file=sys.stderr)
     return report
 
 
-def summary(report: Report, max_length: int | None) -> str:
+def summary(report: Report, samples: int, max_length: int | None) -> str:
     """A Report as lines for the terminal."""
-    lines = [f"  samples   {report.samples:,}, {report.bad:,} unusable",
-             f"  images    {report.images:,}"]
+    counts = report.counts
+    lines = [f"  samples   {samples:,}, {report.bad:,} unusable",
+             f"  images    {counts['images']:,}"]
     if report.lengths:
-        lengths = np.sort(np.array(report.lengths))
+        lengths = np.sort(report.lengths)
         median, high = (lengths[int(share * (len(lengths) - 1))] for share in (0.5, 0.95))
-        lines += [f"  tokens    {lengths.sum():,}, {report.supervised / lengths.sum():.0%} of them "
-                  "supervised",
+        lines += [f"  tokens    {lengths.sum():,}, {counts['supervised'] / lengths.sum():.0%} of "
+                  "them supervised",
                   f"  a sample  shortest {lengths[0]:,}, median {median:,}, 95 % up to {high:,}, "
                   f"longest {lengths[-1]:,} tokens"]
     if max_length:
-        lines.append(f"  cut       {report.cut:,} lose their end at --max_length {max_length}, "
-                     f"{report.counts['refused']:,} are refused")
-    for fault, count in report.counts.items():
-        if count:
-            lines += [f"  {count:,} {FAULTS[fault]}",
-                      *(f"    {reason}" for reason in report.reasons[fault])]
-            lines += [f"    ... and {count - LISTED:,} more"] if count > LISTED else []
+        lines.append(f"  cut       {counts['cut']:,} lose their end at --max_length {max_length}, "
+                     f"{counts['refused']:,} are refused")
+    for fault, reasons in report.reasons.items():
+        if reasons:
+            lines += [f"  {counts[fault]:,} {FAULTS[fault]}", *(f"    {each}" for each in reasons)]
+        if counts[fault] > LISTED:
+            lines.append(f"    ... and {counts[fault] - LISTED:,} more")
     return "\n".join(lines)
 
 
-def problem(report: Report, text_only: bool) -> str | None:
+def problem(report: Report, samples: int, text_only: bool) -> str | None:
     """Why the file is not ready; None: it is."""
-    if not report.samples:
+    if not samples:
         return "the file holds no samples"
-    if report.bad > ALLOWED * report.samples:
-        return (f"{report.bad / report.samples:.1%} unusable, more than {ALLOWED:.0%}"
+    if report.bad > ALLOWED * samples:
+        return (f"{report.bad / samples:.1%} unusable, more than {ALLOWED:.0%}"
                 + ("; most images are missing, is --image_folder right?"
-                   if report.counts["missing"] > report.samples / 2 else ""))
-    if not report.images and not text_only:
+                   if report.counts["missing"] > samples / 2 else ""))
+    if not report.counts["images"] and not text_only:
         return ("no sample shows an image, so the vision tower would learn nothing; they are read "
                 "from 'image', 'images' or 'image_bytes'. If it is meant to be text alone, say "
                 "--text_only")
@@ -173,12 +141,12 @@ def problem(report: Report, text_only: bool) -> str | None:
 
 
 def slowness(data) -> str:
-    """A warning for Parquet files whose rows cannot be read one by one in any order."""
-    if getattr(data, "largest_group", 0) <= SLOW:
+    """A warning for Parquet files whose rows cannot be shuffled as a whole."""
+    if getattr(data, "largest_group", 0) <= POOL:
         return ""
-    return (f"\n  slow: its rows come in groups of up to {data.largest_group >> 20:,} MB, and "
-            "shuffled training passes\n  through one again and again. Small groups: python -m "
-            f"dataset.readers.parquet {data.file} {data.file.with_suffix('.small.parquet')}")
+    return (f"\n  poorly shuffled: it has row groups of up to {data.largest_group >> 20:,} MB, "
+            "each read front to back.\n  Small groups: python -m dataset.readers.parquet "
+            f"{data.file} {data.file.with_suffix('.small.parquet')}")
 
 
 def show(data, number: int, template: ChatTemplate, max_length: int | None) -> str:
@@ -196,15 +164,15 @@ def show(data, number: int, template: ChatTemplate, max_length: int | None) -> s
             size = f"DAMAGED: {error}"
         lines.append(f"image {n}   {origin}   {size}")
     lines.append(f"{len(ids)} tokens, of them {sum(mask)} supervised, between ⟦ and ⟧")
-    kept = len(ids)
+    text = marked(template, ids, mask)
     try:
-        kept = len(template.truncate(ids, mask, max_length or kept)[0])
-        lines += [f"cut after token {kept}, at ✂"] if kept < len(ids) else []
+        kept = len(template.truncate(ids, mask, max_length or len(ids))[0])
+        if kept < len(ids):
+            lines.append(f"cut after token {kept}, at ✂")
+            cut = marked(template, ids[kept:], [False] * (len(ids) - kept))
+            text = f"{marked(template, ids[:kept], mask[:kept])}✂{cut}"
     except ValueError as error:
         lines.append(f"refused: {error}")
-    text = marked(template, ids[:kept], mask[:kept])
-    if kept < len(ids):
-        text += "✂" + marked(template, ids[kept:], [False] * (len(ids) - kept))
     return "\n".join([*lines, "", text.rstrip("\n"), ""])
 
 
@@ -233,12 +201,10 @@ def make_template(language: str, family: str | None, image_tokens: int) -> ChatT
                 f"--language_model {language} is no directory, and fetching it from the hub failed "
                 f"({str(error).splitlines()[0]}); give a directory with tokenizer.json"
             ) from error
-    config = directory / "config.json"
     if family is None:
-        family = "qwen2"
-        if config.is_file():
-            family = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    return ChatTemplate(Tokenizer.from_directory(directory), image_tokens,
+        config = directory / "config.json"
+        family = read_json(config).get("model_type") if config.is_file() else "qwen2"
+    return ChatTemplate(Tokenizer.from_directory(public(directory)), image_tokens,
                         DEFAULT_SYSTEM.get(family), family=family)
 
 
@@ -247,14 +213,12 @@ def main(arguments=None) -> int:
                                      description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="data files; a weight, FILE:2, is passed over")
-    add("--image_folder", metavar="DIR",
-        help="what image names start from (default: the file's own)")
+    add("--image_folder", help="what image names start from (default: the file's own)")
     add("--language_model", default=str(EMOJI), metavar="DIR_OR_NAME",
         help="whose tokenizer counts the tokens (default: the embedded one)")
     add("--template", metavar="FAMILY", help="chat template (default: the language model's own)")
-    add("--image_tokens", type=int, default=16, metavar="K",
-        help="tokens that an image takes: 16 emoji, 64 minimind-3v, 196 qwen2.5-siglip, 256 "
-        "qwen7b-clip (default: %(default)s)")
+    add("--image_tokens", type=int, default=16, metavar="K", help="tokens that an image takes: 16 "
+        "emoji, 64 minimind-3v, 196 qwen2.5-siglip, 256 qwen7b-clip (default: %(default)s)")
     add("--max_length", type=int, metavar="N", help="say what this limit would cut or refuse")
     add("--text_only", action="store_true", help="the files are meant to hold no image")
     add("--num_workers", type=int, default=0, help="processes that open samples")
@@ -269,8 +233,8 @@ def main(arguments=None) -> int:
                 print(show(data, flags.show, template, flags.max_length))
                 continue
             report = check(data, template, flags.max_length, flags.num_workers, Path(source).name)
-            reason = problem(report, flags.text_only)
-            print(f"{source}\n{summary(report, flags.max_length)}{slowness(data)}")
+            reason = problem(report, len(data), flags.text_only)
+            print(f"{source}\n{summary(report, len(data), flags.max_length)}{slowness(data)}")
             print(f"  NOT READY: {reason}\n" if reason else "  ready\n")
             good = good and reason is None
     except (OSError, ValueError, BadSample) as error:  # each says what is wrong and what to do

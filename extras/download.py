@@ -19,12 +19,11 @@ import huggingface_hub
 
 from extras.preset_list import download_size, format_bytes
 from model.pretrained.files import sha256
-from model.pretrained.hub import PICKLE_FILES, WANTED_FILES
-from training.preset_table import PRESETS, Preset
-from training.settings import TOWER_SETTINGS
+from model.pretrained.hub import PICKLE_FILES, TOWER_SETTINGS, WANTED_FILES
+from training.preset_table import PRESETS, Download, Preset
 from training.writable import check_directory
 
-PARTS = ("language", "vision", "data")
+PARTS = (*TOWER_SETTINGS, "data")
 
 
 def main(arguments=None) -> None:
@@ -33,12 +32,13 @@ def main(arguments=None) -> None:
     parser.add_argument("preset", choices=PRESETS, help="whose models and data")
     parser.add_argument("--part", choices=PARTS, help="only this (default: all three)")
     flags = parser.parse_args(arguments)
-    preset, parts = PRESETS[flags.preset], [flags.part] if flags.part else list(PARTS)
+    preset, parts = PRESETS[flags.preset], [flags.part] if flags.part else PARTS
+    sources, by_hand = sources_of(preset, parts)
     try:
-        sources = [(*source, list_files(*source)) for source in sources_of(preset, parts)]
-        for source in sources:  # all sizes before the first file
-            print_sizes(*source)
-        problems = [problem for source in sources for problem in fetch(*source)]
+        found = [(source, list_files(source)) for source in sources]
+        for source, files in found:  # all sizes before the first file
+            print_sizes(source, files)
+        problems = [problem for source, files in found for problem in fetch(source, files)]
     except KeyboardInterrupt:
         raise SystemExit("\nstopped: the same command goes on with what is not complete") from None
     except Exception as error:  # no network, no such name, refused, full disk: one way out
@@ -47,119 +47,114 @@ def main(arguments=None) -> None:
     if problems:
         raise SystemExit("damaged:\n  " + "\n  ".join(problems)
                          + "\nDelete what is named here and run the same command again.")
-    if sources:
-        print(f"{sum(len(files) for *_, files in sources)} files are complete, their sizes and "
+    if found:
+        print(f"{sum(len(files) for _, files in found)} files are complete, their sizes and "
               "sha256 are the hub's")
-    for line in left_to_do(preset, parts):
+    for line in by_hand:
         print(line)
+
+
+def sources_of(preset: Preset, parts) -> tuple[list[Download], list[str]]:
+    """-> what the hub has; what no program can fetch, and archives that are to be unpacked."""
+    names = [getattr(preset, TOWER_SETTINGS[part]) for part in parts if part in TOWER_SETTINGS]
+    sources = [Download(name, (*WANTED_FILES,), None, download_size(name) / 1e9)
+               for name in names if download_size(name)]  # 0: it is in this repository
+    by_hand = []
+    for data in preset.downloads if "data" in parts else ():
+        if data.source.startswith("http"):
+            by_hand.append(f"by hand: {data.source}{size(data)} -> {data.to}/: "
+                           + ", ".join(data.files))
+        else:
+            sources.append(data)
+        if data.unpack:
+            archive = next(name for name in data.files if name.endswith(".zip"))
+            by_hand.append(f"unpack:  python -m zipfile -e {data.to}/{archive} {data.unpack}")
+    return sources, by_hand
+
+
+def by_yourself(preset: Preset, parts) -> str:
+    """Without the hub: what to fetch elsewhere, how big it is, where to put it, which flag."""
+    sources, by_hand = sources_of(preset, parts)
+    lines = ["Set HF_ENDPOINT to a mirror (such as HF_ENDPOINT=https://hf-mirror.com) and run the "
+             "same command again,", "or fetch these on another machine:"]
+    for source in sources:
+        files, directory = ", ".join(source.files), source.to
+        flags = "--data FILE --image_folder DIR"
+        if kind_of(source) == "model":
+            files += " (or pytorch_model*.bin)"
+            directory = f"weights/{source.source.rsplit('/', 1)[-1]}"
+            flags = next(f"--{setting} {directory}" for setting in TOWER_SETTINGS.values()
+                         if getattr(preset, setting) == source.source)
+        lines += [f"  {page_of(source)}/tree/main{size(source)}: {files}",
+                  f"    -> {directory}/, or to any other directory; then add: {flags}"]
+    return "\n".join(lines + [f"  {line}" for line in by_hand])
 
 
 def endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
-def sources_of(preset: Preset, parts: list[str]) -> list[tuple]:
-    """[(repository, "model" or "dataset", patterns of files, directory or None: the cache)]"""
-    models = [getattr(preset, TOWER_SETTINGS[part]) for part in parts if part != "data"]
-    return [*((name, "model", WANTED_FILES, None) for name in models if download_size(name)),
-            *((part.source, "dataset", list(part.files), part.to) for part in data_of(preset, parts)
-              if not part.source.startswith("http"))]
+def kind_of(source: Download) -> str:
+    return "model" if source.to is None else "dataset"  # models go to the cache of the hub
 
 
-def data_of(preset: Preset, parts: list[str]) -> tuple:
-    return preset.downloads if "data" in parts else ()
+def page_of(source: Download) -> str:
+    return f"{endpoint()}/{'' if source.to is None else 'datasets/'}{source.source}"
 
 
-def list_files(repo: str, kind: str, patterns: list[str], to: str | None) -> list:
-    """The files of a repository that fit a pattern: RepoSibling(rfilename, size, lfs)."""
+def size(source: Download) -> str:
+    return f" ({format_bytes(1e9 * source.gigabytes)})" if source.gigabytes else ""
+
+
+def list_files(source: Download) -> list:
+    """The files of a repository that are wanted: RepoSibling(rfilename, size, lfs)."""
     held = huggingface_hub.HfApi(endpoint=endpoint()).repo_info(
-        repo, repo_type=kind, files_metadata=True).siblings
-    if kind == "model" and not any(fnmatch(f.rfilename, "model*.safetensors") for f in held):
-        patterns = patterns + PICKLE_FILES
-    missing = [pattern for pattern in patterns
-               if not any(fnmatch(file.rfilename, pattern) for file in held)]
-    if kind == "dataset" and missing:
-        raise FileNotFoundError(f"{repo} holds no {', '.join(missing)} any more, but "
-                                f"{', '.join(sorted(file.rfilename for file in held))}")
+        source.source, repo_type=kind_of(source), files_metadata=True).siblings
+    names, patterns = [file.rfilename for file in held], list(source.files)
+    if kind_of(source) == "model" and not any(fnmatch(n, "model*.safetensors") for n in names):
+        patterns += PICKLE_FILES
+    missing = [p for p in patterns if not any(fnmatch(name, p) for name in names)]
+    if kind_of(source) == "dataset" and missing:
+        raise FileNotFoundError(f"{source.source} holds no {', '.join(missing)} any more, but "
+                                f"{', '.join(sorted(names))}")
     return [file for file in held if any(fnmatch(file.rfilename, p) for p in patterns)]
 
 
-def path_of(repo: str, kind: str, to: str | None, name: str) -> Path | None:
-    """Where a file lies, or would lie; None: it is not in the cache."""
-    path = (Path(to) / name if to is not None
-            else huggingface_hub.try_to_load_from_cache(repo, name, repo_type=kind))
-    return Path(path).resolve() if isinstance(path, str | Path) else None  # the cache has links
-
-
-def print_sizes(repo: str, kind: str, patterns, to: str | None, files: list) -> None:
+def print_sizes(source: Download, files: list) -> None:
     """And stop where what is missing could not be kept."""
-    print(f"{endpoint()}/{'datasets/' if kind == 'dataset' else ''}{repo}"
-          f" -> {to or 'the cache of the hub'}")
-    missing, whole = [], format_bytes(sum(file.size or 0 for file in files))
+    place = ("the data's directory", source.to)
+    if source.to is None:
+        place = ("the cache of the hub (HF_HOME)", huggingface_hub.constants.HF_HUB_CACHE)
+    print(f"{page_of(source)} -> {source.to or place[0]}")
+    missing = 0
     for file in files:
-        path = path_of(repo, kind, to, file.rfilename)
-        there = path is not None and path.is_file() and path.stat().st_size == file.size
-        missing += [] if there else [file.size or 0]
-        size = "?" if file.size is None else format_bytes(file.size)
-        print(f"  {size:>10}  {file.rfilename}{'  (there)' if there else ''}")
-    print(f"  to fetch: {format_bytes(sum(missing))} of {whole}")
+        path = (huggingface_hub.try_to_load_from_cache(source.source, file.rfilename)
+                if source.to is None else f"{source.to}/{file.rfilename}")
+        there = (isinstance(path, str) and os.path.isfile(path)
+                 and os.path.getsize(path) == file.size)
+        missing += 0 if there else file.size
+        print(f"  {format_bytes(file.size):>10}  {file.rfilename}{'  (there)' if there else ''}")
+    print(f"  to fetch: {format_bytes(missing)} of {format_bytes(sum(f.size for f in files))}")
     try:
         if missing:
-            check_directory(*(("the data's directory", to) if to is not None else
-                              ("the cache of the hub (HF_HOME)",
-                               huggingface_hub.constants.HF_HUB_CACHE)))
+            check_directory(*place)
     except ValueError as error:
         raise SystemExit(str(error)) from error
 
 
-def fetch(repo: str, kind: str, patterns, to: str | None, files: list) -> list[str]:
+def fetch(source: Download, files: list) -> list[str]:
     """Fetch what is not there; check all of it. Returns what is wrong, a line for each file."""
-    huggingface_hub.snapshot_download(repo, repo_type=kind, local_dir=to, endpoint=endpoint(),
-                                      allow_patterns=[file.rfilename for file in files])
+    directory = Path(huggingface_hub.snapshot_download(
+        source.source, repo_type=kind_of(source), local_dir=source.to, endpoint=endpoint(),
+        allow_patterns=[file.rfilename for file in files]))
     problems = []
     for file in files:
-        path = path_of(repo, kind, to, file.rfilename)
-        if file.size not in (None, path.stat().st_size):
+        path = (directory / file.rfilename).resolve()  # the cache has links
+        if path.stat().st_size != file.size:
             problems.append(f"{path}: {path.stat().st_size:,} bytes, the hub says {file.size:,}")
         elif file.lfs and sha256(path) != file.lfs.sha256:
             problems.append(f"{path}: sha256 {sha256(path)}, the hub says {file.lfs.sha256}")
     return problems
-
-
-def gigabytes(part) -> str:
-    return f" ({part.gigabytes:g} GB)" if part.gigabytes else ""
-
-
-def left_to_do(preset: Preset, parts: list[str]) -> list[str]:
-    """What no program can fetch, and archives that are to be unpacked."""
-    lines = []
-    for part in data_of(preset, parts):
-        if part.source.startswith("http"):
-            lines.append(f"by hand: {part.source}{gigabytes(part)} -> {part.to}/: "
-                         + ", ".join(part.files))
-        if part.unpack:
-            archive = next(name for name in part.files if name.endswith(".zip"))
-            lines.append(f"unpack:  python -m zipfile -e {part.to}/{archive} {part.unpack}")
-    return lines
-
-
-def by_yourself(preset: Preset, parts: list[str]) -> str:
-    """Without the hub: what to fetch elsewhere, how big it is, where to put it, which flag."""
-    lines = ["Set HF_ENDPOINT to a mirror (such as HF_ENDPOINT=https://hf-mirror.com) and run the "
-             "same command again,", "or fetch these on another machine:"]
-    for part in parts:
-        name = getattr(preset, TOWER_SETTINGS.get(part, ""), None)
-        if part != "data" and download_size(name):
-            directory = f"weights/{name.rsplit('/', 1)[-1]}"
-            lines += [f"  {endpoint()}/{name}/tree/main ({format_bytes(download_size(name))}): "
-                      + ", ".join(WANTED_FILES), f"    (or pytorch_model*.bin) -> {directory}/",
-                      f"    then add: --{TOWER_SETTINGS[part]} {directory}"]
-    for part in data_of(preset, parts):
-        if not part.source.startswith("http"):
-            lines += [f"  {endpoint()}/datasets/{part.source}/tree/main{gigabytes(part)}: "
-                      + ", ".join(part.files), f"    -> {part.to}/, or to any other directory: "
-                      "then add --data FILE --image_folder DIR"]
-    return "\n".join(lines + [f"  {line}" for line in left_to_do(preset, parts)])
 
 
 if __name__ == "__main__":

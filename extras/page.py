@@ -9,59 +9,52 @@ browser sends text and images, and no history that it could make up.
 """
 
 import html
-import threading
 import time
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import gradio as gr
 
+from dataset.emoji.world import TEST_START, picture, scene
 from extras.attention import draw_attention
-from extras.upload_guard import OWN, new_file
+from extras.upload_guard import MAX_IMAGES
 from model.pretrained.checkpoint import checkpoints, newest_checkpoint
 from training.inference import Conversation, load_model
 
 MAX_LOADED = 2  # models; sessions that pick others in turn would load them again and again
 PAUSE = 0.1  # seconds between two updates of a growing answer: for each, gradio reads all images
-MAX_IMAGES, MAX_CHARACTERS = 8, 4000  # of one message
+MAX_CHARACTERS = 4000  # of one message
 EXAMPLES = ((1003, "What do you see?"), (1003, "右下角是什么？"), (8, "How many things are there?"))
 # Gradio's own buttons below what a person said: one of them shares it on the internet.
 CSS = ".message-buttons-right { display: none !important; }"
 FONTS = ["system-ui", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "sans-serif"]
-# {component: {property: text}}, and the texts that stand by themselves
-TEXTS = {
-    "English": {
-        "title": {"value": "## Show it an image and talk about it"},
-        "chat": {"label": "Conversation", "placeholder": "Nothing was said yet."},
-        "box": {"placeholder": "Drop images here, then ask"},
-        "stop": {"value": "Stop"}, "reset": {"value": "New conversation"},
-        "look": {"value": "Where did it look?"}, "examples": {"label": "Examples"},
-        "model": {"label": "Model"}, "refresh": {"value": "Look for new models"},
-        "temperature": {"label": "Temperature (0: always the likeliest token)"},
-        "top_p": {"label": "Top p (draw from the likeliest tokens that reach this share)"},
-        "longest": {"label": "Longest answer, in tokens"},
-        "caption": {"value": "### Where it looked for each word, and what each image token stands "
-                             "for"},
-        "question": "What do you see?", "no_answer": "There is no answer yet to look at."},
-    "中文": {
-        "title": {"value": "## 给它看图，和它对话"},
-        "chat": {"label": "对话", "placeholder": "还没有对话。"},
-        "box": {"placeholder": "把图片拖到这里，然后提问"},
-        "stop": {"value": "停止"}, "reset": {"value": "新对话"},
-        "look": {"value": "它在看哪里？"}, "examples": {"label": "示例"},
-        "model": {"label": "模型"}, "refresh": {"value": "查找新模型"},
-        "temperature": {"label": "温度（0：总是取最可能的词元）"},
-        "top_p": {"label": "Top p（从累计达到此概率的最可能的词元中抽取）"},
-        "longest": {"label": "回答的最大长度（词元数）"},
-        "caption": {"value": "### 每个词看的是图中何处，以及每个图像词元最接近的词"},
-        "question": "你看到了什么？", "no_answer": "还没有回答可以查看。"}}
-ENGLISH, CHINESE = TEXTS
-LABELLED = [name for name, text in TEXTS[ENGLISH].items() if isinstance(text, dict)]
+TEXTS = {  # gradio shows them in the language of the browser, or the one picked in its settings
+    "title": ("## Show it an image and talk about it", "## 给它看图，和它对话"),
+    "chat": ("Conversation", "对话"),
+    "nothing": ("Nothing was said yet.", "还没有对话。"),
+    "box": ("Drop images here, then ask", "把图片拖到这里，然后提问"),
+    "stop": ("Stop", "停止"),
+    "reset": ("New conversation", "新对话"),
+    "look": ("Where did it look?", "它在看哪里？"),
+    "examples": ("Examples", "示例"),
+    "model": ("Model", "模型"),
+    "temperature": ("Temperature (0: always the likeliest token)", "温度（0：总是取最可能的词元）"),
+    "top_p": ("Top p (draw from the likeliest tokens that reach this share)",
+              "Top p（从累计达到此概率的最可能的词元中抽取）"),
+    "longest": ("Longest answer, in tokens", "回答的最大长度（词元数）"),
+    "looks": ("Where it looked for each word, and what each image token stands for",
+              "每个词看的是图中何处，以及每个图像词元最接近的词"),
+    "question": ("What do you see?", "你看到了什么？"),
+    "no_answer": ("There is no answer yet to look at.", "还没有回答可以查看。")}
+I18N = gr.I18n(en={name: english for name, (english, _) in TEXTS.items()},
+               zh={name: chinese for name, (_, chinese) in TEXTS.items()})
 
 
-def preferred(header: str | None) -> str:
-    """A browser's Accept-Language -> the page's language."""
-    return CHINESE if (header or "").strip().lower().startswith("zh") else ENGLISH
+def text_for(request: gr.Request, name: str) -> str:
+    """A text that the server shows, in the language that the browser asks for."""
+    chinese = request.headers.get("accept-language", "").strip().lower().startswith("zh")
+    return TEXTS[name][chinese]
 
 
 @dataclass
@@ -78,7 +71,8 @@ class Models:
 
     def __init__(self, flags):
         """flags: model, out, and what load_model reads."""
-        self.flags, self.loaded, self.lock = flags, {}, threading.Lock()
+        self.flags = flags
+        self.load = lru_cache(MAX_LOADED)(lambda name: load_model(flags, name))
 
     def names(self) -> list[str]:
         root = Path(self.flags.out)
@@ -92,23 +86,18 @@ class Models:
         reaches the page can have any directory opened."""
         if name not in self.names():
             raise ValueError(f"there is no model {name} (any more): pick one of the list")
-        with self.lock:
-            if name not in self.loaded:
-                while len(self.loaded) >= MAX_LOADED:
-                    del self.loaded[next(iter(self.loaded))]
-                self.loaded[name] = load_model(self.flags, name)
-            return self.loaded[name]
+        return self.load(name)
 
 
 def respond(models: Models, said: dict, session: Session | None, name: str, sampling: dict,
-            locale: str):
+            question: str):
     """Yield (what the chat shows, what stands in the box, session), again and again as text comes.
 
     said: {"text", "files"} of the box; it stays there, and a warning is shown, when it cannot be
-    answered. sampling: temperature, top_p and max_new_tokens.
+    answered. sampling: temperature, top_p and max_new_tokens. question: about images alone.
     """
-    files = said.get("files") or []
-    text = (said.get("text") or "").strip() or (TEXTS[locale]["question"] if files else "")
+    files = said["files"]
+    text = said["text"].strip() or (question if files else "")
     if not text:
         yield session.turns if session else [], None, session
         return
@@ -126,11 +115,11 @@ def respond(models: Models, said: dict, session: Session | None, name: str, samp
         # The text stays in the box until the answer begins: only then is nothing wrong with it.
         for piece in session.conversation.reply(text):
             answer += piece
+            turns = [*before, {"role": "assistant", "content": answer}]
             if time.monotonic() - updated > PAUSE:
-                turns = [*before, {"role": "assistant", "content": answer}]
                 yield turns, None, session
                 updated = time.monotonic()
-        session.turns = turns = [*before, {"role": "assistant", "content": answer}]
+        session.turns = turns
         yield turns, None, session
     except GeneratorExit:  # stopped: the answer so far is remembered, so it stays shown
         session.turns = turns
@@ -156,111 +145,80 @@ def show(conversation: Conversation, files: list) -> None:
             raise ValueError(str(error).replace(str(file), Path(file).name)) from error
 
 
-def attention_image(session: Session | None, locale: str):
+def attention_image(session: Session | None, no_answer: str):
     """Where the model looked for the last answer -> a figure; None, and a warning says why."""
-    if session is None or not session.conversation.answer_ids:
-        warn(TEXTS[locale]["no_answer"])
-        return None
     try:
+        if session is None or not session.conversation.answer_ids:
+            raise ValueError(no_answer)
         return draw_attention(session.conversation)
     except ValueError as error:
         warn(str(error).removeprefix("--attention: "))
         return None
 
 
-def scenes(directory: Path) -> list[dict]:
-    """Example questions about unseen scenes of the emoji world, written to the directory."""
-    from dataset.emoji.world import TEST_START, picture, scene
-
-    directory.mkdir(exist_ok=True)
+def write_examples(directory: Path) -> list[tuple[str, str]]:
+    """Unseen scenes of the emoji world, written to the directory -> (question, path) of each."""
     examples = []
     for number, question in EXAMPLES:
         file = directory / f"scene_{number}.png"
         picture(scene(TEST_START + number)).save(file)
-        examples.append({"text": question, "files": [str(file)]})
+        examples.append((question, str(file)))
     return examples
 
 
-def components(models: Models, directory: Path) -> dict:
-    """{name: component}, laid out on the page. directory: where the example images may lie."""
-    c, names = {"session": gr.State(None)}, models.names()
-
-    def text(name: str) -> dict:
-        return {"elem_id": name, **TEXTS[ENGLISH][name]}
-
-    with gr.Row():
-        c["title"] = gr.Markdown(**text("title"))
-        c["language"] = gr.Radio([ENGLISH, CHINESE], value=ENGLISH, show_label=False, scale=0,
-                                 container=False, elem_id="language", min_width=250)
-    with gr.Row():
-        with gr.Column(scale=3):
-            c["chat"] = gr.Chatbot(**text("chat"), height=460, allow_tags=False, buttons=["copy"],
-                                   feedback_options=None, layout="bubble")
-            c["box"] = gr.MultimodalTextbox(**text("box"), show_label=False, file_types=["image"],
-                                            file_count="multiple", sources=["upload"],
-                                            autofocus=True)
-            with gr.Row():
-                for name in ("stop", "reset", "look"):
-                    c[name] = gr.Button(**text(name))
-            c["examples"] = gr.Examples(scenes(directory), c["box"], **text("examples"),
-                                        api_visibility="private").dataset
-        with gr.Column(scale=1, min_width=260):
-            c["model"] = gr.Dropdown(names, value=names[0] if names else None, **text("model"))
-            c["refresh"] = gr.Button(**text("refresh"), size="sm")
-            c["temperature"] = gr.Slider(0, 2, 0, step=0.05, **text("temperature"))
-            c["top_p"] = gr.Slider(0.05, 1, 1, step=0.05, **text("top_p"))
-            c["longest"] = gr.Slider(1, 1024, 256, step=1, **text("longest"))
-    with gr.Column(visible=False) as c["below"]:
-        c["caption"] = gr.Markdown(**text("caption"))
-        c["looks"] = gr.Image(show_label=False, format="png", elem_id="looks", interactive=False,
-                              buttons=["download", "fullscreen"])
-    return c
-
-
-def build(models: Models, directory: Path) -> gr.Blocks:
-    """directory: where the example images may lie."""
-    def answer(said, session, name, temperature, top_p, longest, language):
+def build(models: Models, examples: list[tuple[str, str]]) -> gr.Blocks:
+    def answer(said, session, name, temperature, top_p, longest, request: gr.Request):
         sampling = {"temperature": float(temperature), "top_p": float(top_p),
                     "max_new_tokens": int(longest)}
-        yield from respond(models, said, session, name, sampling, language)
+        yield from respond(models, said, session, name, sampling, text_for(request, "question"))
 
-    def look(session, locale, request: gr.Request):
-        image = attention_image(session, locale)
+    def look(session, request: gr.Request):
+        image = attention_image(session, text_for(request, "no_answer"))
         if image is None:
-            return None, gr.update(visible=False)
+            return nothing_seen
         # By default it would lie where everyone's does; it shows what one session uploaded.
-        file = new_file(request.request.scope[OWN], "looks.png")
+        file = request.request.scope["new_file"]("looks.png")
         image.savefig(file, dpi=100)
-        return str(file), gr.update(visible=True)
+        return gr.update(value=file, visible=True)
 
-    def labels(locale):
-        return [gr.update(**TEXTS[locale][name]) for name in LABELLED]
+    def pick():
+        """The models that are there when the page is opened."""
+        names = models.names()
+        return gr.update(choices=names, value=next(iter(names), None))
 
-    def arrive(request: gr.Request):
-        locale = preferred(request.headers.get("accept-language"))
-        return [locale, *labels(locale)]
-
+    nothing_seen = gr.update(value=None, visible=False)
     with gr.Blocks(title="Afternoon VLM", analytics_enabled=False,
                    delete_cache=(600, 3600)) as page:  # every 600 seconds uploads older than 3600
-        c = components(models, directory)
-
-        def of(*names: str) -> list:
-            return [c[name] for name in names]
+        session = gr.State(None)
+        gr.Markdown(I18N("title"))
+        with gr.Row():
+            with gr.Column(scale=3):
+                chat = gr.Chatbot(label=I18N("chat"), placeholder=I18N("nothing"), height=460,
+                                  allow_tags=False, buttons=["copy"], feedback_options=None,
+                                  layout="bubble", elem_id="chat")
+                box = gr.MultimodalTextbox(
+                    placeholder=I18N("box"), show_label=False, file_types=["image"],
+                    file_count="multiple", sources=["upload"], autofocus=True, elem_id="box")
+                with gr.Row():
+                    stop, reset, looking = (gr.Button(I18N(name), elem_id=name)
+                                            for name in ("stop", "reset", "look"))
+                gr.Examples([{"text": text, "files": [file]} for text, file in examples], box,
+                            label=I18N("examples"), api_visibility="private")
+            with gr.Column(scale=1, min_width=260):
+                model = gr.Dropdown(models.names(), label=I18N("model"), elem_id="model")
+                settings = [gr.Slider(0, 2, 0, step=0.05, label=I18N("temperature")),
+                            gr.Slider(0.05, 1, 1, step=0.05, label=I18N("top_p")),
+                            gr.Slider(1, 1024, 256, step=1, label=I18N("longest"))]
+        looks = gr.Image(label=I18N("looks"), format="png", interactive=False, visible=False,
+                         buttons=["download", "fullscreen"], elem_id="looks")
 
         # One answer at a time: the machine has one model to compute with. Others wait in line.
-        answering = c["box"].submit(
-            answer, of("box", "session", "model", "temperature", "top_p", "longest", "language"),
-            of("chat", "box", "session"), concurrency_limit=1, show_progress="minimal",
-            api_name="ask")
-        c["stop"].click(None, cancels=[answering], api_visibility="private")
+        answering = box.submit(answer, [box, session, model, *settings], [chat, box, session],
+                               concurrency_limit=1, show_progress="minimal", api_name="ask")
+        stop.click(None, cancels=[answering], api_visibility="private")
         # The chat has a small button of its own that clears it: it must not clear the view alone.
-        gr.on([c["reset"].click, c["chat"].clear],
-              lambda: ([], None, None, None, gr.update(visible=False)), None,
-              of("chat", "box", "session", "looks", "below"), cancels=[answering], api_name="reset")
-        c["look"].click(look, of("session", "language"), of("looks", "below"), concurrency_limit=1,
-                        api_name="look")
-        c["refresh"].click(lambda: gr.update(choices=models.names()), None, c["model"],
-                           api_visibility="private")
-        c["language"].change(labels, c["language"], of(*LABELLED), api_visibility="private")
-        page.load(arrive, None, of("language", *LABELLED), api_visibility="private")
+        gr.on([reset.click, chat.clear], lambda: ([], None, None, nothing_seen), None,
+              [chat, box, session, looks], cancels=[answering], api_name="reset")
+        looking.click(look, session, looks, concurrency_limit=1, api_name="look")
+        page.load(pick, None, model, api_visibility="private")
     return page

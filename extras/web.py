@@ -18,7 +18,7 @@ from training.inference import add_model_flags, exit_on_error
 from training.writable import check_directory
 
 PORTS = range(7860, 7960)  # tried in turn, when none is named
-LOCAL = ("127.0.0.1", "localhost", "::1")  # names of this machine that nobody else can mean
+LOCAL = ["127.0.0.1", "localhost", "::1", "[::1]"]  # names that nobody else's machine can have
 
 
 def read_flags(arguments=None) -> argparse.Namespace:
@@ -51,14 +51,14 @@ def prepare(flags, directory: str):
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is loaded: it would ask for
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # its newest version's number
-    directory = os.path.realpath(directory)  # paths are compared with it, letter by letter
-    os.environ["GRADIO_TEMP_DIR"] = directory
+    os.environ["GRADIO_TEMP_DIR"] = directory = os.path.realpath(directory)
     import gradio as gr
     import uvicorn
     from fastapi import FastAPI
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    from extras.page import CSS, FONTS, Models, build
-    from extras.upload_guard import EXAMPLES, SecurityMiddleware
+    from extras.page import CSS, FONTS, I18N, Models, build, write_examples
+    from extras.upload_guard import SecurityMiddleware
 
     models = Models(flags)
     if not models.names():
@@ -67,19 +67,21 @@ def prepare(flags, directory: str):
     models.get(models.names()[0])  # now, so that what is wrong with it is reported here
     listener = listen(flags.host, flags.port)
     host, port = listener.getsockname()[:2]
-    page = build(models, Path(directory, EXAMPLES)).queue(max_size=64)
-    largest = int(flags.max_upload * 1e6)
+    examples = write_examples(Path(directory))
+    page = build(models, examples).queue(max_size=64)
     app = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None), page, path="/", server_name=host,
-        server_port=port, max_file_size=largest, footer_links=[],
-        run_history=False, enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False,
-        css=CSS, theme=gr.themes.Default(font=FONTS, font_mono=["monospace"]))
+        server_port=port, footer_links=["settings"], run_history=False, enable_monitoring=False,
+        ssr_mode=False, pwa=False, mcp_server=False, i18n=I18N, css=CSS,
+        theme=gr.themes.Default(font=FONTS, font_mono=["monospace"]))
     page.has_launched = True  # or gradio does not even compare paths with its directory
-    app = SecurityMiddleware(app, Path(directory), f"session_{port}", largest, page.upload_file_set,
-                             LOCAL if host in LOCAL else None)
+    app = SecurityMiddleware(app, Path(directory), f"session_{port}", int(flags.max_upload * 1e6),
+                             page.upload_file_set, [file for _, file in examples])
+    # A page elsewhere could make its own name point to this machine (DNS rebinding), and the
+    # browser would let it read the answers.
+    app = TrustedHostMiddleware(app, LOCAL if host in LOCAL else ["*"])
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    name = f"[{host}]" if ":" in host else host
-    return server, listener, f"http://{name}:{port}/"
+    return server, listener, f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
 
 def listen(host: str, port: int | None) -> socket.socket:

@@ -168,7 +168,7 @@ class LanguageModel(nn.Module):
         past = cache.length if cache is not None else 0
         limit = self.config.context_limit
         if limit and past + T > limit:
-            raise ValueError(f"a row of {past + T} tokens: past {limit} a {self.config.model_type} "
+            raise ValueError(f"a row of {past + T} tokens: past {limit} this model "
                              "changes RoPE and scales its queries (dynamic NTK, log-n attention), "
                              "which is not built here; cut the text or ask for fewer new tokens")
         if mask is None and past and T > 1:

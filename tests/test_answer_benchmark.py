@@ -1,11 +1,10 @@
 """Claims: benchmarks/answer.py reckons rates, shares and ratios from what it was told, and asks a
 question of exactly the length that it names."""
 
-from types import SimpleNamespace
-
 import pytest
 
-from benchmarks.answer import NEW, ROWS, TEXT, question, ratios, table
+from benchmarks.answer import ratios, table
+from benchmarks.answer_sides import NEW, ROWS, TEXT, question
 from dataset.chat import ChatTemplate
 from dataset.tokenizer import Tokenizer
 from extras.preset_list import ROOT
@@ -19,9 +18,8 @@ def rounds(first: float, step: float) -> list[list[float]]:
 def test_by_hand():
     asked = {"ours-int8": rounds(1.0, 0.01), "ours-fp32": rounds(1.0, 0.02),
              "llama.cpp-q8_0": [[2.0, 2.0 + 0.015 * (NEW - 1)]] * 3}  # first and last alone
-    sides = {"ours-int8": SimpleNamespace(read=10**8), "ours-fp32": SimpleNamespace(read=4 * 10**8),
-             "llama.cpp-q8_0": SimpleNamespace(read=0)}
-    told = table(asked, sides, read=2e10)
+    weights = {"ours-int8": 10**8, "ours-fp32": 4 * 10**8, "llama.cpp-q8_0": 0}
+    told = table(asked, weights, read=2e10)
     assert "| ours-int8 | 1.63 (1.63 to 1.63) | 1.00 | 100.0 | 50% |" in told
     assert "| ours-fp32 | 2.26 (2.26 to 2.26) | 1.00 | 50.0 | 100% |" in told
     assert "| llama.cpp-q8_0 | 2.94 (2.94 to 2.94) | 2.00 | 66.7 | - |" in told

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import make_pair
 
 from dataset.tokenizer import Tokenizer
+from model.pretrained.hub import resolve
 from model.pretrained.load import load_language, load_vision
 from model.pretrained.pickle_loader import load_plain
 
@@ -259,8 +260,8 @@ LANGUAGE = [
     ("a number", saved(7), "holds a int; a dictionary"),
     ("the state of a run", saved({"model": {}, "epoch": 1}), "'model', 'epoch', which are no tens"),
     ("numbers for names", saved({1: torch.ones(1)}), "holds 1, which are no tensors"),
-    ("sparse", saved(lambda p, t: {**t, NORM: torch.ones(32).to_sparse()}), f": {NORM} in pytorch"),
-    ("without numbers", saved(lambda p, t: {**t, NORM: torch.ones(32, device="meta")}), f"{NORM} "),
+    ("sparse", saved(lambda p, t: {**t, NORM: torch.ones(32).to_sparse()}), f"'{NORM}'"),
+    ("without numbers", saved(lambda p, t: {**t, NORM: torch.ones(32, device="meta")}), f"'{NORM}"),
     ("a .bin of 0 bytes", binary(lambda p, t: p.write_bytes(b"")), "pytorch_model.bin cannot be r"),
     ("a .bin of words", binary(lambda p, t: p.write_bytes(b"hello")), "refused|cannot be read"),
     ("a zip of something", binary(lambda p, t: zipfile.ZipFile(p, "w").writestr("a", "b")), "cann"),
@@ -278,7 +279,8 @@ def refused(load, directory, spoil, words):
     caught.match(f"(?si){words}")
     assert str(directory) in str(caught.value) and len(str(caught.value)) < 3000
     assert "weights_only" not in str(caught.value), "no advice to open it all the same"
-    assert not seen.started and sorted(os.listdir(directory)) == before, "nothing was run"
+    left = {*os.listdir(directory)} - {"converted_model"}  # of a .bin that is one, but not this
+    assert not seen.started and sorted(left) == before, "nothing was run"
     assert not [path for path in seen.opened_outside(directory) if "passwd" in path
                 or path.endswith("x.safetensors")]
 
@@ -363,7 +365,7 @@ TOKENIZERS = [
     ("an id in words", vocabulary(lambda c: c["model"]["vocab"].update(a="x")), "cannot be read"),
     ("an id below 0", vocabulary(lambda c: c["model"]["vocab"].update(a=-1)), "cannot be read"),
     ("a merge of nobody", vocabulary(lambda c: c["model"].update(merges=[["xx", "yy"]])), "cannot"),
-    ("no file", without("tokenizer.json"), "holds neither tokenizer.json nor qwen.tiktoken"),
+    ("no file", without("tokenizer.json"), "holds no tokenizer.json"),
     ("tiktoken of words", tiktoken("a b c"), "qwen.tiktoken:1: expected 'base64 rank'"),
     ("tiktoken beside no JSON", tiktoken("YQ== 0\n", "{"), "config.json is not JSON"),
 ]
@@ -371,7 +373,7 @@ TOKENIZERS = [
 
 @pytest.mark.parametrize("name, spoil, words", TOKENIZERS, ids=[case[0] for case in TOKENIZERS])
 def test_a_bad_tokenizer_is_refused_by_file(language, name, spoil, words):
-    refused(Tokenizer.from_directory, language, spoil, words)
+    refused(lambda path: Tokenizer.from_directory(resolve(path)), language, spoil, words)
 
 
 def test_a_training_state_that_would_run_code_is_refused(tmp_path):

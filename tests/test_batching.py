@@ -15,9 +15,8 @@ from PIL import Image
 from dataset.batching import Batches, TokenizedSample, collate
 from dataset.chat import ChatTemplate, Message
 from dataset.images import ImageProcessor
-from dataset.readers import sampler
 from dataset.readers.formats import BadSample, Sample, open_data
-from dataset.readers.sampler import WindowPlan
+from dataset.readers.lengths import count_tokens
 from dataset.tokenizer import Tokenizer
 
 PROCESSOR = ImageProcessor("SiglipImageProcessor", (8, 8), None, 3, 1 / 255, (0.5,) * 3, (0.5,) * 3)
@@ -73,6 +72,10 @@ def places(epoch):
     return [batch.where for batch, _ in epoch]
 
 
+def padding(batch):
+    return batch.ids.numel() - sum(batch.lengths)
+
+
 def same(one, other):
     """Two epochs are equal to the last bit."""
     one, other = list(one), list(other)
@@ -106,7 +109,7 @@ def test_labels_by_hand(template):
     batch = collate(rows)
     assert batch.ids.tolist() == [[5, 6, 7, 8], [9, 3, 0, 0]]
     assert batch.labels.tolist() == [[-100, 7, 8, -100], [3, -100, -100, -100]]
-    assert (batch.supervised, batch.waste, batch.pixels) == (3, 2, None)
+    assert (batch.supervised, padding(batch), batch.pixels) == (3, 2, None)
 
 
 def test_every_sample_comes_once_an_epoch_and_epochs_differ(template):
@@ -194,7 +197,7 @@ def test_ranks_stay_in_step_when_rows_run_out(template):
     assert len(empty) == 5
     for batch in empty:
         assert batch.ids.shape == batch.labels.shape == (0, 0) and batch.pixels is None
-        assert batch.supervised == batch.waste == 0
+        assert batch.supervised == padding(batch) == 0
 
 
 def test_pictures_stand_in_the_order_of_their_placeholders(template):
@@ -209,122 +212,87 @@ def test_pictures_stand_in_the_order_of_their_placeholders(template):
             assert reds == sum((expected[place] for place in batch.where), [])
 
 
-def dealt(template, world_size, batch_size, bucket=None, shards=None, window=5, count=100):
+def dealt(template, world_size, batch_size, bucket=None, window=5, count=100):
     """An epoch on every rank -> [[places], ...] of each rank, which samples each read, all bad."""
     epochs, read, bad = [], [], []
     for rank in range(world_size):
         data = Data(many(count))
         data.samples[7] = BadSample("data:7", "broken")
-        told = list(batches(data, template, batch_size, rank=rank, world_size=world_size,
-                            window=window, bucket=bucket, shards=shards).epoch(1))
+        loader = batches(data, template, batch_size, rank=rank, world_size=world_size,
+                         window=window, bucket=bucket)
+        assert data.read == list(range(count)), "each row once, front to back, to count its tokens"
+        data.read.clear()
+        told = list(loader.epoch(1))
         epochs.append([batch.where for batch, _ in told])
         read.append(data.read)
         bad += [sample.where for _, some in told for sample in some]
     return epochs, read, bad
 
 
-def test_ranks_share_the_reading_of_a_large_window(template, monkeypatch):
+def test_ranks_share_the_reading(template):
     """Four ranks: each reads a quarter, together every sample once, and the broken one is told by
     the one that met it. Resumed by any other number of ranks: the same samples in each step."""
     every = sorted(f"data:{i}" for i in range(100) if i != 7)
-    _, read, bad = dealt(template, 4, 2)
-    assert [len(numbers) for numbers in read] == [100] * 4 and bad == ["data:7"], "a small window"
-
-    monkeypatch.setattr(sampler, "SHARDED", 0)
-    epochs, read, bad = dealt(template, 4, 2)
-    assert sorted(sum(map(sum, epochs, [[]] * 4), [])) == every and bad == ["data:7"]
-    assert sorted(sum(read, [])) == list(range(100)), "each sample is read by one rank"
-    steps = [sorted(sum(step, [])) for step in zip(*epochs)]
-    assert len(steps) == 13
-    for world_size, batch_size, share in ((1, 8, 1), (2, 4, 2), (8, 1, 4), (3, 3, 1)):
-        others, read, bad = dealt(template, world_size, batch_size, bucket=8, shards=4)
+    steps = None
+    for world_size, batch_size in ((4, 2), (1, 8), (2, 4), (8, 1), (3, 3)):
+        epochs, read, bad = dealt(template, world_size, batch_size, bucket=8)
         assert bad == ["data:7"]
+        assert sorted(sum(read, [])) == list(range(100)), "each sample is read by one rank"
         for numbers in read:
-            assert len(numbers) == pytest.approx(100 / share, abs=2)
+            assert len(numbers) == pytest.approx(100 / world_size, abs=4)
         if world_size * batch_size == 8:
-            assert [sorted(sum(step, [])) for step in zip(*others)] == steps
+            found = [sorted(sum(step, [])) for step in zip(*epochs)]
+            steps = steps or found
+            assert found == steps and len(steps) == 13
         else:  # nine at a time cuts the same line elsewhere
-            assert sorted(sum(map(sum, others, [[]] * world_size), [])) == every
+            assert sorted(sum(map(sum, epochs, [[]] * world_size), [])) == every
 
 
-class Sized(Data):
-    """As data whose index tells how long a record is, roughly."""
-
-    def sizes(self, numbers):
-        return np.array([self.size(self.samples[i]) for i in numbers])
-
-    def size(self, sample):
-        if isinstance(sample, Exception):
-            return 7 * (int(sample.where.split(":")[1]) // 12 % 30)
-        return len(sample.messages[-1].content) + 37 * (len(sample.where) % 3)
-
-
-def served(data, template, batch_size, ranks, workers, only=None, **options):
+def served(data, template, batch_size, ranks, workers, **options):
     """Each worker of each rank by itself, as a DataLoader would ask it: every workers-th batch.
     -> [(the batches, what was read for each of them)], of one worker after the other."""
-    told = []
-    for rank, worker in [only] if only else np.ndindex(ranks, workers):
-        loader = batches(data, template, batch_size, rank=rank, world_size=ranks, **options)
-        size, line, made = loader.layout.positions, WindowPlan(loader), []
+    told, lengths = [], count_tokens(data, template)
+    for rank, worker in np.ndindex(ranks, workers):
+        loader = batches(data, template, batch_size, rank=rank, world_size=ranks, lengths=lengths,
+                         **options)
+        size, made = loader.layout.positions, []
         (step,) = loader.layout.steps(2, 0, size, size)
         for micro_batch in step[worker::workers]:
             data.read.clear()
-            made.append((line[micro_batch], list(data.read)))
+            made.append((loader[micro_batch], list(data.read)))
         told.append(made)
     return told
 
 
-@pytest.mark.parametrize("kind", [Data, Sized])
-@pytest.mark.parametrize("ranks, workers, batch_size", [
-    (4, 2, 16), (4, 2, 17), (4, 8, 16), (2, 4, 30), (1, 8, 64)])
-def test_a_worker_reads_what_it_serves_and_little_at_once(template, kind, ranks, workers,
-                                                          batch_size):
-    """One of all workers: it reads hardly more than the rows of its own batches, whatever their
-    size; and no batch waits for many rows."""
-    count = 800 * ranks * batch_size  # batches enough for eight workers
-    data = kind([sample(i, 1) for i in range(500)] * (count // 500))
-    (made,) = served(data, template, batch_size, ranks, workers, only=(ranks - 1, workers - 1))
-    rows = sum(len(batch.where) for (batch, _), _ in made)
-    assert rows == pytest.approx(count / ranks / workers, rel=0.02)
-    assert sum(len(read) for _, read in made) <= 1.05 * rows
-    assert max(len(read) for _, read in made) <= 192 * batch_size
-
-
-@pytest.fixture
-def small_lanes(monkeypatch):
-    """Few rows are dealt out as otherwise only many would be."""
-    for name, value in (("SHARDED", 0), ("SORTED", 2), ("PRESORTED", 2)):
-        monkeypatch.setattr(sampler, name, value)
-
-
-@pytest.mark.parametrize("kind", [Data, Sized])
-def test_workers_together_read_every_sample_once(template, small_lanes, kind):
-    """And what is broken is told once, by one of them, spread over the batches."""
+def test_workers_together_read_every_sample_once(template):
+    """A worker reads the rows of its own batches and no others, whatever their size; what is
+    broken is told once, by one of them, spread over the batches."""
     samples = many(600)
     broken = range(0, 600, 12)
     for i in broken:
         samples[i] = BadSample(f"data:{i}", "broken")
     every = sorted(f"data:{i}" for i in range(600) if i % 12)
     for ranks, workers, batch_size in ((1, 1, 4), (2, 2, 3), (4, 2, 4), (4, 4, 2), (1, 8, 5)):
-        made = served(kind(samples), template, batch_size, ranks, workers, window=40)
+        made = served(Data(samples), template, batch_size, ranks, workers, window=40)
         assert len({len(worker) for worker in made}) <= 2, "no rank has more batches than others"
         told = [item for worker in made for item in worker]
         assert sorted(i for _, read in told for i in read) == list(range(600))
+        for (batch, skipped), read in told:
+            assert sorted(batch.where + [bad.where for bad in skipped]) == sorted(
+                f"data:{i}" for i in read)
         assert sorted(where for (batch, _), _ in told for where in batch.where) == every
         bad = [[sample.where for sample in skipped] for (_, skipped), _ in told]
         assert sorted(sum(bad, [])) == sorted(f"data:{i}" for i in broken)
         assert max(map(len, bad)) <= 3 + batch_size * ranks // 12
 
 
-@pytest.mark.parametrize("kind", [Data, Sized])
-def test_lanes_and_hands_change_no_split_of_the_line(template, small_lanes, kind):
+def test_ranks_and_workers_change_no_split_of_the_line(template):
     """Begun on four ranks; gone on with by any number of ranks and workers, in other batches."""
     samples = many(100)
 
     def steps(ranks, batch_size, workers):
-        loaders = [batches(kind(samples), template, batch_size, rank=rank, world_size=ranks,
-                           workers=workers, bucket=8, shards=4) for rank in range(ranks)]
-        assert {loader.layout.lanes for loader in loaders} == {4}
+        loaders = [batches(Data(samples), template, batch_size, rank=rank, world_size=ranks,
+                           workers=workers, bucket=8) for rank in range(ranks)]
         return [sorted(where for batch, _ in ranks for where in batch.where)
                 for ranks in zip(*(loader.epoch(1) for loader in loaders), strict=True)]
 
@@ -352,14 +320,10 @@ def coco_like(folder):
     return open_data(folder / "data.jsonl")
 
 
-def test_the_number_of_workers_changes_nothing_in_lanes(template, tmp_path, small_lanes):
-    test_the_number_of_workers_changes_nothing(template, tmp_path, window=10)
-
-
-def test_the_number_of_workers_changes_nothing(template, tmp_path, window=3):
+@pytest.mark.parametrize("window", [3, 10])
+def test_the_number_of_workers_changes_nothing(template, tmp_path, window):
     data = coco_like(tmp_path)
     loaders = [batches(data, template, window=window, workers=workers) for workers in (0, 2)]
-    assert loaders[0].layout.lanes == (4 if window == 10 else 1)
     same(loaders[0].epoch(1), loaders[1].epoch(1))
     bad = [b.where.rsplit(":")[-1] for _, found in loaders[1].epoch(1) for b in found]
     assert sorted(bad) == ["18", "6"]
@@ -367,9 +331,9 @@ def test_the_number_of_workers_changes_nothing(template, tmp_path, window=3):
 
 def test_a_copy_sent_to_another_process_gives_the_same(template, tmp_path):
     # Where workers are not forked (macOS, Windows), this is how they get their data.
-    order = WindowPlan(batches(coco_like(tmp_path), template, window=3))
-    copy = pickle.loads(pickle.dumps(order))
-    same([order[1, 16, 20]], [copy[1, 16, 20]])
+    loader = batches(coco_like(tmp_path), template, window=3)
+    copy = pickle.loads(pickle.dumps(loader))
+    same([loader[1, 16, 20]], [copy[1, 16, 20]])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -380,11 +344,11 @@ def test_a_resumed_epoch_goes_on_as_if_nothing_had_happened(template, workers):
         same(resumed.epoch(3, skip=skip), whole[skip:])
 
 
-def test_windows_before_the_resumed_place_are_not_read(template):
-    loader = batches(many(64), template, window=4)  # 16 batches in 4 windows of 16 samples
-    list(loader.epoch(0, skip=13))
-    assert len(loader.data.read) == 16
-    assert loader.data.read == sorted(loader.data.read)  # front to back, each sample once
+def test_rows_before_the_resumed_place_are_not_read(template):
+    loader = batches(many(64), template, window=4)  # 16 batches
+    loader.data.read.clear()
+    told = places(loader.epoch(0, skip=13))
+    assert [f"data:{i}" for i in loader.data.read] == sum(told, []) and len(told) == 3
 
 
 def test_reading_leaves_torchs_random_numbers_alone(template):
@@ -399,11 +363,11 @@ def test_reading_leaves_torchs_random_numbers_alone(template):
 def waste(*ranks):
     wasted = total = 0
     for batch, _ in chain(*(loader.epoch(0) for loader in ranks)):
-        wasted, total = wasted + batch.waste, total + batch.ids.numel()
+        wasted, total = wasted + padding(batch), total + batch.ids.numel()
     return wasted / total
 
 
-def test_less_than_one_percent_of_positions_is_padding(tiny_tokenizer_dir, monkeypatch):
+def test_less_than_one_percent_of_positions_is_padding(tiny_tokenizer_dir):
     # An image of 64 tokens and an answer of log-normal length, median 60, longest about 500.
     template = ChatTemplate(Tokenizer.from_directory(tiny_tokenizer_dir), image_tokens=64)
     words = np.random.default_rng(0).lognormal(np.log(60), 0.6, 3000).astype(int)
@@ -411,26 +375,27 @@ def test_less_than_one_percent_of_positions_is_padding(tiny_tokenizer_dir, monke
                       f"data:{i}") for i, w in enumerate(words)]
     share = waste(batches(samples, template, batch_size=16, max_length=2048))
     unsorted = waste(batches(samples, template, batch_size=16, max_length=2048, window=1))
-    monkeypatch.setattr(sampler, "SHARDED", 0)
     dealt = waste(*(batches(samples, template, 8, 2048, rank=rank, world_size=2)
                     for rank in (0, 1)))
-    print(f"wasted: {share:.2%}, in batches drawn at random {unsorted:.1%}, of two ranks that "
-          f"share the reading {dealt:.2%}")
+    print(f"wasted: {share:.2%}, in batches drawn at random {unsorted:.1%}, of two ranks "
+          f"{dealt:.2%}")
+    assert unsorted > 0.1
     assert share < 0.01, f"{share:.2%} of the positions are padding"
     assert dealt < 0.01, f"{dealt:.2%} of the positions are padding"
 
 
-@pytest.mark.parametrize("kind, most", [(Data, 0.015), (Sized, 0.01)])
-def test_little_is_padding_in_lanes(tiny_tokenizer_dir, kind, most):
-    """1,000 batches of 4, a few of them in each lane; lengths as in the test above."""
-    template = ChatTemplate(Tokenizer.from_directory(tiny_tokenizer_dir), image_tokens=64)
-    words = np.random.default_rng(0).lognormal(np.log(60), 0.6, 4000).astype(int)
-    loader = batches(kind([Sample((Message("user", "<image>Who?"), Message(
-        "assistant", " cat" * int(w))), (), f"data:{i}") for i, w in enumerate(words)]),
-        template, batch_size=4, max_length=2048)
-    share = waste(loader)
-    print(f"wasted in {loader.layout.lanes} lanes: {share:.2%}")
-    assert loader.layout.lanes == (8 if kind is Data else 16) and share < most
+def test_little_is_padding_where_each_epoch_learns_another_answer(tiny_tokenizer_dir):
+    """Qwen3: a row ends behind its first answer in one epoch, behind its last in another."""
+    template = ChatTemplate(Tokenizer.from_directory(tiny_tokenizer_dir), 64, family="qwen3")
+    words = np.random.default_rng(0).lognormal(np.log(60), 0.6, (2000, 4)).astype(int)
+    samples = [Sample(tuple(Message(role, text) for w in row[:1 + i % 4] for role, text in
+                            (("user", "Who?"), ("assistant", " cat" * int(w)))), (), f"data:{i}")
+               for i, row in enumerate(words)]
+    loader = batches(samples, template, batch_size=4, max_length=2048)
+    for epoch in (0, 1, 5):
+        told = [batch for batch, _ in loader.epoch(epoch)]
+        share = sum(map(padding, told)) / sum(batch.ids.numel() for batch in told)
+        assert share < 0.015, f"epoch {epoch}: {share:.2%} of the positions are padding"
 
 
 def test_real_photos_end_to_end():

@@ -85,7 +85,7 @@ def test_it_refuses_what_training_refuses(run, folder, tiny_tokenizer_dir):
     assert refused == sorted(place for places in report.reasons.values() for place in places)
     lengths = sorted(length for batch, _ in batches.epoch(0) for length in batch.lengths)
     good = [len(template.encode_conversation(data[i].messages)[0]) for i in (0, 6, 7)]
-    assert lengths == sorted(min(length, 60) for length in good) and report.cut == 1
+    assert lengths == sorted(min(length, 60) for length in good) and report.counts["cut"] == 1
 
 
 def test_lengths_are_those_of_the_template(run, folder, tiny_tokenizer_dir):
@@ -134,13 +134,13 @@ def test_progress_is_shown_and_files_are_told_apart(run, folder):
     assert run([row()], "--text_only", others=weighted)[0] == 0
 
 
-def test_parquet_in_giant_groups_is_told_to_be_slow(folder, tiny_tokenizer_dir, capsys,
-                                                    monkeypatch):
+def test_parquet_in_giant_groups_is_told_to_be_poorly_shuffled(folder, tiny_tokenizer_dir, capsys,
+                                                               monkeypatch):
     path = folder / "d.parquet"
     pq.write_table(pa.table({"conversations": [json.dumps(row()["conversations"])] * 9}), path)
     flags = [str(path), "--language_model", str(tiny_tokenizer_dir), "--text_only"]
-    assert check.main(flags) == 0 and "slow" not in capsys.readouterr().out
-    monkeypatch.setattr(check, "SLOW", 10)
+    assert check.main(flags) == 0 and "shuffled" not in capsys.readouterr().out
+    monkeypatch.setattr(check, "POOL", 10)
     assert check.main(flags) == 0
     assert f"python -m dataset.readers.parquet {path} {folder / 'd.small.parquet'}" in (
         capsys.readouterr().out)

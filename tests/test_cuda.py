@@ -18,8 +18,8 @@ from dataset.sample import Sample
 from evaluation.batched_generation import generate_batch
 from extras.attention import attention_maps
 from extras.fast import prepare_for_inference, prepare_for_training
-from extras.fast.attention import SharedHeadsAttention
 from extras.fast.cuda_graph import CUDAGraphDecodeStep
+from extras.fast.layers import SharedHeadsAttention
 from extras.fast.prefix_cache import PrefixCache
 from extras.fast.quantize import BITS, quantize
 from extras.memory import planned, predict

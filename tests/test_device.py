@@ -14,7 +14,7 @@ import train_pretrain
 import train_sft
 import training.precision
 from extras.fast import prepare_for_inference
-from extras.fast.attention import kernel_shares_heads
+from extras.fast.layers import kernel_shares_heads
 from extras.fast.quantize import is_quantized
 from model.language import LanguageModel
 from model.pretrained.public_config import read_language_config

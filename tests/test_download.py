@@ -181,7 +181,7 @@ def test_sizes_are_told_before_and_only_what_is_read_is_fetched(hub, capsys, tmp
     assert (tmp_path / "dataset/toy/images.zip").read_bytes() == LARGE[::-1]
     assert "8 files are complete" in told
     assert "unpack:  python -m zipfile -e dataset/toy/images.zip dataset/toy/images" in told
-    assert "by hand: http://far.example/photos.zip (19.3 GB) -> dataset/photos/" in told
+    assert "by hand: http://far.example/photos.zip (19.30 GB) -> dataset/photos/" in told
 
 
 def test_a_second_call_fetches_nothing_and_says_so(hub, capsys):
@@ -250,9 +250,9 @@ def test_without_a_hub_it_says_what_to_do(hub, monkeypatch):
             "http://127.0.0.1:9/toy/language/tree/main (988.0 MB)",
             "then add: --language_model weights/",
             "preprocessor_config.json", "then add: --vision_tower weights/vision",
-            "http://127.0.0.1:9/datasets/toy/data/tree/main (0.05 GB): chat.json, images.zip",
-            "-> dataset/toy/", "add --data FILE --image_folder DIR",
-            "by hand: http://far.example/photos.zip (19.3 GB) -> dataset/photos/"):
+            "http://127.0.0.1:9/datasets/toy/data/tree/main (50.0 MB): chat.json, images.zip",
+            "-> dataset/toy/", "add: --data FILE --image_folder DIR",
+            "by hand: http://far.example/photos.zip (19.30 GB) -> dataset/photos/"):
         assert expected in message, (expected, message)
 
 
@@ -274,7 +274,7 @@ def test_every_preset_can_be_named_without_a_hub(name):
     preset, parts = PRESETS[name], list(download.PARTS)
     message = download.by_yourself(preset, parts)
     if name == "emoji":
-        assert download.sources_of(preset, parts) == []
+        assert download.sources_of(preset, parts) == ([], [])
         return
     for model in (preset.language_model, preset.vision_tower):
         assert f"/{model}/tree/main (" in message

@@ -58,11 +58,11 @@ def test_language_tower_answers_from_what_it_reads():
     tokenizer = Tokenizer.from_directory(LANGUAGE)
     template = ChatTemplate(tokenizer, image_tokens=16)
     model = load_language(LANGUAGE)
-    right = exam(model, template, tokenizer, CLEAR)
+    right = exam(model, template, CLEAR)
     assert right["en"] >= 0.95 and right["zh"] >= 0.95, right
-    without_places = exam(model, template, tokenizer, Haze(place_words=0.0))
+    without_places = exam(model, template, Haze(place_words=0.0))
     assert min(without_places["en"], without_places["zh"]) >= 0.95, without_places
-    untrained = exam(first_weights(model.config), template, tokenizer, CLEAR, samples=70)
+    untrained = exam(first_weights(model.config), template, CLEAR, samples=70)
     assert untrained["all"] < 0.05, "it can fail"
 
 
@@ -71,8 +71,7 @@ def test_language_tower_reads_through_haze():
     as the words."""
     tokenizer = Tokenizer.from_directory(LANGUAGE)
     torch.manual_seed(0)
-    right = exam(load_language(LANGUAGE), ChatTemplate(tokenizer, image_tokens=16),
-                 tokenizer, HAZE)
+    right = exam(load_language(LANGUAGE), ChatTemplate(tokenizer, image_tokens=16), HAZE)
     assert right["all"] >= 0.92, right
 
 

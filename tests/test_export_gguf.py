@@ -18,12 +18,18 @@ from extras.convert.minimind import half_split
 from tests.test_export import opened, trained
 
 gguf = pytest.importorskip("gguf")  # an extra
-from extras.export.gguf import gguf_name, interleaved, tensors_of  # noqa: E402 - needs it
+from extras.export.gguf import gguf_name, interleaved  # noqa: E402 - needs it
 
 SYSTEMS = {  # language, vision, flags
     "qwen2-siglip": ("Qwen2", "Siglip", ["--lora"]),
     "llama-clip": ("Llama", "CLIP", ["--lora", "--vision_feature_layer", "-2"]),
 }
+
+
+def tensors_of(path) -> dict[str, np.ndarray]:
+    """{name: float32 array}: what a reader of the file gets."""
+    return {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(
+        tuple(reversed(tensor.shape.tolist()))) for tensor in gguf.GGUFReader(path).tensors}
 
 
 @pytest.fixture(scope="module", params=SYSTEMS)
@@ -110,7 +116,7 @@ def test_eyes_that_llama_cpp_lacks_are_named_and_the_words_go_over(tmp_path, tin
                                                                    capsys):
     run = trained(tmp_path, tiny_tokenizer_dir, "Qwen3", "Dinov2", 48, ["--lora"])
     export.main(["--model", run, "--to", "gguf", "--out", str(tmp_path / "out")])
-    assert "will see no images: llama.cpp has no form for a dinov2" in capsys.readouterr().out
+    assert "no images: llama.cpp has no form for this model: a dinov2" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["language.gguf"]
 
 

@@ -13,10 +13,10 @@ import train_sft
 from dataset.chat import IMAGE, Message
 from dataset.images import load_image
 from extras.convert.minimind import half_split
-from extras.export.peft import add_peft
 from model.lora import merge_lora
 from model.pretrained.checkpoint import find_model
-from model.pretrained.load import load_checkpoint, load_language
+from model.pretrained.hub import resolve
+from model.pretrained.load import load_checkpoint
 from tests import test_systems
 from tests.families import public_vision
 from tests.test_systems import save_language_model, save_vision_tower
@@ -102,11 +102,7 @@ def from_peft(twin, out):
     _, model, _, _, directory, language = twin
     ids = torch.arange(3, 40)[None]
     expected = model.language(ids)
-    if model.language.config.model_type == "qwen":  # transformers has no first Qwen
-        base = load_language(language)
-        add_peft(base, out)
-        return base(ids), expected
-    base = transformers.AutoModelForCausalLM.from_pretrained(language)
+    base = transformers.AutoModelForCausalLM.from_pretrained(resolve(language))
     return peft.PeftModel.from_pretrained(base, out).eval()(ids).logits, expected
 
 
@@ -115,7 +111,9 @@ def from_gguf(twin, out):
     from extras.export import gguf
 
     _, model, ids, pixels, _, _ = twin
-    found, names = gguf.tensors_of(out / "language.gguf"), gguf.LANGUAGE
+    from tests.test_export_gguf import tensors_of
+
+    found, names = tensors_of(out / "language.gguf"), gguf.LANGUAGE
     for name, tensor in model.language.named_parameters():
         back = torch.from_numpy(found[gguf.gguf_name(name, names)].copy())[:len(tensor)]
         if model.language.config.model_type == "llama" and name.endswith(

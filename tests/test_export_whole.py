@@ -149,7 +149,7 @@ def test_a_kind_that_is_new_to_llava_is_refused_and_a_checkpoint_takes_it_whole(
 def test_a_kind_that_is_new_to_llama_cpp_goes_without_its_eyes(known, tmp_path, capsys):
     pytest.importorskip("gguf")
     out = exported(known, tmp_path, "gguf")
-    assert "llama.cpp has no form for --projector residual: it has" in capsys.readouterr().out
+    assert "for this model: --projector residual: it has" in capsys.readouterr().out
     assert [path.name for path in out.iterdir()] == ["language.gguf"]
 
 

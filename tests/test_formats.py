@@ -446,10 +446,11 @@ def test_an_array_is_read_through_a_window(folder, monkeypatch):
         whole = open_data(folder / name).records
         for window in (1, 2, 3, 5, 17):
             monkeypatch.setattr(json_files, "WINDOW", window)
-            assert open_data(folder / name).records == whole, window
+            found = open_data(folder / name).records
+            assert found.numbers.tolist() == whole.numbers.tolist(), window
         monkeypatch.undo()
         assert [whole.read(i) for i in range(7)] == records
-        assert whole.lines.tolist() == ([1] * 7 if name == "flat" else list(range(2, 9)))
+        assert whole.numbers[2::3].tolist() == ([1] * 7 if name == "flat" else list(range(2, 9)))
 
 
 def test_an_endless_entry_is_given_up(folder, monkeypatch):
@@ -520,13 +521,17 @@ def test_columns_that_are_not_needed_are_not_read(folder):
 
 def test_a_huge_row_group_is_passed_in_slices(folder, monkeypatch):
     monkeypatch.setattr(parquet, "SLICE", 3000)
+    monkeypatch.setattr(parquet, "POOL", 6000)
+    parquet.ParquetData.buffer.clear()
+    monkeypatch.setattr(parquet.ParquetData, "buffered", 0)
     path = write_parquet(folder / "data", [MINIMIND] * 40, group=40,
                          image_bytes=[i.to_bytes(2, "big") * 500 for i in range(40)])
     data = open_data(path)
     assert data.largest_group > 10 * parquet.SLICE
     for i in (0, 1, 17, 39, 5, 6, 4):  # forwards, and back again
         assert data[i].images == (i.to_bytes(2, "big") * 500,), i
-        assert data.reader.slice.num_rows <= 3
+        assert len(parquet.ParquetData.buffer) <= 5
+        assert max(rows.num_rows for rows in parquet.ParquetData.buffer.values()) <= 3
     opened, start = [], pq.ParquetFile.iter_batches
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda self, **options:
                         opened.append(1) or start(self, **options))

@@ -14,8 +14,8 @@ from extras.fast.gemv import (
     GEMVLinear,
     batched_gemv,
     fastest_routine,
-    is_large,
     linear,
+    routine_for,
     torch_mv,
     use_fastest_routine,
 )
@@ -89,7 +89,7 @@ def test_what_does_not_suit_goes_the_usual_way(monkeypatch):
     assert not taken(row.to("meta"), weight.to("meta"))
     assert not taken(torch.randn(1, 64), torch.randn(64, 64))  # small ones stay whole
     assert taken(torch.randn(1, 576), torch.randn(576, 576))  # SmolLM2's smallest but one
-    assert is_large(weight) and not is_large(weight.to("meta"))
+    assert routine_for(weight) is not F.linear and routine_for(weight.to("meta")) is F.linear
 
 
 @pytest.mark.parametrize("faster", [False, True])

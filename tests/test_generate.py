@@ -8,7 +8,6 @@ from conftest import needed, weights_dir
 
 from dataset.chat import ChatTemplate, Message
 from dataset.tokenizer import Tokenizer
-from evaluation import batched_generation
 from evaluation.batched_generation import generate_batch, shared_prefixes
 from extras.fast import inference
 from extras.fast.cuda_graph import CUDAGraphDecodeStep
@@ -266,9 +265,8 @@ def test_a_recorded_step_is_the_step(language, vlm, monkeypatch):
         made.append(Rerun(decoder, cache, real))
         return made[-1]
 
-    for module in (inference, batched_generation):
-        monkeypatch.setattr(module, "can_record", lambda model: True)
-        monkeypatch.setattr(module, "CUDAGraphDecodeStep", recorded)
+    monkeypatch.setattr(inference, "can_record", lambda model: True)
+    monkeypatch.setattr(inference, "CUDAGraphDecodeStep", recorded)
     monkeypatch.setattr(language, "__class__", inference.InferenceLanguageModel)
     monkeypatch.setattr(vlm.language, "__class__", inference.InferenceLanguageModel)
     assert answers() == plain

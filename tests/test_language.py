@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from families import LANGUAGE, assert_close, public_language, tiny_vlm
 
-from extras.fast.attention import SharedHeadsAttention, kernel_shares_heads
-from extras.fast.swiglu import SwiGLUFunction
+from extras.fast.layers import SharedHeadsAttention, SwiGLUFunction, kernel_shares_heads
 from model.language import rope_cos_sin
 from model.pretrained.load import load_language
 from model.pretrained.public_config import read_language_config, write_config

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 import extras.convert.__main__ as command
 from extras.convert.minimind import half_split, minimind_config
 from extras.convert.published_projector import load_projector
+from extras.convert.qwen import qwen2_config
 from model.config import ProjectorConfig
 from model.generate import KVCache
 from model.language import LanguageModel
@@ -115,7 +116,7 @@ def older_minimind_logits(t, heads, theta, ids, eps=1e-5):
 def test_qwen_7b_computes_what_its_own_code_does(tmp_path):
     tensors, public = save_qwen(tmp_path)
     ours = load_language(tmp_path)
-    assert ours.config.model_type == "qwen"
+    assert ours.config.model_type == "qwen2"
     assert ours.config.intermediate_size == 50, "the file says 100: w1 and w2 together"
     expected = qwen_logits(tensors, public, IDS)
     assert_close(ours(IDS), expected, 2e-4, "qwen-7b")
@@ -125,42 +126,83 @@ def test_qwen_7b_computes_what_its_own_code_does(tmp_path):
     assert (other - expected).abs().max() > 1e-2, "the reference tells w1 from w2"
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 @torch.no_grad()
-def test_qwen_7b_is_written_as_it_is_published(tmp_path):
-    tensors, public = save_qwen(tmp_path / "theirs")
-    ours = load_language(tmp_path / "theirs")
-    save_language(ours, tmp_path / "ours")
-    written = load_file(tmp_path / "ours" / "model.safetensors")
-    assert written.keys() == tensors.keys()
-    assert all(torch.equal(written[name], tensors[name]) for name in tensors)
-    config = json.loads((tmp_path / "ours" / "config.json").read_text())
-    for key, value in public.items():
-        assert key == "use_flash_attn" or config[key] == value, key
-    assert load_language(tmp_path / "ours").config == ours.config
-
-
-def test_qwen_7b_in_shards_and_unfused_parts_train_and_save(tmp_path):
-    """q, k and v are views of one mapped matrix: each is trained, and can be saved, by itself."""
+def test_qwen_7b_becomes_a_qwen2_bit_by_bit_shard_by_shard(suffix, tmp_path):
+    """In the dtype of its files, as transformers and we read it; the first files are untouched."""
     tensors, _ = save_qwen(tmp_path)
-    names = sorted(tensors)
-    shards = {"model-00001-of-00002.safetensors": names[:7],
-              "model-00002-of-00002.safetensors": names[7:]}
-    for file, part in shards.items():
-        save_file({name: tensors[name] for name in part}, tmp_path / file)
+    tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
     (tmp_path / "model.safetensors").unlink()
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(
+    single = "model.safetensors" if suffix == ".safetensors" else "pytorch_model.bin"
+    shards = shard(tensors, tmp_path, single)
+    before = {file: (tmp_path / file).read_bytes() for file in shards}
+    directory = resolve(tmp_path)
+    assert directory == tmp_path / "converted_model" and len(file_hashes(directory)) == 2
+    ours = load_language(tmp_path, None).state_dict()
+    held = {"embed_tokens.weight": tensors["transformer.wte.weight"],
+            "norm.weight": tensors["transformer.ln_f.weight"], "lm_head.weight": tensors[
+                "lm_head.weight"]}
+    for number in range(2):
+        old, new = f"transformer.h.{number}.", f"layers.{number}."
+        for last in ("weight", "bias"):
+            for part, tensor in zip("qkv", tensors[f"{old}attn.c_attn.{last}"].split(36)):
+                held[f"{new}self_attn.{part}_proj.{last}"] = tensor
+        held.update({f"{new}{mine}.weight": tensors[f"{old}{theirs}.weight"]
+                     for theirs, mine in (
+                         ("ln_1", "input_layernorm"), ("ln_2", "post_attention_layernorm"),
+                         ("attn.c_proj", "self_attn.o_proj"), ("mlp.w1", "mlp.up_proj"),
+                         ("mlp.w2", "mlp.gate_proj"), ("mlp.c_proj", "mlp.down_proj"))})
+    assert ours.keys() == held.keys()
+    assert all(torch.equal(ours[name], held[name]) for name in held)
+    assert {tensor.dtype for tensor in ours.values()} == {torch.bfloat16}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    assert_close(load_language(tmp_path)(IDS), theirs.eval()(IDS).logits, 2e-4, "read by both")
+    assert before == {file: (tmp_path / file).read_bytes() for file in shards}
+    (tmp_path / sorted(shards)[0]).unlink()
+    with pytest.raises(FileNotFoundError, match="lacks .*-00001-of-00002"):
+        load_language(tmp_path)
+
+
+def shard(tensors, directory, single: str) -> dict:
+    """Write two files and their index -> {file: names}."""
+    names = sorted(tensors)
+    stem, suffix = single.split(".")
+    shards = {f"{stem}-00001-of-00002.{suffix}": names[:7],
+              f"{stem}-00002-of-00002.{suffix}": names[7:]}
+    write = save_file if suffix == "safetensors" else torch.save
+    for file, part in shards.items():
+        write({name: tensors[name] for name in part}, directory / file)
+    (directory / f"{single}.index.json").write_text(json.dumps(
         {"weight_map": {name: file for file, part in shards.items() for name in part}}))
-    before = file_hashes(tmp_path)
+    return shards
+
+
+def test_a_converted_qwen_7b_trains_and_saves_and_the_files_stay(tmp_path):
+    tensors, _ = save_qwen(tmp_path)
+    before = file_hashes(resolve(tmp_path))
     ours = load_language(tmp_path)
     ours(IDS).square().mean().backward()
     with torch.no_grad():
         for p in ours.parameters():
             p.sub_(p.grad)
     save_file(dict(ours.named_parameters()), tmp_path / "trained.safetensors")
-    assert file_hashes(tmp_path) == before
+    assert file_hashes(resolve(tmp_path)) == before
     q_proj = load_file(tmp_path / "trained.safetensors")["layers.0.self_attn.q_proj.weight"]
     assert torch.equal(q_proj, ours.layers[0].self_attn.q_proj.weight)
     assert not torch.equal(q_proj, tensors["transformer.h.0.attn.c_attn.weight"][:36])
+
+
+def test_its_own_tables_are_passed_over_and_what_nobody_knows_is_named(tmp_path):
+    tensors, _ = save_qwen(tmp_path)
+    tables = {f"transformer.{name}": torch.ones(3) for name in (
+        "rotary_emb.inv_freq", "h.0.attn.rotary_emb.inv_freq", "h.1.attn.masked_bias",
+        "h.1.attn.bias")}
+    save_file({**tensors, **tables}, tmp_path / "model.safetensors")
+    load_language(tmp_path)
+    save_file({**tensors, "transformer.h.0.attn.other.weight": torch.ones(3)},
+              tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="unknown: transformer.h.0.attn.other.weight"):
+        load_language(tmp_path)
 
 
 @pytest.mark.parametrize("change, word", [
@@ -169,23 +211,23 @@ def test_qwen_7b_in_shards_and_unfused_parts_train_and_save(tmp_path):
 ])
 def test_a_qwen_config_that_we_would_get_wrong_is_refused(change, word):
     with pytest.raises(ValueError, match=word):
-        read_language_config({**QWEN, **change})
+        qwen2_config({**QWEN, **change})
 
 
 def test_the_first_release_of_qwen_7b_is_named():
     first = {"model_type": "qwen", "n_embd": 4096, "n_head": 32, "n_layer": 32}
     with pytest.raises(ValueError, match="first release"):
-        read_language_config(first)
+        qwen2_config(first)
 
 
 def test_a_qwen_tensor_of_another_shape_or_name_raises(tmp_path):
     tensors, _ = save_qwen(tmp_path)
     name = "transformer.h.0.attn.c_attn.weight"
     save_file({**tensors, name: torch.zeros(36, 108)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"c_attn\.weight is \[36, 108\].*\[108, 36\]"):
+    with pytest.raises(ValueError, match=r"q_proj\.weight is \[12, 108\].*\[36, 36\]"):
         load_language(tmp_path)
     save_file({k: v for k, v in tensors.items() if k != name}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="missing: transformer.h.0.attn.c_attn.weight"):
+    with pytest.raises(ValueError, match="missing: model.layers.0.self_attn.k_proj.weight"):
         load_language(tmp_path)
 
 
@@ -210,7 +252,7 @@ def test_qwen_7b_stops_where_its_long_context_tricks_begin(tmp_path):
 
 
 def test_merged_adapters_are_added_to_their_rows_of_the_fused_matrix(tmp_path):
-    """The merged q, k, v, stacked, are c_attn + (alpha / rank) B A of each."""
+    """The merged q, k, v, stacked again, are c_attn + (alpha / rank) B A of each."""
     tensors, public = save_qwen(tmp_path / "base")
     ours = load_language(tmp_path / "base")
     add_lora(ours, ["q_proj", "k_proj", "v_proj"], rank=4, alpha=8)
@@ -224,9 +266,14 @@ def test_merged_adapters_are_added_to_their_rows_of_the_fused_matrix(tmp_path):
         merge_lora(ours)
         save_language(ours, tmp_path / "merged")
     merged = load_file(tmp_path / "merged" / "model.safetensors")
-    name = "transformer.h.1.attn.c_attn.weight"
-    assert_close(merged[name], tensors[name] + learned, 1e-6, "merged c_attn")
-    assert_close(qwen_logits(merged, public, IDS), adapted, 2e-4, "merged, by Qwen-7B's code")
+    name = "transformer.h.{}.attn.c_attn.weight"
+    stacked = {name.format(number): torch.cat([
+        merged[f"model.layers.{number}.self_attn.{part}_proj.weight"] for part in "qkv"])
+        for number in range(2)}
+    name = name.format(1)
+    assert_close(stacked[name], tensors[name] + learned, 1e-6, "merged c_attn")
+    assert_close(qwen_logits({**tensors, **stacked}, public, IDS), adapted, 2e-4,
+                 "merged, by Qwen-7B's code")
 
 
 # ---------------------------------------------------------------- MiniMind
@@ -282,7 +329,7 @@ def test_newer_minimind_equals_the_transformers_model_of_its_shape(
     ("3", {"width": 768, "middle": 2432, "layers": 8}, 63_912_192),  # minimind-3
 ])
 def test_full_minimind_shapes_tell_the_published_model(generation, sizes, count):
-    config = minimind_config(minimind_shapes(generation, words=6400, **sizes), {}, "llm.pth")
+    config = minimind_config(minimind_shapes(generation, words=6400, **sizes), {})
     with torch.device("meta"):
         model = LanguageModel(config)
     assert sum(p.numel() for p in model.parameters()) == count
@@ -439,9 +486,9 @@ LANGUAGES = {  # config.json as published, without what says nothing about the s
         "num_key_value_heads": 8, "rms_norm_eps": 1e-6, "rope_scaling": None,
         "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True,
         "use_sliding_window": False, "vocab_size": 151936}, 596_049_920),
-    "Qwen/Qwen-7B-Chat": ({
+    "Qwen/Qwen-7B-Chat": (qwen2_config({
         **QWEN, "hidden_size": 4096, "intermediate_size": 22016, "kv_channels": 128,
-        "num_attention_heads": 32, "num_hidden_layers": 32, "vocab_size": 151936},
+        "num_attention_heads": 32, "num_hidden_layers": 32, "vocab_size": 151936}),
         7_721_324_544),
 }
 
@@ -452,10 +499,7 @@ def test_a_full_size_language_model_has_the_published_count(name):
     with torch.device("meta"):
         model = LanguageModel(read_language_config(public))
     assert sum(p.numel() for p in model.parameters()) == count
-    if name == "Qwen/Qwen-7B-Chat":  # transformers has no class for it
-        assert model.config.context_limit == 8192
-        assert len(public_names(model, family_of("qwen"))) == 3 + 32 * 8
-        return
+    assert model.config.context_limit == (8192 if name == "Qwen/Qwen-7B-Chat" else None)
     with torch.device("meta"):
         config = transformers.AutoConfig.for_model(**public)
         theirs = transformers.AutoModelForCausalLM.from_config(config)
@@ -466,8 +510,8 @@ def test_a_full_size_language_model_has_the_published_count(name):
 def shapes_of(model) -> dict[str, list[int]]:
     """{published name: shape} of what we hold."""
     layout = family_of(model.config.model_type)
-    return {public: public_shape({each: model.get_parameter(each) for each in ours}, layout)
-            for public, ours in public_names(model, layout).items()}
+    return {public: public_shape(ours, model.get_parameter(ours), layout)
+            for public, ours in public_names(model).items()}
 
 
 TOWERS = {  # config.json as published; patches; parameters of the tower as far as we hold it

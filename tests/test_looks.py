@@ -12,7 +12,7 @@ from PIL import Image
 
 import eval as script
 import train_pretrain
-from extras import attention
+from extras import attention, text_drawing
 from tests.tiny import make_world
 from training.inference import Conversation
 
@@ -124,17 +124,17 @@ def no_other_fonts(monkeypatch):
 
     monkeypatch.setattr(fm.fontManager, "ttflist", [font for font in fm.fontManager.ttflist
                                                     if font.name.startswith("DejaVu")])
-    attention.fonts.cache_clear()
+    text_drawing.fonts.cache_clear()
     yield
-    attention.fonts.cache_clear()
+    text_drawing.fonts.cache_clear()
 
 
 def test_text_can_be_read_in_every_script(no_other_fonts):
     """The emoji world's Chinese; what no font here has, as its number, and never as a box."""
-    assert attention.legible("An owl: 一只猫头鹰。") == "An owl: 一只猫头鹰。"
-    assert attention.legible("猫 齉") == "猫 U+9F49 "
-    assert attention.legible("\U000f0000") == "U+F0000 "
-    assert attention.legible(" \n") == " \\n", "a token that is only a line break is seen too"
+    assert text_drawing.legible("An owl: 一只猫头鹰。") == "An owl: 一只猫头鹰。"
+    assert text_drawing.legible("猫 齉") == "猫 U+9F49 "
+    assert text_drawing.legible("\U000f0000") == "U+F0000 "
+    assert text_drawing.legible(" \n") == " \\n", "a token that is only a line break is seen too"
 
 
 @pytest.mark.filterwarnings("error")  # matplotlib warns of each glyph that is missing
@@ -143,8 +143,8 @@ def test_text_can_be_read_in_every_script(no_other_fonts):
 def test_lines_are_no_wider_than_asked_for(no_other_fonts, text):
     figure = Figure(dpi=100)
     for width in (0.6, 2.0, 10.8):
-        for line in attention.fold(text, width):
-            drawn = figure.text(0, 0, line, **attention.style())
+        for line in text_drawing.fold(text, width):
+            drawn = figure.text(0, 0, line, **text_drawing.style())
             assert drawn.get_window_extent().width <= 100 * width, (line, width)
     figure.savefig(io.BytesIO())
 

@@ -3,7 +3,6 @@
 import json
 import pickle
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ from test_formats import (  # noqa: F401
 
 from dataset.readers.formats import BadSample, open_data
 from dataset.readers.mixture import open_mixture, split_source
-from dataset.readers.sampler import by_size
 from training.data import data_hash, mixture_hash
 
 
@@ -84,27 +82,23 @@ def test_what_an_epoch_leaves_out_comes_in_the_next(tmp_path, weight, epochs):
 
 
 @pytest.mark.parametrize("weights", [("1", "1"), ("1.5", "0.3"), ("2", "1")])
-def test_the_index_tells_the_sizes_of_records(tmp_path, weights):
-    """Lines and entries of an array, whatever an epoch takes of them; Parquet does not tell."""
+def test_each_sample_of_an_epoch_tells_its_row(tmp_path, weights):
+    """Whatever an epoch takes of the files: the lengths of the rows are counted once."""
     records = [{"messages": [{"role": "user", "content": "x" * i}]} for i in range(30)]
     write_lines(tmp_path / "a", *records[:20])
     (tmp_path / "b").write_text(json.dumps(records[20:], indent=1))
     sources = [f"{tmp_path / name}:{weight}" for name, weight in zip("ab", weights)]
+    rows = open_mixture(sources).everything()
+    assert len(rows) == 30
     for epoch in range(3):
         data = open_mixture(sources).at_epoch(epoch)
         numbers = np.random.default_rng(0).permutation(len(data)).astype(np.uint8)
-        expected = [len(data[i].messages[0].content) for i in numbers.tolist()]
-        outside = {"a": len(json.dumps(records[0])), "b": len(json.dumps(records[0], indent=1))}
-        for number, size, length in zip(numbers.tolist(), data.sizes(numbers), expected):
-            around = outside[Path(data.where(number).split(",")[0]).name]
-            assert length + around <= size <= length + around + 20  # indented once more
-        assert len({length - size for size, length in zip(data.sizes(numbers), expected)}) <= 2
-        found = by_size(data, numbers)
-        assert sorted(found) == sorted(numbers)
-        assert (np.diff(data.sizes(found)) >= 0).all()
-    write_parquet(tmp_path / "p", [{"conversations": []}])
-    mixed = open_mixture([sources[0], str(tmp_path / "p")])
-    assert mixed.sizes(np.arange(3)) is None and by_size(mixed, np.arange(3)) is None
+        found = data.source_rows(numbers)
+        assert [rows[row].where for row in found] == [data[int(i)].where for i in numbers]
+    apart = open_mixture(sources, apart=6)
+    assert len(apart.everything()) == 24
+    assert apart.everything().source_rows(np.arange(24)).tolist() == list(range(24))
+    assert apart.set_apart().source_rows(np.arange(6)).tolist() == list(range(6))
 
 
 def test_captions_go_round_with_the_passes(folder):  # noqa: F811

@@ -1,7 +1,8 @@
 """Claims: a shuffled epoch passes through a large Parquet file a pool of groups at a time, every
-sample comes once, and a window holds no more pictures than memory is meant for."""
+sample comes once, and a worker decodes each group once and keeps two pools at most."""
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from test_batching import PROCESSOR
 from test_formats import MINIMIND, picture, write_lines, write_parquet
@@ -10,7 +11,8 @@ from dataset.batching import Batches
 from dataset.chat import ChatTemplate
 from dataset.readers import parquet, sampler
 from dataset.readers.mixture import open_mixture
-from dataset.readers.sampler import WindowPlan, buckets_in_window, epoch_order, row_groups
+from dataset.readers.parquet import ParquetData
+from dataset.readers.sampler import FEWEST, buckets_in_window, epoch_order, row_groups
 from dataset.tokenizer import Tokenizer
 
 ROWS, GROUP = 240, 10
@@ -20,7 +22,8 @@ ROWS, GROUP = 240, 10
 def files(tmp_path_factory):
     """Parquet in groups of ten rows, each row with its picture; and JSON Lines."""
     folder = tmp_path_factory.mktemp("files")
-    write_parquet(folder / "p", [MINIMIND] * ROWS, GROUP, image_bytes=[picture()] * ROWS)
+    write_parquet(folder / "p", [MINIMIND] * ROWS, GROUP, image_bytes=[
+        picture() + i.to_bytes(2, "big") for i in range(ROWS)])
     text = [{"messages": [{"role": "user", "content": "u"}, {"role": "assistant",
              "content": str(i)}]} for i in range(ROWS)]
     write_lines(folder / "j", *text)
@@ -30,8 +33,9 @@ def files(tmp_path_factory):
 @pytest.fixture
 def small_pools(files, monkeypatch):
     """Pools of about three groups."""
-    size = row_groups(open_mixture([str(files / "p")]))[0][1]
-    monkeypatch.setattr(sampler, "POOL", int(2.5 * size))
+    size = row_groups(open_mixture([str(files / "p")]))[0][0][1]
+    for module in (sampler, parquet):
+        monkeypatch.setattr(module, "POOL", int(2.5 * size))
     return size
 
 
@@ -51,7 +55,7 @@ def test_every_sample_once_and_groups_in_pools(files, small_pools, names, most):
     found = drawn(data)
     assert sorted(found) == list(range(len(data)))
     assert np.array_equal(found, drawn(data)) and not np.array_equal(found, drawn(data, 1))
-    groups = row_groups(data)
+    groups = [share for slices in row_groups(data) for share in slices]
     in_parquet = np.concatenate([numbers for numbers, _ in groups])
     group_of = {i: g for g, (numbers, _) in enumerate(groups) for i in numbers}
     met = [group_of[i] for i in found if i in group_of]
@@ -64,78 +68,80 @@ def test_every_sample_once_and_groups_in_pools(files, small_pools, names, most):
         assert 0.3 < half / len(in_parquet) < 0.7
 
 
-def test_an_epoch_opens_few_groups(files, small_pools, tiny_tokenizer_dir, monkeypatch):
-    """24 groups, 30 windows: in any order at all each window would open nearly all of its rows'
-    groups, about 7 for 8 rows."""
-    opened = []
-    made = parquet.GroupReader.__init__
-    monkeypatch.setattr(parquet.GroupReader, "__init__", lambda self, *given:
-                        opened.append(given[1]) or made(self, *given))
+def test_a_group_larger_than_a_pool_is_read_front_to_back(tmp_path, monkeypatch):
+    """240 rows in one group: shuffled among their neighbours, and passed through once."""
+    write_parquet(tmp_path / "one", [MINIMIND] * ROWS, ROWS, image_bytes=[
+        picture() + i.to_bytes(2, "big") for i in range(ROWS)])
+    monkeypatch.setattr(parquet, "SLICE", open_mixture([str(tmp_path / "one")])
+                        .sources[0].data.largest_group // 24 + 1)
+    data = open_mixture([str(tmp_path / "one")])
+    (slices,) = row_groups(data)
+    assert [len(numbers) for numbers, _ in slices] == [10] * 24
+    for module in (sampler, parquet):
+        monkeypatch.setattr(module, "POOL", int(2.5 * slices[0][1]))
+    found = drawn(data)
+    assert sorted(found) == list(range(ROWS)) and not np.array_equal(found, drawn(data, 1))
+    for place in range(0, ROWS, 30):
+        assert sorted(found[place:place + 30]) == list(range(place, place + 30))
+    decoded = decoding(monkeypatch)
+    assert [data[int(i)].where.endswith(f":{i + 1}") for i in found] == [True] * ROWS
+    assert decoded == [[0]]
+
+
+def decoding(monkeypatch):
+    """-> a list that grows with each row group that is decoded from now on."""
+    decoded, read = [], pq.ParquetFile.iter_batches
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda self, **options: decoded.append(
+        options["row_groups"]) or read(self, **options))
+    ParquetData.buffer.clear()
+    for name, value in (("buffered", 0), ("reader", None)):
+        monkeypatch.setattr(ParquetData, name, value)
+    return decoded
+
+
+def test_an_epoch_decodes_few_groups(files, small_pools, tiny_tokenizer_dir, monkeypatch):
+    """24 groups. Pool by pool each is decoded once; in any order at all, nearly one for each row
+    that is read."""
+    template = ChatTemplate(Tokenizer.from_directory(tiny_tokenizer_dir), 4)
 
     def epoch():
-        opened.clear()
-        template = ChatTemplate(Tokenizer.from_directory(tiny_tokenizer_dir), 4)
-        data = open_mixture([str(files / "p")])
-        batches = Batches(data, template, PROCESSOR, 4, 128, seed=0, window=2)
+        batches = Batches(open_mixture([str(files / "p")]), template, PROCESSOR, 4, 128, seed=0)
+        decoded = decoding(monkeypatch)
         seen = [place for batch, bad in batches.epoch(0) for place in batch.where]
-        assert len(set(seen)) == len(seen) == ROWS and len(batches.layout.windows) == 31
-        return len(opened)
+        assert len(set(seen)) == len(seen) == ROWS
+        return len(decoded)
 
     pooled = epoch()
-    monkeypatch.setattr(sampler, "POOL", 1 << 40)
+    monkeypatch.setattr(sampler, "POOL", 1 << 40)  # what is kept stays small
     anyhow = epoch()
-    assert pooled <= 24 + 3 * 30 < 150 < anyhow
-
-
-def test_a_window_holds_what_memory_is_meant_for(files, tiny_tokenizer_dir, monkeypatch):
-    data, words = open_mixture([str(files / "p")]), open_mixture([str(files / "j")])
-    size = row_groups(data)[0][1] / GROUP
-    assert buckets_in_window(data, 2, 60) == buckets_in_window(words, 2, 60) == 60
-    monkeypatch.setattr(sampler, "WINDOW_BYTES", int(50 * size))
-    assert buckets_in_window(words, 2, 60) == 60
-    assert buckets_in_window(data, 2, 60) == 25
-    assert buckets_in_window(data, 1000, 60) == sampler.FEWEST
-    template = ChatTemplate(Tokenizer.from_directory(tiny_tokenizer_dir), 4)
-    batches = Batches(data, template, PROCESSOR, 2, 128, seed=0)
-    assert max(np.diff(batches.layout.windows)) <= 50 and batches.layout.windows[-1] == ROWS
+    assert pooled <= 30 < 150 < anyhow
 
 
 @pytest.mark.parametrize("ranks, workers, batch_size", [(1, 1, 4), (2, 2, 2), (4, 2, 1)])
-def test_pictures_in_parquet_are_read_once_by_all_workers(
+def test_each_worker_decodes_each_group_once_at_most(
         files, small_pools, tiny_tokenizer_dir, monkeypatch, ranks, workers, batch_size):
-    """Each worker of each rank reads the rows that it serves, from few groups; and all the workers
-    of a rank hold no more than memory is meant for."""
-    monkeypatch.setattr(sampler, "WINDOW_BYTES", 80 * small_pools // GROUP)
-    monkeypatch.setattr(sampler, "SHARDED", 0)
+    """And keeps no more than two pools of them; the images are read once by all together."""
     template = ChatTemplate(Tokenizer.from_directory(tiny_tokenizer_dir), 4)
-    data, read, opened, told = open_mixture([str(files / "p")]), [], [], []
-    sample, made = parquet.ParquetData.sample, parquet.GroupReader.__init__
-    monkeypatch.setattr(parquet.ParquetData, "sample", lambda self, i, caption_index=0:
-                        read.append(i) or sample(self, i, caption_index))
-    monkeypatch.setattr(parquet.GroupReader, "__init__", lambda self, *given:
-                        opened.append(given[1]) or made(self, *given))
-    for rank in range(ranks):
-        lines = [WindowPlan(Batches(data, template, PROCESSOR, batch_size, 128, 0, rank, ranks))
-                 for _ in range(workers)]
-        b = lines[0].batches
-        assert b.layout.lanes == (2 if batch_size > 1 else 4)
-        (step,) = b.layout.steps(0, 0, b.layout.positions, b.layout.positions)
-        for number, micro_batch in enumerate(step):
-            batch, _ = lines[number % workers][micro_batch]
-            told += batch.where
-            assert sum(len(line.rows) for line in lines) <= 80
-    assert sorted(read) == list(range(ROWS)) and len(set(told)) == len(told) == ROWS
-    # A hand of 15 to 40 rows, two to four groups, lies in up to three pools of three groups.
-    assert len(opened) <= 9 * ROWS / 15
+    data, told = open_mixture([str(files / "p")]), []
+    for rank, worker in np.ndindex(ranks, workers):
+        loader = Batches(data, template, PROCESSOR, batch_size, 128, 0, rank, ranks)
+        decoded = decoding(monkeypatch)
+        (step,) = loader.layout.steps(0, 0, loader.layout.positions, loader.layout.positions)
+        for micro_batch in step[worker::workers]:
+            told += loader[micro_batch][0].where
+            assert ParquetData.buffered <= 5 * small_pools
+        assert len(decoded) <= 30
+    assert len(set(told)) == len(told) == ROWS
 
 
-def test_two_windows_are_never_held_at_once(files, tiny_tokenizer_dir):
+def test_a_window_holds_no_more_than_a_pool(files, tiny_tokenizer_dir, monkeypatch):
+    data, words = open_mixture([str(files / "p")]), open_mixture([str(files / "j")])
+    size = row_groups(data)[0][0][1] / GROUP
+    assert buckets_in_window(data, 2, 60) == buckets_in_window(words, 2, 60) == 60
+    monkeypatch.setattr(sampler, "POOL", int(50.5 * size))
+    assert buckets_in_window(words, 2, 60) == 60
+    assert buckets_in_window(data, 2, 60) == 25
+    assert buckets_in_window(data, 1000, 60) == FEWEST
     template = ChatTemplate(Tokenizer.from_directory(tiny_tokenizer_dir), 4)
-    batches = Batches(open_mixture([str(files / "p")]), template, PROCESSOR, 4, 128, seed=0,
-                      window=2)
-    line, held = WindowPlan(batches), []
-    read = line._tokenize_lane
-    line._tokenize_lane = lambda *lane: held.append(len(line.rows)) or read(*lane)
-    for micro_batch in next(batches.layout.steps(0, 0, ROWS, ROWS)):
-        line[micro_batch]
-    assert held == [0] * 30 and len(line.rows) == 8
+    batches = Batches(data, template, PROCESSOR, 2, 128, seed=0)
+    assert max(np.diff(batches.layout.windows)) <= 50 and batches.layout.windows[-1] == ROWS

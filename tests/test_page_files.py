@@ -104,14 +104,14 @@ class Visitor:
 
     def say(self, box, way: str = "queue") -> bool:
         """A message with this in the place of its words and pictures: was it answered?"""
-        told = WAYS[way](self, "ask", [box, None, self.model, 0, 1.0, 4, "English"])
+        told = WAYS[way](self, "ask", [box, None, self.model, 0, 1.0, 4])
         answered = '"assistant"' in told
         self.fetch(told)
         return answered
 
     def look(self) -> str:
         """-> the path of the picture of where the last answer's words were looked for."""
-        return re.search(r"file=([^\"]*)", WAYS["queue"](self, "look", [None, "English"]))[1]
+        return re.search(r"file=([^\"]*)", WAYS["queue"](self, "look", [None]))[1]
 
     def fetch(self, told: str) -> None:
         """Everything that an answer points to."""
@@ -140,7 +140,7 @@ def direct(road):
 def call(visitor, name, data, version=""):
     body = {"data": data, "session_hash": visitor.page}
     if version:  # without the state, and by name
-        words = ("said", "name", "temperature", "top_p", "longest", "language")
+        words = ("said", "name", "temperature", "top_p", "longest")
         body = dict(zip(words, [data[0], *data[2:]]))
     status, told = visitor.ask("POST", f"{API}/call{version}/{name}", body)
     if status != 200:
@@ -523,8 +523,7 @@ def test_what_is_no_message_is_refused_in_a_sentence(server, secret):
     visitor = Visitor(server)
     join = f"{API}/queue/join"
     message = json.dumps({"fn_index": visitor.number("ask"), "session_hash": visitor.page,
-                          "data": [box(described(secret)), None, visitor.model, 0, 1, 4,
-                                   "English"]})
+                          "data": [box(described(secret)), None, visitor.model, 0, 1, 4]})
     hidden = "{" + f'"data": 1, {message[1:]}'
     cases = [(b"", {}), (b"\xff", {}), (b"{", {}), (b"[" * 100_000, {}), (b"[]", {}), (b"7", {}),
              (b"{}" + message.encode(), {}), (hidden.encode(), {}),

@@ -8,12 +8,9 @@ import os
 import pickle
 import re
 import signal
-import sys
-from array import array
 from collections import Counter
 from multiprocessing import active_children, resource_sharer
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -25,17 +22,16 @@ from torch.utils.data import DataLoader
 
 import dataset.images
 import train_pretrain
-import training.index_cache
 from dataset.batching import Batches
+from dataset.readers import index_cache, parquet
 from dataset.readers.formats import open_data
 from dataset.readers.json_files import RecordIndex
 from dataset.readers.mixture import open_mixture
-from dataset.readers.parquet import GroupReader
+from dataset.readers.parquet import ParquetData
 from model.pretrained.checkpoint import newest_checkpoint
 from tests.test_training import prepare
 from tests.tiny import make_data, make_world, metrics, torchrun
 from training.data import matching
-from training.index_cache import load_on_local_leader
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +45,7 @@ def test_an_index_costs_24_bytes_a_line(tmp_path):
     (tmp_path / "data.jsonl").write_bytes(line * 200_000)
     data = open_data(tmp_path / "data.jsonl")
     assert len(data) == 200_000 and data[199_999].where.endswith(":200000")
-    index = (data.records.starts, data.records.sizes, data.records.lines)
-    assert sum(map(sys.getsizeof, index)) < 200_000 * 24 * 1.15
+    assert data.records.numbers.nbytes == 200_000 * 24
     # What a spawned worker is handed. Forked ones share the pages: the next test.
     assert len(pickle.dumps(data)) < 200_000 * 24 * 1.01
 
@@ -84,8 +79,7 @@ def test_forked_workers_share_the_index(tmp_path):
     (tmp_path / "data.jsonl").write_bytes(line)
     data = open_data(tmp_path / "data.jsonl")
     count = 4_000_000
-    data.records = RecordIndex(data.records.file, array("q", bytes(8 * count)),
-                         array("q", [len(line)]) * count, array("q", [1]) * count)
+    data.records = RecordIndex(data.records.file, np.tile([0, len(line), 1], count))
     gc.collect()
     loader = DataLoader(Reading(data), batch_size=None, sampler=[0, 1], num_workers=2,
                         multiprocessing_context="fork")
@@ -96,30 +90,36 @@ def test_forked_workers_share_the_index(tmp_path):
 SHARING = """
 import json, os, sys
 from pathlib import Path
-from dataset.readers.mixture import open_mixture
+from types import SimpleNamespace
+from dataset.readers import json_files
 from tests.test_scale import private_bytes
+from training.data import open_data
 from training.distributed import start_distributed
-from training.index_cache import load_on_local_leader
 
-def opened():
-    print("opened by", os.environ["RANK"], file=sys.stderr, flush=True)
-    return open_mixture(sys.argv[1:]), "and more"
+for name in ("index_lines", "index_array", "index_coco"):
+    def told(file, name=name, compute=getattr(json_files, name)):
+        print(name, "by", os.environ["RANK"], file=sys.stderr, flush=True)
+        return compute(file)
+    setattr(json_files, name, told)
 
+settings = SimpleNamespace(data=sys.argv[1:], image_folder=None, seed=0, eval_data=None,
+                           eval_samples=None, eval_steps=0, overfit=None)
 with start_distributed() as ranks:
     ranks.sum(1)  # what the first message of all needs is not the index's
     before = private_bytes()
-    data, more = load_on_local_leader(opened, ranks)
+    data, facts, held_out = open_data(settings, "pretrain", ranks)
     grown = private_bytes() - before
     told = [data[i].where for i in range(0, len(data), len(data) // 99)]
     # a file for each: lines that two ranks print at once may run into each other
-    Path(f"{sys.argv[1]}.rank{ranks.rank}").write_text(json.dumps([len(data), more, grown, told]))
+    Path(f"{sys.argv[1]}.rank{ranks.rank}").write_text(json.dumps(
+        [len(data), facts, grown, told]))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux tells it")
 def test_the_ranks_of_a_machine_share_one_index(tmp_path):
-    """Three kinds of file, 29 MB of index in all: one rank reads them, each gets the same samples,
-    and nobody has the index for itself or leaves it behind."""
+    """Three kinds of file, 29 MB of index in all: one rank makes it, each gets the same samples,
+    nobody has the index for itself, and the next run finds it."""
     row = '{"messages": [{"role": "user", "content": "u"}]}'
     images = [{"id": number, "file_name": "a.png"} for number in range(1000)]
     Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
@@ -130,48 +130,40 @@ def test_the_ranks_of_a_machine_share_one_index(tmp_path):
     (tmp_path / "sharing.py").write_text(SHARING)
     files = [str(tmp_path / name) for name in ("lines", "array", "coco")]
     (tmp_path / "temporary").mkdir()
-    done = torchrun(["--standalone", "--nproc_per_node", "2"], tmp_path / "sharing.py", *files,
-                    TMPDIR=str(tmp_path / "temporary"))
-    assert done.returncode == 0, done.stderr
-    assert re.findall("opened by .", done.stderr) == ["opened by 0"]
     alone = open_mixture(files)
     told = [alone[i].where for i in range(0, len(alone), len(alone) // 99)]
-    for rank in range(2):
-        count, more, grown, found = json.loads((tmp_path / f"lines.rank{rank}").read_text())
-        assert (count, more, found) == (len(alone), "and more", told)
-        assert grown < 10e6, f"{grown / 1e6:.0f} MB of its own"
-    assert not list((tmp_path / "temporary").glob("vlm-index*"))
+    for made in (["index_lines by 0", "index_array by 0", "index_coco by 0"], []):
+        done = torchrun(["--standalone", "--nproc_per_node", "2"], tmp_path / "sharing.py", *files,
+                        TMPDIR=str(tmp_path / "temporary"))
+        assert done.returncode == 0, done.stderr
+        assert re.findall("index_.* by .", done.stderr) == made
+        for rank in range(2):
+            count, facts, grown, found = json.loads((tmp_path / f"lines.rank{rank}").read_text())
+            assert (count, found) == (len(alone), told)
+            assert [len(file["sha256"]) for file in facts["files"]] == [64] * 3
+            if rank or not made:  # whoever makes the index needs memory for it meanwhile
+                assert grown < 10e6, f"{grown / 1e6:.0f} MB of its own"
+    (tmp_path / "lines").write_text(f"{row}\n" * 50_000)
+    assert len(open_mixture(files[:1])) == 50_000, "a file that has changed is read anew"
 
 
-@pytest.mark.parametrize("nodes, opens", [(1, ["0"]), (2, ["0", "2"])])
-def test_each_machine_opens_for_itself(monkeypatch, nodes, opens):
-    """Four ranks on one machine, or two on each of two; played by hand, one after the other."""
-    asked, told = [], {}
-
-    def answers(into, mine):  # what all_gather_object would bring from the others
-        told[rank] = mine
-        into[:] = [told.get(other, (b"", "", [])) for other in range(4)]
-
-    monkeypatch.setattr(training.index_cache.dist, "all_gather_object", answers)
-    monkeypatch.setattr(training.index_cache.os, "unlink", lambda name: None)
-    for rank in range(4):
-        monkeypatch.setenv("LOCAL_RANK", str(rank % (4 // nodes)))
-        ranks = SimpleNamespace(rank=rank, world_size=4, barrier=lambda: None)
-
-        def data(rank=rank):
-            asked.append(str(rank))
-            return [str(rank), np.arange(5), array("q", [7, 8])]
-
-        name, numbers, places = load_on_local_leader(data, ranks)
-        assert name == asked[-1] and numbers.tolist() == [0, 1, 2, 3, 4]
-        assert places.tolist() == [7, 8] and not places.flags.writeable
-    assert asked == opens
-    for _, name, _ in filter(None, told.values()):
-        Path(name).unlink()
+def test_an_index_without_room_or_of_somebody_else_is_computed(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_cache.tempfile, "gettempdir", lambda: str(tmp_path / "nowhere"))
+    big = np.arange(1 << 18)
+    assert index_cache.cached("a", lambda: big) is big
+    monkeypatch.setattr(index_cache.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert isinstance(index_cache.cached("a", lambda: big), np.memmap)
+    assert index_cache.cached("a", None).tolist() == big.tolist()
+    assert index_cache.cached("b", lambda: big[:5]) is not None and len(
+        list(tmp_path.glob("*/*"))) == 1, "small ones are not kept, and nothing is left behind"
+    index_cache.path_of("a").write_bytes(b"torn")
+    assert index_cache.cached("a", lambda: big).tolist() == big.tolist()
+    monkeypatch.setattr(index_cache, "user", lambda: -1)
+    assert index_cache.load("a") is None
 
 
-def test_many_shards_hold_one_slice(tmp_path):
-    """data/*.parquet: every shard is found, in order; whatever is read, one reader is open."""
+def test_many_shards_share_one_buffer(tmp_path, monkeypatch):
+    """data/*.parquet: every shard is found, in order; what is kept of all is two pools at most."""
     for number in range(12):
         turns = [[{"role": "user", "content": f"{number}-{row}"}] for row in range(5)]
         pq.write_table(pa.table({"messages": turns}), tmp_path / f"part-{number:02}.parquet")
@@ -181,8 +173,11 @@ def test_many_shards_hold_one_slice(tmp_path):
         f"{number}-{row}" for number in range(12) for row in range(5)]
     for i in (0, 31, 5, 59, 30):
         mixed[i]
-    gc.collect()
-    assert sum(type(thing) is GroupReader for thing in gc.get_objects()) == 1
+    monkeypatch.setattr(parquet, "POOL", 0)  # then it is one slice of one file
+    ParquetData.buffer.clear()
+    for i in (7, 31, 32):
+        assert mixed[i].where.endswith(f":{i % 5 + 1}")
+    assert list(ParquetData.buffer) == mixed.sources[6].data.slices
 
 
 def test_each_source_comes_as_often_as_its_weight_says(world, tmp_path):

@@ -17,6 +17,7 @@ from extras.convert.tiktoken import (
     byte_alphabet,
     halves,
 )
+from model.pretrained.hub import resolve
 
 TEXTS = ["", " ", "Hello, world!", "  two  spaces ", "a\n\n\nb\r\n\tc", "it's WE'LL don't",
          "3.14159", "图片里有4个橙子、3个碗。", "emoji 🍊👩‍👩‍👧 end", "e\u0301 é ﬁ",
@@ -43,7 +44,7 @@ def tiny_tiktoken(tiny, directory, **files):
     (directory / "qwen.tiktoken").write_text("".join(lines))
     for name, content in files.items():
         (directory / f"{name}.json").write_text(json.dumps(content))
-    return Tokenizer.from_directory(directory)
+    return Tokenizer.from_directory(resolve(directory))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def real(tmp_path_factory, request):
                 (alone / "config.json").write_text('{"model_type": "qwen"}')
             directory = alone
         if name not in read:
-            read[name] = Tokenizer.from_directory(directory)
+            read[name] = Tokenizer.from_directory(resolve(directory))
         return read[name]
 
     return get
@@ -215,7 +216,7 @@ def test_the_first_qwen_has_its_own_tokens_behind_the_same_ranks(real):
 def test_a_damaged_tiktoken_file_is_named_with_its_line(tmp_path):
     (tmp_path / "qwen.tiktoken").write_text("YQ== 0\nnot-base64\n")
     with pytest.raises(ValueError, match=r"qwen.tiktoken:2"):
-        Tokenizer.from_directory(tmp_path)
+        resolve(tmp_path)
 
 
 def test_a_tiktoken_file_that_is_not_whole_is_refused(tiny, tmp_path):
@@ -223,13 +224,13 @@ def test_a_tiktoken_file_that_is_not_whole_is_refused(tiny, tmp_path):
     lines = (tmp_path / "qwen.tiktoken").read_text().splitlines(keepends=True)
     (tmp_path / "qwen.tiktoken").write_text("".join(lines[:260] + lines[270:]))
     with pytest.raises(ValueError, match="qwen.tiktoken: rank 260 is missing"):
-        Tokenizer.from_directory(tmp_path)
+        resolve(tmp_path)
     (tmp_path / "qwen.tiktoken").write_text("YQ== 0\nYWI= 1\n")  # a, ab
     with pytest.raises(ValueError, match="qwen.tiktoken: no token for the byte b'b'"):
-        Tokenizer.from_directory(tmp_path)
+        resolve(tmp_path)
     (tmp_path / "qwen.tiktoken").write_text("YQ== 0\nYg== 1\nYWJi 2\nYmI= 3\n")  # a, b, abb, bb
     with pytest.raises(ValueError, match="qwen.tiktoken: no earlier tokens join to b'abb'"):
-        Tokenizer.from_directory(tmp_path)
+        resolve(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["emoji", "minimind", "smollm2", "qwen"])

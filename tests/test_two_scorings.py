@@ -11,7 +11,6 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from test_scoring import elsewhere as elsewhere  # fixtures
@@ -219,28 +218,11 @@ def test_a_lock_ends_with_its_process_also_a_killed_one(world, tmp_path):
         pass
 
 
-def test_windows_has_another_lock(monkeypatch, tmp_path):
-    calls = []
-
-    def taken(*arguments):
-        calls.append(arguments)
-        if len(calls) > 1:
-            raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setitem(sys.modules, "fcntl", None)
-    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(LK_NBLCK=2, locking=taken))
-    with locked(tmp_path):
-        with pytest.raises(ValueError, match="in use"):
-            with locked(tmp_path):
-                pytest.fail("locked twice")
-    assert [call[1:] for call in calls] == [(2, 1), (2, 1)]
-
-
 def test_a_disk_without_locks_is_told(monkeypatch, tmp_path, capsys):
-    def none_here(file):
+    def none_here(lock):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(results_cache, "lock", none_here)
+    monkeypatch.setattr(results_cache.FileLock, "acquire", none_here)
     with locked(tmp_path):
         assert f"{tmp_path} cannot be locked" in capsys.readouterr().err
 

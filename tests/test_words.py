@@ -3,7 +3,7 @@
 import pytest
 
 from dataset.tokenizer import Tokenizer
-from extras.attention import words
+from extras.text_drawing import words
 from tests.tiny import ROOT, make_tokenizer
 
 

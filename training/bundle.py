@@ -11,10 +11,10 @@ from dataset.families import DEFAULT_SYSTEM
 from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
 from model.pretrained.checkpoint import own_names, read_config, tensor_names
+from model.pretrained.hub import TOWER_SETTINGS
 from model.pretrained.load import load_checkpoint
 from model.pretrained.public_config import write_vlm_config
 from model.vlm import VLM
-from training.settings import TOWER_SETTINGS
 
 
 @dataclass

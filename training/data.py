@@ -6,11 +6,13 @@
 """
 
 import glob
+import os
 from pathlib import Path
 
 from torch.utils.data import Subset
 
 from dataset.batching import Batches
+from dataset.readers.lengths import count_tokens
 from dataset.readers.mixture import Mixture, open_mixture, split_source
 from model.pretrained.files import sha256
 
@@ -19,17 +21,25 @@ EMOJI_KINDS = {"pretrain": "captions", "sft": "chat"}
 EMOJI_HELD_OUT = 256  # scenes, when --eval_samples does not say how many
 
 
-def open_data(settings, stage: str):
+def open_data(settings, stage: str, distributed):
     """-> samples to train on, what run.json says about them, held-out samples or None.
 
-    stage: "pretrain" or "sft".
+    stage: "pretrain" or "sft". The first rank of each machine opens the files before the others,
+    which then find its index of them (dataset/readers/index_cache.py).
     """
-    samples, facts = open_training_data(settings, stage)
-    return samples, facts, open_held_out(settings, stage, samples)
+    leader = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not leader:
+        distributed.barrier()
+    samples, facts = open_training_data(settings, stage, distributed.main)
+    held_out = open_held_out(settings, stage, samples)
+    if leader:
+        distributed.barrier()
+    (facts,) = distributed.gather([facts] if distributed.main else [])
+    return samples, facts, held_out
 
 
-def open_training_data(settings, stage: str):
-    """-> samples of --data, and what run.json says about them."""
+def open_training_data(settings, stage: str, hashed: bool = True):
+    """-> samples of --data, and what run.json says about them; hashed: with their sha256."""
     if settings.data == "emoji":
         from dataset.emoji.world import EmojiData  # here: other data has no use for it
 
@@ -38,7 +48,7 @@ def open_training_data(settings, stage: str):
     else:
         apart = 0 if settings.eval_data else settings.eval_samples or 0
         data = open_files("data", settings, apart)
-        files = mixture_hash(data)
+        files = mixture_hash(data) if hashed else [{}]
         if len(files) > 1:
             facts = {"files": files}
         else:  # a weight of 1 goes without saying
@@ -106,7 +116,8 @@ def batch_maker(bundle, settings, distributed):
     def make_batches(samples, **order) -> Batches:
         loader = Batches(samples, bundle.template, bundle.processor, settings.batch_size,
                          settings.max_length, settings.seed, distributed.rank,
-                         distributed.world_size, settings.num_workers, **order)
+                         distributed.world_size, settings.num_workers, lengths=count_tokens(
+                             samples, bundle.template, settings.num_workers, distributed), **order)
         return use_cache(loader, cache, bundle.model, settings.dtype) if cache else loader
 
     return make_batches

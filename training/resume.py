@@ -21,11 +21,12 @@ from model.pretrained.checkpoint import (
     save_checkpoint,
     step_of,
 )
+from model.pretrained.hub import TOWER_SETTINGS
 from model.pretrained.pickle_loader import load_plain
 from training.errors import StopTraining
 from training.presets import read_flags, resolve
 from training.run_metadata import FILES, read_object
-from training.settings import CHANGES_CURVE, FREE, ON_RESUME, TOWER_SETTINGS
+from training.settings import CHANGES_CURVE, FREE, ON_RESUME
 from training.steps import TrainerState
 from training.writable import check_directory, free_name
 

@@ -32,9 +32,6 @@ def projector_kind(name: str) -> str:
 
 TRACKERS = ("tensorboard", "wandb", "swanlab", "trackio")  # extras/trackers.py
 
-# Which setting names the tower of each part.
-TOWER_SETTINGS = {"language": "language_model", "vision": "vision_tower"}
-
 PRESET = object()  # the default stands in the preset (preset_table.py)
 
 

@@ -19,12 +19,11 @@ MAX_REASONS = 50  # counted one by one; more would be file names mistaken for re
 @dataclass
 class TrainerState:
     """How far a run has come: with the optimizer's state, all that an exact resume needs. bucket,
-    shards, epoch and position (see dataset/batching.py) say which samples come next, whatever the
-    number of ranks and the size of a batch will be."""
+    epoch and position (see dataset/batching.py) say which samples come next, whatever the number
+    of ranks and the size of a batch will be."""
 
     step: int = 0  # Optimizer steps made.
     bucket: int | None = None  # Rows of the run's first micro-batch on all ranks; None: not begun.
-    shards: int | None = None  # Ranks that a window was sharded across; 1: each read all of it.
     epoch: int = 0  # Epoch of the next sample.
     position: int = 0  # Of the next sample, in the order of that epoch.
     skip_reasons: dict = field(default_factory=dict)  # {reason: unusable samples, on all ranks}.
@@ -66,7 +65,7 @@ class Steps:
         self.stopping = False  # set it, and the present step is the last one
         # Of the present step: on this rank, on all ranks, and (epoch, where its samples stand).
         self.batches, self.non_padding_tokens, self.sources = [], 0, []
-        state.bucket, state.shards = layout.bucket, layout.shards
+        state.bucket = layout.bucket
         # The workers that load are several micro-batches ahead.
         self.plans, ahead = tee(layout.steps(state.epoch, state.position, self.step_size, left))
         self.stream = loader.load(chain.from_iterable(ahead))

@@ -14,12 +14,12 @@ once from front to back, and a record is read again, alone, when it is asked for
 import json
 import re
 from array import array
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from dataset.readers.bad_sample import BadSample, shown
+from dataset.readers.index_cache import cached, identity
 from dataset.readers.unread import refuse_unread
 from dataset.sample import TEXT_KEYS, Sample, to_sample
 
@@ -30,34 +30,33 @@ BETWEEN = re.compile("[\ufeff\\s,:]*")  # what may stand between two values, or 
 LONGEST = 1 << 26  # characters; a value that is still not complete is taken to be damaged
 
 
-@dataclass
 class RecordIndex:
-    """Where the records of a file are; their content stays in the file."""
+    """Where the records of a file are; their content stays in the file.
 
-    file: Path
-    starts: array = field(default_factory=lambda: array("q"))  # in bytes
-    sizes: array = field(default_factory=lambda: array("q"))
-    lines: array = field(default_factory=lambda: array("q"))  # counted from 1
+    numbers: of each record its start and size in bytes and its line, counted from 1.
+    """
+
+    def __init__(self, file: Path, numbers=None):
+        self.file, self.numbers = file, array("q") if numbers is None else numbers
 
     def append(self, start: int, size: int, line: int) -> None:
-        self.starts.append(start)
-        self.sizes.append(size)
-        self.lines.append(line)
+        self.numbers.extend((start, size, line))
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.numbers) // 3
 
     def where(self, i: int) -> str:
         """"file:line", and the number of the entry where the line alone does not tell it."""
-        where = f"{self.file}:{self.lines[i]}"
-        shared = self.lines[i] in [*self.lines[max(i - 1, 0):i], *self.lines[i + 1:i + 2]]
+        line = self.numbers[3 * i + 2]
+        where = f"{self.file}:{line}"
+        shared = any(self.numbers[3 * n + 2] == line for n in (i - 1, i + 1) if 0 <= n < len(self))
         return f"{where} entry {i + 1}" if shared else where
 
     def read(self, i: int) -> dict:
         # Opened anew each time: processes that share one open file move each other's position.
         with open(self.file, "rb") as opened:
-            opened.seek(self.starts[i])
-            text = opened.read(self.sizes[i])
+            opened.seek(self.numbers[3 * i])
+            text = opened.read(self.numbers[3 * i + 1])
         try:
             record = json.loads(text.decode("utf-8-sig"))  # as bytes it may pass for UTF-16
         except json.JSONDecodeError as error:  # its own text counts lines from the record's start
@@ -82,10 +81,6 @@ class JsonData:
     def __getitem__(self, i: int) -> Sample:
         return self.sample(i)
 
-    def sizes(self, indices: np.ndarray) -> np.ndarray:
-        """Bytes of these records: about how long their texts are, known without reading them."""
-        return np.asarray(self.records.sizes)[indices]
-
     def sample(self, i: int, caption_index: int = 0) -> Sample:
         """caption_index: which of several captions, see sample.py."""
         i = range(len(self))[i]  # IndexError past the end, which is what ends a for loop
@@ -99,31 +94,18 @@ class CocoData:
 
     def __init__(self, file: Path, images_dir: Path):
         self.images_dir = images_dir
-        self.annotations, self.images = RecordIndex(file), RecordIndex(file)
-        ids = array("q")
-        for key, value, start, size, line in walk_object(file):
-            if key == "annotations":
-                self.annotations.append(start, size, line)
-            if key == "images":
-                if not isinstance(value, dict) or not is_id(value.get("id")):
-                    raise ValueError(f"{file}:{line}: an image without a number as its 'id': "
-                                     f"{shown(value)}")
-                self.images.append(start, size, line)
-                ids.append(value["id"])
-        if not len(self.images) or not len(self.annotations):
-            raise ValueError(f"{file} has {len(self.images)} images and {len(self.annotations)} "
-                             "annotations; expected COCO captions with both (captions_*.json)")
+        # One array: how many numbers of annotations, of images, all of them, and the images' ids.
+        numbers = cached(f"COCO {identity(file)}", lambda: index_coco(file))
+        annotations, images, ids = np.split(numbers[2:], np.cumsum(numbers[:2]))
+        self.annotations, self.images = RecordIndex(file, annotations), RecordIndex(file, images)
         self.order = np.argsort(ids)  # index in the file of the image with the n-th smallest id
-        self.ids = np.array(ids)[self.order]
+        self.ids = ids[self.order]
 
     def __len__(self) -> int:
         return len(self.annotations)
 
     def __getitem__(self, i: int) -> Sample:
         return self.sample(i)
-
-    def sizes(self, indices: np.ndarray) -> np.ndarray:
-        return np.asarray(self.annotations.sizes)[indices]
 
     def sample(self, i: int, caption_index: int = 0) -> Sample:
         i = range(len(self))[i]
@@ -155,15 +137,15 @@ def is_id(value) -> bool:
 
 def open_json(file: Path, images_dir: Path, first: bytes):
     """first: the character that the file begins with, "{" or "["."""
-    if first == b"[":
-        return JsonData(index_array(file), images_dir)
-    if is_coco(file):
+    if first == b"{" and is_coco(file):
         return CocoData(file, images_dir)
-    return JsonData(index_lines(file), images_dir)
+    index = index_array if first == b"[" else index_lines
+    return JsonData(RecordIndex(file, cached(f"JSON {identity(file)}", lambda: index(file))),
+                    images_dir)
 
 
-def index_lines(file: Path) -> RecordIndex:
-    """JSON Lines: every line that is not empty is a piece. Nothing is parsed."""
+def index_lines(file: Path) -> np.ndarray:
+    """JSON Lines: every line that is not empty is a record. Nothing is parsed."""
     records, start = RecordIndex(file), 0
     with open(file, "rb") as opened:
         for number, line in enumerate(opened, 1):
@@ -171,11 +153,11 @@ def index_lines(file: Path) -> RecordIndex:
             if line[mark:].strip():
                 records.append(start + mark, len(line) - mark, number)
             start += len(line)
-    return records
+    return np.array(records.numbers)
 
 
-def index_array(file: Path) -> RecordIndex:
-    """JSON array: every entry is a piece.
+def index_array(file: Path) -> np.ndarray:
+    """JSON array: every entry is a record.
 
     An array has no line ends to go on from after a mistake, so one mistake spoils the file.
     """
@@ -187,7 +169,25 @@ def index_array(file: Path) -> RecordIndex:
         if reader.peek():  # two arrays, one after the other: half of the data would be lost unseen
             raise ValueError(f"{file}:{reader.line}: something follows the end of the array; "
                              "expected one array, or one object a line (JSON Lines)")
-    return records
+    return np.array(records.numbers)
+
+
+def index_coco(file: Path) -> np.ndarray:
+    annotations, images, ids = RecordIndex(file), RecordIndex(file), array("q")
+    for key, value, *place in walk_object(file):
+        if key == "annotations":
+            annotations.append(*place)
+        if key == "images":
+            if not isinstance(value, dict) or not is_id(value.get("id")):
+                raise ValueError(f"{file}:{place[-1]}: an image without a number as its 'id': "
+                                 f"{shown(value)}")
+            images.append(*place)
+            ids.append(value["id"])
+    if not len(images) or not len(annotations):
+        raise ValueError(f"{file} has {len(images)} images and {len(annotations)} "
+                         "annotations; expected COCO captions with both (captions_*.json)")
+    counts = [len(annotations.numbers), len(images.numbers)]
+    return np.concatenate([counts, annotations.numbers, images.numbers, ids])
 
 
 def is_coco(file: Path) -> bool:

@@ -19,12 +19,13 @@ For measuring, the last samples of each file can be set apart: then a pass goes 
 
 import bisect
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
 
 from dataset.readers.formats import open_data
+from dataset.readers.index_cache import identity
 from dataset.sample import Sample
 
 
@@ -74,18 +75,27 @@ class Mixture:
         part, row = self._find(i)
         return f"{part.file}, sample {row + 1}"
 
-    def sizes(self, numbers: np.ndarray) -> np.ndarray | None:
-        """Bytes of these samples' records; None where a file has no index of them."""
-        if not all(hasattr(part.data, "sizes") for part in self.parts):
-            return None
-        sizes = np.zeros(len(numbers), np.int64)
-        part_of = np.searchsorted(self.ends, numbers, side="right")
+    def everything(self) -> "Mixture":
+        """Every sample that counts once, file after file: what `source_rows` numbers."""
+        return Mixture([replace(source, weight=1.0) for source in self.sources], self.seed)
+
+    def source_rows(self, samples: np.ndarray) -> np.ndarray:
+        """The index in `everything` of each of these samples."""
+        ends = accumulate((len(source.rows) for source in self.sources), initial=0)
+        shift = {id(source.data): end - source.rows.start
+                 for source, end in zip(self.sources, ends)}
+        part_of = np.searchsorted(self.ends, samples, side="right")
+        rows = np.zeros(len(samples), np.int64)
         for number in np.unique(part_of):
             part, inside = self.parts[number], part_of == number
-            n = numbers[inside] - (self.ends[number] - len(part))  # index in the part
-            rows = part.rows.start + n if isinstance(part.rows, range) else part.rows[n]
-            sizes[inside] = part.data.sizes(rows)
-        return sizes
+            n = samples[inside].astype(np.int64) - (self.ends[number] - len(part))  # in the part
+            n = part.rows.start + n if isinstance(part.rows, range) else part.rows[n]
+            rows[inside] = shift[id(part.data)] + n
+        return rows
+
+    def fingerprint(self) -> str:
+        """Changes when one of the files does; two mixtures of one fingerprint hold the same."""
+        return str([(identity(source.file), source.rows) for source in self.sources])
 
     def _find(self, i: int) -> tuple[Part, int]:
         i = range(len(self))[i]  # IndexError past the end, which is what ends a for loop

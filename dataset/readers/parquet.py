@@ -3,16 +3,18 @@
     footer (sizes and offsets only) -> data[i] -> the slice of the row group that holds row i
 
 A Parquet file stores its rows in groups, and in a group column after column, compressed. Nothing
-smaller than a piece of a group can be read, so the latest piece is kept: rows asked for in order
-are read once. A group of a few megabytes is one slice; one of gigabytes is passed through slice by
-slice, always forwards, and going back in it means to start it again. `python -m
-dataset.readers.parquet BIG SMALL` writes such a file anew in groups that can be read one by one.
+smaller than a piece of a group can be read, so the latest slices are kept, of all files together:
+rows are asked for pool by pool (sampler.py), and so each slice is read once. A group of a few
+megabytes is one slice; one of gigabytes is passed through slice by slice, always forwards, and
+going back in it means to start it again. `python -m dataset.readers.parquet BIG SMALL` writes such
+a file anew in groups that can be read one by one.
 """
 
 import bisect
 import os
 import sys
-from itertools import accumulate
+from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -24,15 +26,34 @@ from dataset.readers.unread import MEDIA_KINDS, holds_media, kinds_of
 from dataset.sample import RECORD_LAYOUTS, TAGS, TEXT_KEYS, Sample, to_sample
 
 LETTERS = tuple("ABCDEFGHIJabcdefghij")  # columns of a multiple choice's options
-SLICE = 1 << 24  # bytes of a row group that are held decoded; pyarrow needs several times as much
-SLOW = 1 << 26  # bytes of a row group that are too many to pass through for one row
+SLICE = 1 << 24  # bytes of a row group decoded at a time; pyarrow needs several times as much
+POOL = 1 << 26  # bytes of rows that are shuffled together; a worker keeps at most twice as much
 # What pyarrow raises for a damaged file; a size that was misread asks for all memory.
 UNREADABLE = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError)
 STREAM = 1 << 20  # bytes read at a time; without it a whole column of the group is read at once
 
 
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """Rows of a row group that are decoded together."""
+
+    group: int
+    start: int  # row of the file
+    end: int
+    row_bytes: float  # on average
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    @property
+    def bytes(self) -> float:
+        return len(self) * self.row_bytes
+
+
 class ParquetData:
-    latest = None  # of all files in this process, the one that was read last
+    # Of all files in this process: {slice: its rows}, the latest last; their bytes; and the row
+    # group that is being read: (process, group of which file, its next slice, an iterator).
+    buffer, buffered, reader = OrderedDict(), 0, None
 
     def __init__(self, file: Path, images_dir: Path, columns: tuple[str, ...] | None = None):
         """columns: read those of these names, for `record`; None: what samples are made of."""
@@ -53,19 +74,24 @@ class ParquetData:
             *most, last = [" and ".join(map(repr, keys)) for keys, _ in RECORD_LAYOUTS]
             raise ValueError(f"{file} has the columns {', '.join(names)}; expected "
                              f"{', '.join(most)} or {last}")
-        groups = range(self.metadata.num_row_groups)
-        self.ends = list(accumulate(self.metadata.row_group(g).num_rows for g in groups))
+        self.slices = []
+        for group in range(self.metadata.num_row_groups):
+            metadata = self.metadata.row_group(group)
+            size, start, count = column_bytes(metadata, self.columns), len(self), metadata.num_rows
+            rows = max(1, count * SLICE // max(size, SLICE))
+            self.slices += [Slice(group, start + i, start + min(i + rows, count), size / count)
+                            for i in range(0, count, rows)]
+        self.ends = [piece.end for piece in self.slices]
         if len(self) != self.metadata.num_rows:
             raise ValueError(f"{file}: the footer speaks of {self.metadata.num_rows} rows, its row "
                              f"groups hold {len(self)}; the file is damaged")
-        self.reader = None
 
     def __len__(self) -> int:
-        return self.ends[-1] if self.ends else 0
+        return self.slices[-1].end if self.slices else 0
 
     @property
     def largest_group(self) -> int:
-        """Bytes to pass through, at worst, for a single row that is asked for out of order."""
+        """Bytes of it, decoded."""
         return max((column_bytes(self.metadata.row_group(group), self.columns)
                     for group in range(self.metadata.num_row_groups)), default=0)
 
@@ -81,55 +107,39 @@ class ParquetData:
         try:
             return self._row(i)
         except UNREADABLE as error:
-            self.reader = None
+            ParquetData.reader = None
             raise BadSample(f"{self.file}:{i + 1}", f"cannot read the row: {error}") from error
 
     def _row(self, i: int) -> dict:
-        group = bisect.bisect_right(self.ends, i)
-        row = i - (self.ends[group - 1] if group else 0)
-        if self.reader is None or not self.reader.reaches(group, row):
-            # Free the old rows before the new ones come, those of another file too: a thousand
-            # files would otherwise hold a slice each.
-            if ParquetData.latest is not None:
-                ParquetData.latest.reader = None
-            ParquetData.latest, self.reader = self, None
+        number = bisect.bisect_right(self.ends, i)
+        piece, buffer = self.slices[number], ParquetData.buffer
+        if piece not in buffer:
+            self._read_to(number)
+        buffer.move_to_end(piece)
+        return buffer[piece].slice(i - piece.start, 1).to_pylist()[0]
+
+    def _read_to(self, number: int) -> None:
+        """Read this slice into the buffer, and those of its row group on the way to it."""
+        group, cls = self.slices[number].group, ParquetData
+        if (cls.reader is None or cls.reader[:3] != (os.getpid(), self, group)
+                or cls.reader[3] > number):
+            first = next(n for n, piece in enumerate(self.slices) if piece.group == group)
             # Opened anew: a loader's workers must not share a position in the file.
             parquet = pq.ParquetFile(self.file, metadata=self.metadata, buffer_size=STREAM,
                                      pre_buffer=False)
-            self.reader = GroupReader(parquet, group, self.columns)
-        return self.reader.row(row)
-
-    def __getstate__(self):
-        return {**self.__dict__, "reader": None}  # a worker reads its own rows
-
-
-class GroupReader:
-    """One row group, from front to back, a slice at a time."""
-
-    def __init__(self, parquet: pq.ParquetFile, group: int, columns: list[str]):
-        self.group, self.process = group, os.getpid()
-        metadata = parquet.metadata.row_group(group)
-        size = column_bytes(metadata, columns)
-        rows = max(1, metadata.num_rows * SLICE // max(size, SLICE))
-        self.slices = parquet.iter_batches(batch_size=rows, row_groups=[group], columns=columns,
-                                           use_threads=False)  # threads do not survive a fork
-        self.first, self.slice = 0, self._next()
-
-    def reaches(self, group: int, row: int) -> bool:
-        return (self.group, self.process) == (group, os.getpid()) and row >= self.first
-
-    def row(self, row: int) -> dict:
-        while row >= self.first + self.slice.num_rows:
-            self.first += self.slice.num_rows
-            self.slice = None  # never two slices at once
-            self.slice = self._next()
-        return self.slice.slice(row - self.first, 1).to_pylist()[0]
-
-    def _next(self) -> pa.RecordBatch:
-        batch = next(self.slices, None)
-        if batch is None:
-            raise ValueError(f"row group {self.group} ends before this row")
-        return batch
+            cls.reader = os.getpid(), self, group, first, parquet.iter_batches(
+                batch_size=len(self.slices[first]), row_groups=[group], columns=self.columns,
+                use_threads=False)  # threads do not survive a fork
+        *which, following, batches = cls.reader
+        for piece in self.slices[following:number + 1]:
+            rows = next(batches, None)
+            if rows is None or rows.num_rows != len(piece):
+                raise ValueError(f"row group {group} ends before row {piece.end}")
+            cls.buffer[piece] = rows
+            cls.buffered += piece.bytes
+            while cls.buffered > 2 * POOL and len(cls.buffer) > 1:
+                cls.buffered -= cls.buffer.popitem(last=False)[0].bytes
+        cls.reader = (*which, number + 1, batches)
 
 
 def may_hold_unread(field: pa.Field, metadata: pq.FileMetaData) -> bool:

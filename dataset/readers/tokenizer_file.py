@@ -8,13 +8,10 @@ import tokenizers
 def read_backend(directory: Path) -> tokenizers.Tokenizer:
     """Read tokenizer.json. Raises FileNotFoundError, or ValueError for a damaged file."""
     file = directory / "tokenizer.json"
-    if not file.is_file() and (directory / "qwen.tiktoken").is_file():
-        from extras.convert.tiktoken import read_tiktoken  # here: the first Qwen alone has it
-
-        return read_tiktoken(directory / "qwen.tiktoken")
     if not file.is_file():
-        raise FileNotFoundError(f"{directory} holds neither tokenizer.json nor qwen.tiktoken; give "
-                                "the directory of a language model, or put one of the two there")
+        raise FileNotFoundError(f"{directory} holds no tokenizer.json; give the directory of a "
+                                "language model (python -m extras.convert DIR OUT makes one of a "
+                                "qwen.tiktoken)")
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
         if not backend.get_vocab_size():

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
+from dataset.readers.bad_sample import BadSample
+
 WIDTH = 512  # bytes of a note; longer names are cut
 
 
@@ -37,7 +39,9 @@ class WorkerState:
             self.notes[worker.id].numpy()[:] = np.frombuffer(text, np.uint8)
         try:
             yield
-        except Exception as error:  # bad samples are caught inside: this is a fault of the program
+        except BadSample:
+            raise
+        except Exception as error:  # a fault of the program
             raise RuntimeError(f"{type(error).__name__} at {where}: {error}") from error
 
     def read(self) -> dict[int, str]:

@@ -9,7 +9,7 @@ from extras.convert.public_files import convert
 def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(prog="python -m extras.convert",
                                      description=__doc__.partition(": ")[2])
-    parser.add_argument("source", type=Path, help="MiniMind's .pth, or a directory that holds one")
+    parser.add_argument("source", type=Path, help="a directory, or MiniMind's .pth")
     parser.add_argument("out", type=Path, help="new directory")
     flags = parser.parse_args(arguments)
     if flags.out.exists():

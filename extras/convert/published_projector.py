@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from model.pretrained.files import open_tensors
+from extras.convert.public_files import read_tensors
 from model.projector import Projector
 
 # Published names -> names in our Projector; some files put "model." in front of them.
@@ -25,7 +25,7 @@ LAYOUTS = (
     {"vision_proj.vision_proj.0": "fc1"},
 )
 PROJECTOR = re.compile(r"(model\.)?(mm_projector|multi_modal_projector|vision_proj)\.")
-KINDS = {("fc1",): "linear", ("fc1", "fc2"): "mlp", ("fc1", "fc2", "norm"): "norm_mlp"}
+KINDS = {1: "linear", 2: "mlp", 3: "norm_mlp"}  # by the number of layers
 
 
 def load_projector(projector: Projector, file) -> None:
@@ -36,31 +36,26 @@ def load_projector(projector: Projector, file) -> None:
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"no projector file {path}; expected a .safetensors, .bin or .pth")
-    with open_tensors(path) as opened:
-        held = {name.removeprefix("model."): name for name in opened.keys()
-                 if PROJECTOR.match(name)}
-        layout = next((layout for layout in LAYOUTS if with_biases(layout) == held.keys()), None)
-        if layout is None:
-            raise ValueError(
-                f"{path}: no projector that is known here. Found: "
-                f"{', '.join(held.values()) or 'none (a language model alone?)'}; expected "
-                f"weight and bias of {' or of '.join(' and '.join(known) for known in LAYOUTS)}")
-        tensors = {f"{layout[public]}.{last}": opened.get_tensor(held[f"{public}.{last}"])
-                   for public in layout for last in ("weight", "bias")}
+    tensors = {name: tensor for name, tensor in read_tensors(path).items() if PROJECTOR.match(name)}
+    held = {name.removeprefix("model."): name for name in tensors}
+    layouts = [{f"{public}.{last}": f"{ours}.{last}" for public, ours in layout.items()
+                for last in ("weight", "bias")} for layout in LAYOUTS]
+    layout = next((layout for layout in layouts if layout.keys() == held.keys()), None)
+    if layout is None:
+        raise ValueError(
+            f"{path}: no projector that is known here. Found: "
+            f"{', '.join(tensors) or 'none (a language model alone?)'}; expected "
+            f"weight and bias of {' or of '.join(' and '.join(known) for known in LAYOUTS)}")
     target = projector.state_dict()
-    if tensors.keys() != target.keys():
-        kind = KINDS[tuple(sorted(layout.values()))]
-        raise ValueError(f"{path} holds a projector of the kind {kind!r} "
-                         f"({', '.join(held.values())}): give --projector {kind}")
-    public = {ours: name for name, ours in layout.items()}
-    for ours, tensor in tensors.items():
+    if {*layout.values()} != target.keys():
+        kind = KINDS[len(layout) // 2]
+        raise ValueError(f"{path} holds a projector of the kind {kind!r} ({', '.join(tensors)}): "
+                         f"give --projector {kind}")
+    for public, ours in layout.items():
+        tensor = tensors[held[public]]
         if tensor.shape != target[ours].shape:
-            layer, last = ours.split(".")
             raise ValueError(
-                f"{path}: {held[f'{public[layer]}.{last}']} is {list(tensor.shape)}, and these "
-                f"two towers ask for {list(target[ours].shape)}: it was trained between others")
-    projector.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()})
-
-
-def with_biases(layout: dict) -> set[str]:
-    return {f"{name}.{last}" for name in layout for last in ("weight", "bias")}
+                f"{path}: {held[public]} is {list(tensor.shape)}, and these two towers ask for "
+                f"{list(target[ours].shape)}: it was trained between others")
+        target[ours] = tensor.to(torch.float32)
+    projector.load_state_dict(target)

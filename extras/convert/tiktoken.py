@@ -12,10 +12,11 @@ since Qwen2. The model's own config.json beside the file says which it is.
 """
 
 import base64
-import json
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from model.pretrained.files import read_json
 
 # Qwen2 and later, in this order behind the 151,643 ranks: <|im_start|> is 151644, <|image_pad|>
 # 151655.
@@ -61,21 +62,17 @@ def halves(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     return parts
 
 
-def is_first_qwen(directory) -> bool:
+def is_first_qwen(directory: Path) -> bool:
     """Whether qwen.tiktoken in this directory is that of Qwen-7B, by the files beside it."""
     for name, key, value in (("config.json", "model_type", "qwen"),
                              ("tokenizer_config.json", "tokenizer_class", "QWenTokenizer")):
-        file = Path(directory) / name
-        try:
-            content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        except ValueError as error:
-            raise ValueError(f"{file} is not JSON: {error}; fetch the file again") from error
-        if isinstance(content, dict) and content.get(key) == value:
+        file = directory / name
+        if file.is_file() and read_json(file).get(key) == value:
             return True
     return False
 
 
-def read_tiktoken(path) -> Tokenizer:
+def read_tiktoken(path: Path) -> Tokenizer:
     ranks = {}
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -106,7 +103,7 @@ def read_tiktoken(path) -> Tokenizer:
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False,
                                  trim_offsets=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    special, text = ((FIRST_QWEN_TOKENS, []) if is_first_qwen(Path(path).parent)
+    special, text = ((FIRST_QWEN_TOKENS, []) if is_first_qwen(path.parent)
                      else (SPECIAL_TOKENS, TEXT_TOKENS))
     tokenizer.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in special])

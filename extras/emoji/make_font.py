@@ -3,9 +3,9 @@
     apt-get install fonts-droid-fallback
     python -m extras.emoji.make_font /usr/share/fonts/truetype/droid/DroidSansFallbackFull.ttf
 
-Writes dataset/emoji/chinese.ttf, with which the contact sheet is written (evaluation/report.py) on
-machines that have no Chinese font. Droid Sans Fallback is by Google, under the Apache License 2.0,
-as this project; its name table, which says so, is kept.
+Writes dataset/emoji/chinese.ttf, with which extras/text_drawing.py writes Chinese on machines that
+have no Chinese font. Droid Sans Fallback is by Google, under the Apache License 2.0, as this
+project; its name table, which says so, is kept.
 """
 
 import sys

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from dataset.chat import ChatTemplate
 from dataset.images import ImageProcessor
 from dataset.tokenizer import Tokenizer
+from extras.convert.public_files import RECORD
 from extras.export.chat_template import PublicTemplate
 from extras.export.hub import CURVE, files_to_push, listing, metrics_of, model_card, push
 from extras.export.peft import peft_adapter
@@ -35,7 +36,7 @@ from model.pretrained.checkpoint import (
     tensor_names,
 )
 from model.pretrained.files import write_json
-from model.pretrained.load import load_checkpoint
+from model.pretrained.load import find_base, load_checkpoint
 from model.pretrained.meta_device import meta_device
 from model.pretrained.save import save_model
 from model.projector import Projector
@@ -81,21 +82,14 @@ def load(flags, checkpoint: Path):
     """-> the model in float32 with its adapters in place, template, image processor."""
     config = read_config(checkpoint)
     model = load_checkpoint(checkpoint, torch.float32, flags.language_model, flags.vision_tower)
-    account_for_all(model)
+    with meta_device():  # whatever the form: what none of our classes has, nothing could read back
+        known = Projector(model.config.projector).state_dict()
+    account_for(model, known, "this model cannot be exported", "Known are both towers as their "
+                f"config.json describes them, and --projector {config['projector']}: "
+                + ", ".join(known))
     template = ChatTemplate(Tokenizer.from_directory(checkpoint), config["image_tokens"],
                             config["system"], config.get("image_token"), config["template"])
     return model, template, ImageProcessor.from_directory(checkpoint)
-
-
-def account_for_all(model) -> None:
-    """In every form: ValueError with the name of a tensor that none of our classes has, because
-    nothing could read it back."""
-    config = model.config
-    with meta_device():
-        known = Projector(config.projector).state_dict()
-    account_for(model, known, "this model cannot be exported", "Known are both towers as their "
-                f"config.json describes them, and --projector {config.projector.kind}: "
-                + ", ".join(known))
 
 
 def to_transformers(flags, checkpoint: Path, out: Path) -> None:
@@ -142,13 +136,16 @@ def to_peft(flags, checkpoint: Path, out: Path) -> None:
         raise ValueError(f"{checkpoint} is no adapter on the public language model: {reason}. "
                          "Use --to merged or --to transformers")
     model, _, _ = load(flags, checkpoint)
-    adapter, tensors = peft_adapter(model.language, config["lora"],
-                                    config["bases"]["language"]["name"])
+    reference = config["bases"]["language"]
+    adapter, tensors = peft_adapter(model.language, config["lora"], reference["name"])
     out.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()},
               out / "adapter_model.safetensors", metadata={"format": "pt"})
     write_json(out / "adapter_config.json", adapter)
     left = sorted({name.split(".")[0] for name in tensor_names(checkpoint)} - {"language"})
+    base = find_base(checkpoint, "language", reference, flags.language_model)
+    if (base / RECORD).is_file():
+        print(f"its base for peft: {base}, what {reference['name']} was converted to")
     print(f"not in an adapter of peft: what was trained of {' and '.join(left)}; --to merged "
           "takes all")
 

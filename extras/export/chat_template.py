@@ -19,6 +19,7 @@ import tokenizers
 
 from dataset.chat import IMAGE, ROLES, ChatTemplate
 from extras.convert.tiktoken import PIECES
+from model.pretrained.files import write_json
 
 # Texts for a new token, where the template's own is no special token of the tokenizer.
 PLACEHOLDERS = ("<|image_pad|>", "<|image_place|>")
@@ -84,8 +85,8 @@ class PublicTemplate:
 
     def __init__(self, template: ChatTemplate):
         self.template, written = template, template.tokenizer.backend.to_str()
-        start, end = (template.tokenizer.decode([i]) for i in (template.start, template.end))
-        self.start, self.end = start, end
+        self.start, self.end = (template.tokenizer.decode([i])
+                                for i in (template.start, template.end))
         self.image_token = template.image_token
         if not template.tokenizer.is_special(template.image_token):
             self.image_token = next(t for t in PLACEHOLDERS if not template.tokenizer.has(t))
@@ -93,17 +94,16 @@ class PublicTemplate:
             public["model"]["vocab"][self.image_token] = template.image_token_id
             written = json.dumps(public)
         self.backend = tokenizers.Tokenizer.from_str(written)
-        before, after = "", ""
+        self.before, self.after = "", ""
         if len(template.image_ids) > template.image_tokens:
-            before, after = (template.tokenizer.decode([template.image_ids[index]])
-                             for index in (0, -1))
-        self.before, self.after = before, after
+            self.before, self.after = (template.tokenizer.decode([template.image_ids[index]])
+                                       for index in (0, -1))
         # Special tokens are found in a text before anything else: all that the template writes
         # must be one. Adding one that is there already keeps its id.
         self.backend.add_special_tokens([
             tokenizers.AddedToken(token, special=True, normalized=False)
-            for token in filter(None, (start, end, before, after, self.image_token))
-            if not template.tokenizer.is_special(token)])
+            for token in (self.start, self.end, self.before, self.after, self.image_token)
+            if token and not template.tokenizer.is_special(token)])
 
     def jinja(self, llama_cpp: bool = False) -> str:
         template = self.template
@@ -111,10 +111,9 @@ class PublicTemplate:
                  "OPENING": template.answer_opening, "EVERY": template.opens_every_answer,
                  "BEFORE": self.before, "AFTER": self.after,
                  "IMAGE_TOKENS": self.before + self.image_token + self.after}
-        written = {True: "true", False: "false", None: "none"}
-        lines = [f"{{%- set {name} = "
-                 + (written[value] if value in written else json.dumps(value, ensure_ascii=False))
-                 + " -%}\n" for name, value in facts.items()]
+        written = {name: "none" if value is None else json.dumps(value, ensure_ascii=False)
+                   for name, value in facts.items()}
+        lines = [f"{{%- set {name} = {value} -%}}\n" for name, value in written.items()]
         last = "IMAGE_TOKENS) -%}\n"
         text = JINJA.replace(last, last + MARKS) if llama_cpp else JINJA
         return "".join(lines) + text.replace("<image>", IMAGE)
@@ -171,7 +170,6 @@ class PublicTemplate:
             "generation_config.json": {
                 "eos_token_id": stops, "pad_token_id": stops[-1], "do_sample": False}}
         for name, content in files.items():
-            (directory / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n",
-                                          encoding="utf-8")
+            write_json(directory / name, content)
         (directory / "tokenizer.json").write_text(self.tokenizer_json(), encoding="utf-8")
         (directory / "chat_template.jinja").write_text(self.jinja(), encoding="utf-8")

@@ -8,14 +8,14 @@ q8_0 stores 32 values of a row as 8-bit integers and one 16-bit scale: a value i
 passes through them.
 """
 
-import re
 from pathlib import Path
 
 import gguf
 import numpy as np
 import torch
 
-from extras.export.transformers import account_for, llava_language, stretched, with_biases
+from extras.export.transformers import llava_language, refuse, stretched
+from model.pretrained.families import name_by_table
 from model.vlm import VLM
 
 LANGUAGE = {  # ours -> theirs
@@ -121,7 +121,7 @@ def write_mmproj(vlm: VLM, processor, path: Path) -> None:
 def check_exportable(vlm: VLM, processor) -> None:
     vision, projector = vlm.vision.config, vlm.config.projector
     kind, shuffle = projector.kind, projector.pixel_shuffle
-    reasons = {
+    refuse(vlm, {
         f"a {vision.model_type} tower: it has CLIP's and SigLIP's":
             vision.model_type not in ("clip_vision_model", "siglip_vision_model"),
         f"hidden_act {vision.hidden_act}: it has quick_gelu and gelu_pytorch_tanh":
@@ -130,12 +130,9 @@ def check_exportable(vlm: VLM, processor) -> None:
         f"--pixel_shuffle {shuffle}: its LLaVA projector takes one patch at a time": shuffle > 1,
         f"--vision_feature_select {vision.features}: it takes all patches":
             vision.features != "patches",
-        "images that are not square": processor.size[0] != processor.size[1]}
-    for reason, holds in reasons.items():
-        if holds:
-            raise ValueError(f"llama.cpp has no form for {reason}")
-    account_for(vlm, with_biases(PROJECTOR), "llama.cpp has no form for this model",
-                "It takes CLIP's and SigLIP's towers and the projector mlp: fc1, fc2")
+        "images that are not square": processor.size[0] != processor.size[1],
+    }, PROJECTOR, "llama.cpp has no form for this model",
+        "It takes CLIP's and SigLIP's towers and the projector mlp: fc1, fc2")
 
 
 def add_tensors(writer, state: dict[str, torch.Tensor], names: dict, dtype: str) -> None:
@@ -152,14 +149,11 @@ def add_tensors(writer, state: dict[str, torch.Tensor], names: dict, dtype: str)
 
 
 def gguf_name(ours: str, names: dict) -> str:
-    number = re.search(r"(?<=layers\.)\d+", ours)
-    pattern = re.sub(r"(?<=layers\.)\d+", "{}", ours)
-    layer, _, last = pattern.rpartition(".")
-    if pattern not in names and layer not in names:
+    theirs = name_by_table(ours, names)
+    if theirs is None:
         raise ValueError(f"llama.cpp has no name for the tensor {ours}; it has one for "
                          + ", ".join(names))
-    theirs = names.get(pattern) or f"{names[layer]}.{last}"
-    return theirs.format(number.group()) if number else theirs
+    return theirs
 
 
 def finish(writer) -> None:
@@ -167,10 +161,3 @@ def finish(writer) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def tensors_of(path) -> dict[str, np.ndarray]:
-    """{name: float32 array}: what a reader of the file gets."""
-    return {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(
-        tuple(reversed(tensor.shape.tolist()))) for tensor in gguf.GGUFReader(path).tensors}
-

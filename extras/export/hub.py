@@ -1,10 +1,10 @@
 """An exported directory -> a model on the hub: its card (README.md), and the upload.
 
-    checkpoint (config.json, run.json), scores.json and metrics.jsonl of its run -> model_card
+    checkpoint (config.json, run.json), scores.json and metrics.jsonl of its run, cards/ -> card
     OUT -> files_to_push: names and sizes -> (with --yes) push -> the page's address
 
 Nothing is sent before the list was shown and --yes given. The card says what is known: a licence
-that is not in the table is "not known here", and of a path only its last name is shown.
+that is not in the list is "not known here", and of a path only its last name is shown.
 HF_ENDPOINT names another hub; the token is huggingface_hub's (`hf auth login`, or HF_TOKEN).
 """
 
@@ -17,72 +17,13 @@ from model.pretrained.files import read_json
 # Weights as safetensors alone: a pickle (.bin, .pt, .pth) can run code on whoever loads it.
 ALLOWED = (".safetensors", ".json", ".jinja", ".md", ".png")
 CURVE = "loss.png"
+CARDS = Path(__file__).with_name("cards")  # card.md, and of each form how it is used
 # As known when this was written: check the page before you publish. Others are not listed here.
-LICENCES = dict.fromkeys((
+APACHE = (
     "Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct",
     "Qwen/Qwen3-0.6B", "HuggingFaceTB/SmolLM2-135M-Instruct", "google/siglip-base-patch16-224",
-    "google/siglip2-base-patch16-224", "google/siglip-so400m-patch14-384",
-    "facebook/dinov2-small", "facebook/dinov2-base", "dataset/emoji/language",
-    "dataset/emoji/vision"), "apache-2.0")
-
-CARD = """\
----
-{metadata}
----
-
-# {title}
-
-A vision-language model: a vision tower, a projector and a language model, trained in plain \
-PyTorch (preset `{preset}`).
-
-| part | from | its licence |
-| --- | --- | --- |
-{parts}
-
-The projector (`{projector}`, {image_tokens} tokens for an image) is new.
-
-## Training
-
-Stage `{stage}`, {step:,} optimizer steps of {samples} samples, peak learning rate {rate:g}, \
-{trained}. Data: {data} ({count:,} samples).
-
-{curve}{scores}## Use
-
-{use}"""
-USE = {
-    "transformers": """\
-```python
-from PIL import Image
-from transformers import AutoProcessor, LlavaForConditionalGeneration
-
-model = LlavaForConditionalGeneration.from_pretrained("{name}", dtype="auto")
-processor = AutoProcessor.from_pretrained("{name}")
-turn = {{"role": "user", "content": "<image>\\nWhat is in the image?"}}
-text = processor.apply_chat_template([turn], add_generation_prompt=True)
-inputs = processor(text=text, images=Image.open("cat.jpg"), return_tensors="pt").to(model.dtype)
-answer = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1]:]
-print(processor.decode(answer, skip_special_tokens=True))
-```
-""",
-    "merged": """\
-With the code that trained it (a directory is all that it needs):
-
-```bash
-hf download {name} --local-dir model
-python eval.py --model model --image cat.jpg --prompt "What is in the image?"
-```
-""",
-    "peft": """\
-The adapters of the language model alone, without the projector that lets it see. In training
-here: `--lora_from DIR`; with peft:
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{name}")
-```
-"""}
+    "google/siglip2-base-patch16-224", "google/siglip-so400m-patch14-384", "facebook/dinov2-small",
+    "facebook/dinov2-base", "dataset/emoji/language", "dataset/emoji/vision")
 
 
 def model_card(checkpoint: Path, form: str, name: str) -> str:
@@ -96,26 +37,26 @@ def model_card(checkpoint: Path, form: str, name: str) -> str:
         library_name="peft" if form == "peft" else "transformers",
         pipeline_tag="text-generation" if form == "peft" else "image-text-to-text",
         base_model=[base for base in bases.values() if base.count("/") == 1] or None)
-    return CARD.format(
-        metadata=metadata.to_yaml(), title=name.split("/")[-1], preset=settings["preset"],
-        parts="\n".join(
-            f"| {part} | {base} | {LICENCES.get(base, 'not known here: see its page')} |"
+    card, use = ((CARDS / f"{part}.md").read_text(encoding="utf-8") for part in ("card", form))
+    return card.format(
+        metadata=metadata.to_yaml(), title=name.split("/")[-1], config=config, run=run,
+        settings=settings, parts="\n".join(
+            f"| {part} | {base} | "
+            + ("apache-2.0 |" if base in APACHE else "not known here: see its page |")
             for part, base in bases.items()),
-        projector=config["projector"], image_tokens=config["image_tokens"], stage=run["stage"],
-        step=run["step"], rate=settings["learning_rate"],
         samples=settings["batch_size"] * settings["gradient_accumulation_steps"] * run["processes"],
         trained=(f"LoRA of rank {settings['lora_rank']} in the language model" if settings["lora"]
                  else f"trained of the language model: {settings['train_language']}"),
         data=", ".join(f"`{Path(about['file']).name}`" for about in data.get("files") or [data]),
-        count=data["samples"], scores=score_table(checkpoint),
+        scores=score_table(checkpoint),
         curve=f"![The loss of each step]({CURVE})\n\n" if metrics_of(checkpoint) else "",
-        use=USE[form].format(name=name, base=bases["language"]))
+        use=use.format(name=name, base=bases["language"]))
 
 
 def public_name(name: str) -> str:
     """A name on the hub, or of the embedded towers, as it is; of any other path its last part."""
     on_hub = name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists()
-    return name if name in LICENCES or on_hub else Path(name).name
+    return name if name in APACHE or on_hub else Path(name).name
 
 
 def metrics_of(checkpoint: Path) -> Path | None:

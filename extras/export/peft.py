@@ -8,25 +8,18 @@ family publishes them, each with the path through its own wrapper in front:
 
     layers.0.self_attn.q_proj  .lora_a                                        ours
     base_model.model.model.layers.0.self_attn.q_proj  .lora_A.weight          peft's
-
-Where one published matrix is several layers here (Qwen-7B's c_attn: q, k and v), each of these has
-an adapter of its own. On the published matrix they are one adapter of a higher rank:
-
-    A = | A_q |     B = | B_q         |
-        | A_k |         |     B_k     |      B A x = (B_q A_q x, B_k A_k x, B_v A_v x)
-        | A_v |         |         B_v |
 """
 
 import re
 from pathlib import Path
 
-import torch
 from torch import nn
 
+from extras.convert.qwen import qwen2_tensors
 from extras.export.transformers import same_names
 from model.language import LanguageModel
 from model.lora import LoRALinear, add_lora, linear_names
-from model.pretrained.families import family_of
+from model.pretrained.families import family_of, public_names
 from model.pretrained.files import all_tensors, read_json
 from model.pretrained.meta_device import meta_device
 
@@ -42,49 +35,34 @@ BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva")
 def peft_adapter(language: nn.Module, lora: dict, base: str) -> tuple[dict, dict]:
     """-> adapter_config.json, {peft's name: tensor}. lora: config.json's, as add_lora got it.
 
-    All adapters of a file have one rank; those on a single layer are filled up with zeros where
-    others need a higher one. ValueError: a tensor that is neither the base's nor of an adapter:
-    peft has no place for it.
+    ValueError: a tensor that is neither the base's nor of an adapter: peft has no place for it.
     """
-    adapters = {name: language.get_submodule(name) for name in linear_names(language, LoRALinear)}
+    adapters = linear_names(language, LoRALinear)
     with meta_device():
         places = LanguageModel(language.config).state_dict()
     same_names(language.state_dict(), places, "this model is no adapter on its base",
                "An adapter is lora_a and lora_b of linear layers of the base. Use --to merged",
                [f"{name}.{half}" for name in adapters for half in ("lora_a", "lora_b")])
-    every = published_layers(language)
-    adapted = {public: ours for public, ours in every.items() if adapters.keys() & set(ours)}
-    several = max(map(len, adapted.values()))
-    rank, tensors = lora["rank"] * several, {}
-    for public, ours in adapted.items():
-        rows = [len(language.get_submodule(name).weight) for name in ours]
-        A = torch.zeros(rank, language.get_submodule(ours[0]).weight.shape[1])
-        B = torch.zeros(sum(rows), rank)
-        for number, name in enumerate(ours):
-            if name in adapters:
-                columns = slice(number * lora["rank"], (number + 1) * lora["rank"])
-                start = sum(rows[:number])
-                A[columns] = adapters[name].lora_a.detach()
-                B[start:start + rows[number], columns] = adapters[name].lora_b.detach()
-        tensors[f"base_model.model.{public}.lora_A.weight"] = A
-        tensors[f"base_model.model.{public}.lora_B.weight"] = B
-    # alpha / rank, the scale of the arithmetic, stays what it was.
+    every, tensors = published_layers(language), {}
+    adapted = {public for public, ours in every.items() if ours in adapters}
+    for public in adapted:
+        layer = language.get_submodule(every[public])
+        tensors[f"base_model.model.{public}.lora_A.weight"] = layer.lora_a.detach()
+        tensors[f"base_model.model.{public}.lora_B.weight"] = layer.lora_b.detach()
     return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
-            "r": rank, "lora_alpha": lora["alpha"] * several, "lora_dropout": lora["dropout"],
-            "target_modules": short(set(adapted), every), "bias": "none", "fan_in_fan_out": False,
+            "r": lora["rank"], "lora_alpha": lora["alpha"], "lora_dropout": lora["dropout"],
+            "target_modules": short(adapted, every), "bias": "none", "fan_in_fan_out": False,
             "use_rslora": False, "use_dora": False, "inference_mode": True}, tensors
 
 
-def published_layers(language: nn.Module) -> dict[str, list[str]]:
-    """{the family's name: our names} of every linear layer, adapted or not."""
+def published_layers(language: nn.Module) -> dict[str, str]:
+    """{the family's name: our name} of every linear layer, adapted or not."""
     with meta_device():
-        plain = type(language)(language.config)
-    table, names = family_of(language.config.model_type).public, {}
-    for ours in linear_names(plain):
-        number = re.search(r"(?<=layers\.)\d+", ours)
-        public = table.get(re.sub(r"(?<=layers\.)\d+", "{}", ours), ours)
-        names.setdefault(public.format(number and number[0]), []).append(ours)
-    return names
+        plain = LanguageModel(language.config)
+    linear = linear_names(plain)
+    names = public_names(plain)
+    return {public.removesuffix(".weight"): ours.removesuffix(".weight")
+            for public, ours in names.items() if ours.removesuffix(".weight") in linear}
 
 
 def short(names: set[str], every) -> list[str]:
@@ -118,23 +96,18 @@ def add_peft(language: nn.Module, directory, dropout: float = 0.0) -> dict:
     if config.get("use_rslora"):  # rank-stabilised: alpha / sqrt(rank) in place of alpha / rank
         alpha *= rank**0.5
     every = published_layers(language)
-    pairs = read_pairs(all_tensors(directory / "adapter_model.safetensors"), every, language,
-                       directory)
-    layers = {name for public in pairs for name in every[public]}
-    targets = short(layers, [name for ours in every.values() for name in ours])
+    tensors = qwen2_tensors(all_tensors(directory / "adapter_model.safetensors"))
+    pairs = read_pairs(tensors, every, language, directory)
+    targets = short({every[public] for public in pairs}, every.values())
     add_lora(language, targets, rank, alpha, dropout)
     for public, pair in pairs.items():
-        layers = [language.get_submodule(name) for name in every[public]]
-        expected = {"A": (rank, layers[0].lora_a.shape[1]),
-                  "B": (sum(len(layer.lora_b) for layer in layers), rank)}
-        for half, shape in expected.items():
-            if half not in pair or tuple(pair[half].shape) != shape:
+        layer = language.get_submodule(every[public])
+        for half, own in {"A": layer.lora_a, "B": layer.lora_b}.items():
+            if half not in pair or pair[half].shape != own.shape:
                 actual = tuple(pair[half].shape) if half in pair else "missing"
                 raise ValueError(f"{directory}: lora_{half} of {public} is {actual}; rank {rank} "
-                                 f"and this model ask for {shape}")
-        for layer, part in zip(layers, pair["B"].split([len(each.lora_b) for each in layers])):
-            layer.lora_a.data.copy_(pair["A"])
-            layer.lora_b.data.copy_(part)
+                                 f"and this model ask for {tuple(own.shape)}")
+            own.data.copy_(pair[half])
     return {"targets": targets, "rank": rank, "alpha": alpha, "dropout": dropout}
 
 

@@ -34,6 +34,7 @@ NORM_GAIN = 2.0**30
 LLAVA_TOWERS = ("siglip_vision_model", "clip_vision_model", "dinov2")
 LLAVA_DECODERS = ("llama", "qwen2", "qwen3")
 LLAVA_PROJECTORS = {"linear": ("fc1",), "mlp": ("fc1", "fc2")}
+NO_LLAVA = "this model cannot be expressed as a LLaVA"
 LLAVA_TAKES = ("LLaVA takes both towers as their config.json describes them, and a projector "
                "linear (fc1) or mlp (fc1, fc2). Serve it with eval.py, or export it with --to "
                "merged")
@@ -70,32 +71,35 @@ def llava(vlm: VLM, size: tuple[int, int], image_token_id: int) -> tuple[dict, d
 def check_exportable(vlm: VLM, size: tuple[int, int]) -> None:
     features, projector = vlm.vision.config.features, vlm.config.projector
     kind, tower = projector.kind, vlm.vision.config.model_type
-    reasons = {
+    refuse(vlm, {
         f"a {tower} tower: it takes {', '.join(LLAVA_TOWERS)}": tower not in LLAVA_TOWERS,
         f"--pixel_shuffle {projector.pixel_shuffle}: LLaVA's projector takes one patch at a "
         "time, and this one several": projector.pixel_shuffle > 1,
-        "--projector norm_mlp: LLaVA's projector has no norm in front": kind == "norm_mlp",
-        f"--projector {kind}: LLaVA's projector is {' or '.join(LLAVA_PROJECTORS)}":
-            kind not in LLAVA_PROJECTORS,
+        f"--projector {kind}: LLaVA's projector is {' or '.join(LLAVA_PROJECTORS)}, with no norm "
+        "in front": kind not in LLAVA_PROJECTORS,
         f"--vision_feature_select {features}: LLaVA takes all patches, with the class token or "
-        f"without, and "
-        "never one vector": features != "patches",
+        "without, and never one vector": features != "patches",
         f"images of {size[0]} x {size[1]} pixels: LLaVA's towers have one image_size for both "
-        "sides": size[0] != size[1]}
+        "sides": size[0] != size[1]}, LLAVA_PROJECTORS.get(kind), NO_LLAVA, LLAVA_TAKES)
+
+
+def refuse(vlm: VLM, reasons: dict[str, bool], layers, refusal: str, takes: str) -> None:
+    """ValueError with the first reason that holds, or with the name of a tensor without a place.
+
+    layers: of the form's projector. refusal, takes: what the message says before and behind it.
+    """
     for reason, holds in reasons.items():
         if holds:
-            raise ValueError(f"this model cannot be expressed as a LLaVA. {reason}. Serve it with "
-                             "eval.py, or export it with --to merged")
-    account_for(vlm, with_biases(LLAVA_PROJECTORS[kind]),
-                "this model cannot be expressed as a LLaVA", LLAVA_TAKES)
+            raise ValueError(f"{refusal}: {reason}. {takes}")
+    account_for(vlm, [f"{layer}.{last}" for layer in layers for last in ("weight", "bias")],
+                refusal, takes)
 
 
 def account_for(vlm: VLM, projector: Iterable[str], refusal: str, takes: str) -> None:
     """ValueError with the name of a tensor of the model that the exported form cannot hold.
 
     projector: names of the tensors that the form's projector is made of. The towers are those that
-    their config describes; LoRA adapters count as the layers that they are merged into. refusal,
-    takes: what the message says before the name and behind it.
+    their config describes; LoRA adapters count as the layers that they are merged into.
     """
     with meta_device():
         towers = {"language": LanguageModel(vlm.language.config),
@@ -105,10 +109,6 @@ def account_for(vlm: VLM, projector: Iterable[str], refusal: str, takes: str) ->
     adapters = [f"language.{name}.{half}" for name in linear_names(vlm.language, LoRALinear)
                 for half in ("lora_a", "lora_b")]
     same_names(vlm.state_dict(), known, refusal, takes, adapters)
-
-
-def with_biases(layers: Iterable[str]) -> list[str]:
-    return [f"{layer}.{last}" for layer in layers for last in ("weight", "bias")]
 
 
 def same_names(names, known, refusal: str, takes: str, allowed=()) -> None:
@@ -128,10 +128,6 @@ def same_names(names, known, refusal: str, takes: str, allowed=()) -> None:
 def llava_language(language: LanguageModel, rows: int) -> LanguageModel:
     """The same decoder as a family that transformers has, with at least `rows` tokens."""
     config, state = language.config, language.state_dict()
-    if config.model_type == "qwen":  # the first Qwen's arithmetic is Qwen2's, up to its limit
-        limit = config.context_limit or config.max_position_embeddings
-        config = replace(config, model_type="qwen2", context_limit=None,
-                         max_position_embeddings=limit)
     if config.model_type not in LLAVA_DECODERS:
         raise ValueError(f"a {config.model_type} has no form there: the decoders that can be "
                          f"exported are {', '.join(LLAVA_DECODERS)}")
@@ -202,11 +198,9 @@ def norm_as_block(vision: VisionTransformer, prefix: str) -> dict[str, torch.Ten
     config, norm = vision.config, vision.post_layernorm
     width, middle = config.hidden_size, config.intermediate_size
     if middle < 2 * width:
-        raise ValueError(f"this model cannot be expressed as a LLaVA: the vision tower's last norm "
-                         f"becomes one more block, which needs an MLP of 2 x {width}, and this "
-                         f"tower's has {middle}. Train with --vision_feature_layer -2, or export "
-                         f"it with "
-                         "--to merged")
+        raise ValueError(f"{NO_LLAVA}: the vision tower's last norm becomes one more block, which "
+                         f"needs an MLP of 2 x {width}, and this tower's has {middle}. Train with "
+                         "--vision_feature_layer -2, or export it with --to merged")
     like = vision.layers[0].state_dict()
     block = {name: torch.zeros_like(tensor) for name, tensor in like.items()}
     block["layer_norm1.weight"] += 1

@@ -1,9 +1,8 @@
 """What is faster than the plain core, computes the same, and is put in its place from outside.
 
-    prepare_for_training(vlm)              attention.py, swiglu.py, autocast.py,
-                                           chunked_cross_entropy.py
-    prepare_for_inference(model, device)   quantize.py, fused.py, gemv.py, attention.py,
-                                           inference.py, cuda_graph.py
+    prepare_for_training(vlm)              layers.py, chunked_cross_entropy.py
+    prepare_for_inference(model, device)   quantize.py, fused.py, gemv.py, inference.py,
+                                           cuda_graph.py
 
 A module is swapped by giving it another class (`module.__class__ = ...`): its weights and their
 names stay what they are, for checkpoints, optimizers and whoever else refers to them. The caches
@@ -13,21 +12,16 @@ names stay what they are, for checkpoints, optimizers and whoever else refers to
 import torch
 from torch import nn
 
-from extras.fast.attention import SharedHeadsAttention
-from extras.fast.autocast import AutocastLoRALinear, AutocastRMSNorm
 from extras.fast.chunked_cross_entropy import chunked_cross_entropy as fast_loss
 from extras.fast.fused import fuse
 from extras.fast.gemv import use_fastest_routine
 from extras.fast.inference import InferenceLanguageModel
+from extras.fast.layers import TRAINING
 from extras.fast.quantize import is_quantized, quantize, set_compute_dtype
-from extras.fast.swiglu import SwiGLUMLP
 from model.generate import language_model_of
-from model.language import MLP, Attention, LanguageModel, RMSNorm
-from model.lora import LoRALinear
+from model.language import LanguageModel
 from training.precision import choose_dtype
 
-TRAINING = {Attention: SharedHeadsAttention, MLP: SwiGLUMLP, RMSNorm: AutocastRMSNorm,
-            LoRALinear: AutocastLoRALinear}
 INFERENCE = {LanguageModel: InferenceLanguageModel}
 
 

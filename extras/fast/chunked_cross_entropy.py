@@ -11,7 +11,7 @@ and what a row adds to a gradient depends on no other row. The backward pass onl
 import torch
 import torch.nn.functional as F
 
-from extras.fast.autocast import compute_dtype
+from extras.fast.layers import compute_dtype
 from model import loss
 
 # Logits that exist at a time, in float32 and twice over. 64 MB keep a processor busy. A GPU must

@@ -5,15 +5,13 @@
     Batch: pixels (N,3,H,W) of new images, features (F,P,Dv) of those that were found
         -> the tower sees the new ones, they are kept -> Batch: features (N+F,P,Dv) alone
 
-A frozen tower computes the same features of the same image in every epoch and in every run, so from
-the second time on neither the image is decoded nor the tower run. Reading is the data workers' part
-(dataset/batching.py): an image whose features are there is not even decoded. Writing is the
-training process's, since only it has the model. Each image has a file of its own; whoever deletes
-some of them, or all, at any time, costs a run nothing but the work of computing them again.
+A frozen tower computes the same features of the same image in every epoch and in every run. Data
+workers read them (an image whose features are there is not even decoded), the training process
+writes them, since only it has the model. Each image has a file of its own; whoever deletes some of
+them, or all, at any time, costs a run nothing but the work of computing them again.
 
 A key is the sha256 of the image's content together with all that decides its features: the tower's
-weights, the image processor, the dtype. So a file can be missing, but never be the wrong one: a
-changed image, another tower or another size has other keys.
+weights, the image processor, the dtype. So a file can be missing, but never be the wrong one.
 
 The files hold features in the run's --dtype: in fp32 exactly what the tower computes; in bf16 and
 fp16 what the projector's first product would have rounded it to anyway. (A projector with a norm
@@ -42,22 +40,20 @@ STALE = 3600  # seconds after which a file that was begun is taken to be a kille
 
 def open_feature_cache(model, processor, settings, distributed) -> "FeatureCache":
     """The files of --feature_cache. SystemExit where their features would be wrong."""
-    directory = settings.feature_cache
     if settings.train_vision:
-        raise SystemExit(f"--feature_cache {directory}: with --train_vision the tower learns, and "
-                         "its features of the last epoch are not those of now; leave one out")
+        raise SystemExit("--feature_cache: with --train_vision the tower learns, and its features "
+                         "of the last epoch are not those of now; leave one out")
     if settings.parallel == "fsdp" and distributed.world_size > 1:
-        raise SystemExit(f"--feature_cache {directory}: under --parallel fsdp the ranks run the "
-                         "tower together, and one that found its images on disk would leave the "
-                         "others waiting; use --parallel ddp, or leave the cache out")
+        raise SystemExit("--feature_cache: under --parallel fsdp the ranks run the tower together, "
+                         "and one that found its images on disk would leave the others waiting; "
+                         "use --parallel ddp, or leave the cache out")
     fingerprint = tower_fingerprint(model.vision, processor, settings.dtype)
-    return FeatureCache(directory, fingerprint, settings.feature_cache_gb * 1e9,
+    return FeatureCache(settings.feature_cache, fingerprint, settings.feature_cache_gb * 1e9,
                         distributed.world_size)
 
 
 def tower_fingerprint(vision, processor, dtype: str) -> str:
-    """All that decides an image's features, as text: the sha256 of the weights, the facts of the
-    tower, the steps of the image processor, the dtype."""
+    """All that decides an image's features, as text."""
     digest = hashlib.sha256()
     for name, tensor in vision.state_dict().items():
         content = tensor.detach().cpu().contiguous().view(torch.uint8)
@@ -100,13 +96,13 @@ class CachedBatches(Batches):
         distinct = sorted({id(image): image for image in shown}.values(),
                           key=lambda image: image.features is not None)
         index = {id(image): n for n, image in enumerate(distinct)}
-        new = [image for image in distinct if image.features is None]
-        cached = [image.features for image in distinct if image.features is not None]
+        pixels = [image.pixels for image in distinct if image.features is None]
+        features = [image.features for image in distinct if image.features is not None]
         return CachedBatch(
-            batch.ids, batch.labels, torch.stack([image.pixels for image in new]) if new else None,
-            batch.where, batch.lengths,
-            torch.tensor([index[id(image)] for image in shown]) if shown else None,
-            torch.stack(cached) if cached else None, tuple(image.key for image in new))
+            batch.ids, batch.labels, torch.stack(pixels) if pixels else None, batch.where,
+            batch.lengths, torch.tensor([index[id(image)] for image in shown]) if shown else None,
+            torch.stack(features) if features else None,
+            tuple(image.key for image in distinct[:len(pixels)]))
 
     def load(self, micro_batches):
         for batch, bad in super().load(micro_batches):
@@ -129,22 +125,20 @@ def with_cached_features(model, batch: CachedBatch, cache: "FeatureCache", dtype
     All are in the memory of the CPU: a step's micro-batches are collected before the first of them
     is computed, and a GPU need hold the features of one alone.
     """
-    device = next(model.parameters()).device
+    known = [] if batch.features is None else [batch.features]
+    cache.found += sum(map(len, known))
     if batch.pixels is None:
-        cache.found += 0 if batch.features is None else len(batch.features)
         return batch
+    device = next(model.parameters()).device
     with autocast(dtype, device):
         # Rounded before they are used, so that it makes no difference whether they were found.
-        features = model.vision_features(batch.pixels.to(device, non_blocking=True))  # (N,P,Dv)
-        features = features.to(NUMBERS[dtype]).cpu()
-    for key, each in zip(batch.keys, features, strict=True):
+        new = model.vision_features(batch.pixels.to(device, non_blocking=True))  # (N,P,Dv)
+        new = new.to(NUMBERS[dtype]).cpu()
+    cache.computed += len(new)
+    for key, features in zip(batch.keys, new, strict=True):
         if key:
-            cache.write(key, each)
-    cache.computed += len(features)
-    if batch.features is not None:
-        cache.found += len(batch.features)
-        features = torch.cat([features, batch.features])
-    return replace(batch, pixels=None, features=features, keys=())
+            cache.write(key, features)
+    return replace(batch, pixels=None, features=torch.cat([new, *known]), keys=())
 
 
 class FeatureCache:
@@ -157,37 +151,26 @@ class FeatureCache:
 
     def __init__(self, directory, fingerprint: str, limit: float, writers: int = 1):
         self.directory, self.fingerprint = Path(directory), fingerprint
-        self.room = max(0, limit - self.used()) / writers
         self.found = self.computed = self.written = 0  # images, in this process
-
-    def used(self) -> int:
-        """Bytes that are in the directory; what a killed run left half written is deleted."""
-        total = 0
+        used = 0
         for file in self.directory.glob("??/*"):
-            try:
+            with suppress(FileNotFoundError):  # another process has just deleted it
                 stat = file.stat()
                 if file.suffix == ".partial" and time.time() - stat.st_mtime > STALE:
                     file.unlink()
                 else:
-                    total += stat.st_size
-            except FileNotFoundError:  # another process has just deleted it
-                continue
-        return total
+                    used += stat.st_size
+        self.room = max(0, limit - used) / writers
 
     def key(self, image) -> str:
         """image: bytes of an image file, a path to one, or a PIL image. OSError: cannot be read."""
-        digest = hashlib.sha256(self.fingerprint.encode())
         if isinstance(image, Image.Image):
-            digest.update(f"{image.mode} {image.size} ".encode() + image.tobytes())
-        elif isinstance(image, bytes):
-            digest.update(image)
-        elif not os.path.isfile(image):  # opening a pipe would wait for ever
-            raise OSError(f"there is no file {image}")
-        else:
-            with open(image, "rb") as file:
-                while piece := file.read(1 << 20):
-                    digest.update(piece)
-        return digest.hexdigest()
+            image = f"{image.mode} {image.size} ".encode() + image.tobytes()
+        elif not isinstance(image, bytes):
+            if not os.path.isfile(image):  # opening a pipe would wait for ever
+                raise OSError(f"there is no file {image}")
+            image = Path(image).read_bytes()
+        return hashlib.sha256(self.fingerprint.encode() + image).hexdigest()
 
     def path(self, key: str) -> Path:
         return self.directory / key[:2] / key[2:]  # 256 directories: one would be very long
@@ -199,15 +182,15 @@ class FeatureCache:
         except OSError:
             return None
         # A machine that loses its power can leave a file of the right length and of zeros.
-        if len(content) < 4 or zlib.crc32(content[4:]).to_bytes(4, "little") != content[:4]:
+        if len(content) < 4 or checksum(content[4:]) != content[:4]:
             print(f"{self.path(key)} is torn: its features are computed again", file=sys.stderr)
             return None
         return safetensors.torch.load(content[4:])["features"]
 
     def write(self, key: str, features: torch.Tensor) -> None:
         """features (P,Dv). Under another name first: no process ever reads half of a file."""
-        content = safetensors.torch.save({"features": features.detach().cpu().contiguous()})
-        content = zlib.crc32(content).to_bytes(4, "little") + content
+        content = safetensors.torch.save({"features": features.contiguous()})
+        content = checksum(content) + content
         if len(content) > self.room:
             self.room = 0  # later ones are not smaller
             return
@@ -235,3 +218,7 @@ class FeatureCache:
                                                "--feature_cache_gb is used up or the disk is full")
         return (f"features  of {found + computed:,} images {found:,} were found in "
                 f"{self.directory}, {computed:,} computed{full}")
+
+
+def checksum(content: bytes) -> bytes:
+    return zlib.crc32(content).to_bytes(4, "little")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from extras.fast.attention import SharedHeadsAttention
+from extras.fast.layers import SharedHeadsAttention
 from extras.fast.quantize import QuantizedLinear
 from model.language import MLP, Attention, LanguageModel, RMSNorm, apply_rope
 from model.lora import LoRALinear, linear_names

@@ -41,19 +41,20 @@ OTHER_ROUTINES = {torch.float32: batched_gemv, torch.bfloat16: torch_mv}
 
 def linear(x, weight, bias=None):
     """x (...,in), weight (out,in), bias (out,) or None -> (...,out): F.linear but for rounding."""
-    if x.numel() != weight.shape[1] or x.dtype != weight.dtype or not is_large(weight):
-        return F.linear(x, weight, bias)
-    routine = fastest_routine(weight.dtype, torch.get_num_threads())
+    one_row = x.numel() == weight.shape[1] and x.dtype == weight.dtype
+    routine = routine_for(weight) if one_row else F.linear
     if routine is F.linear:
         return F.linear(x, weight, bias)
     out = routine(x.reshape(-1), weight).view(*x.shape[:-1], len(weight))
     return out if bias is None else out + bias
 
 
-def is_large(weight) -> bool:
-    """Whether the matrix is worth another routine for a single row."""
-    return (weight.device.type == "cpu" and weight.numel() >= SMALLEST
-            and weight.dtype in OTHER_ROUTINES)
+def routine_for(weight):
+    """What multiplies this matrix by a single row fastest."""
+    if (weight.device.type != "cpu" or weight.numel() < SMALLEST
+            or weight.dtype not in OTHER_ROUTINES):
+        return F.linear
+    return fastest_routine(weight.dtype, torch.get_num_threads())
 
 
 @cache
@@ -82,6 +83,5 @@ def use_fastest_routine(module: nn.Module) -> None:
     """Swap the linear layers for which this machine has something faster than F.linear. The others
     stay: in small models the questions that `linear` asks take a tenth of a step."""
     for layer in module.modules():
-        if type(layer) is nn.Linear and is_large(layer.weight) and fastest_routine(
-                layer.weight.dtype, torch.get_num_threads()) is not F.linear:
+        if type(layer) is nn.Linear and routine_for(layer.weight) is not F.linear:
             layer.__class__ = GEMVLinear

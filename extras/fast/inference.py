@@ -20,8 +20,11 @@ class InferenceLanguageModel(LanguageModel):
         if not can_record(self):
             return super().decode_step(ids, cache)
         if not hasattr(cache, "graph_step"):
-            cache.graph_step = CUDAGraphDecodeStep(self, cache)
+            cache.graph_step = self.recorded_step(cache)
         return cache.graph_step(ids)
+
+    def recorded_step(self, cache, real=None):
+        return CUDAGraphDecodeStep(self, cache, real) if can_record(self) else None
 
 
 def can_record(model: LanguageModel) -> bool:

@@ -7,10 +7,10 @@ waits for the memory and not for the arithmetic: half the bytes, nearly twice th
     int8    8 bits  q * scale              one scale for each row of a matrix (output channel)
     int4    4 bits  q * scale + offset     one scale and one offset for each GROUP weights of a row
 
-Only the matrices shrink; activations stay in bf16 or more. A prompt's many rows share one reading
-of the weights, there the arithmetic counts: so the matrix is dequantized first, and the product is
-the usual one. The embedding table (also the head, where they are tied) takes int8 at least: each
-token has one row in it, and a wrong token costs more than a slow one.
+Activations stay in bf16 or more. For a prompt's many rows, which share one reading of the weights,
+the matrix is dequantized first, and the product is the usual one. The embedding table (also the
+head, where they are tied) takes int8 at least: each token has one row in it, and a wrong token
+costs more than a slow one.
 
 Paper: LLM.int8() (Dettmers et al. 2022), of which this is the weight-only half; the groups are
 those of GPTQ (Frantar et al. 2023), rounded to the nearest without its search.
@@ -40,11 +40,10 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, weight, scale=None, offset=None, bias=None):
         super().__init__()
-        for name, tensor in (("weight", weight), ("scale", scale), ("offset", offset),
-                             ("bias", bias)):
+        for name, tensor in dict(weight=weight, scale=scale, offset=offset, bias=bias).items():
             fixed = None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)
             self.register_parameter(name, fixed)
-        self.kernel = None  # the same weights in the layout of torch's kernel, made at first need
+        self.int4_kernel = None  # int4 in the layout of torch's kernel, made at first need
 
     def forward(self, x):
         """ids (...) -> rows (...,in); or hidden states (...,in) -> (...,out)"""
@@ -71,9 +70,9 @@ def can_use_gemv(layer: QuantizedLinear, x) -> bool:
     """Whether gemv can compute it, and sooner: torch's kernels need whole blocks of a matrix."""
     if layer.weight.device.type != "cpu":
         return False
-    rows, columns = len(layer.weight), x.shape[1]
-    most = 1 if layer.scale is None else FEW_ROWS
-    return len(x) <= most and (layer.scale is None or (rows % 16 == 0 and columns % 32 == 0))
+    if layer.scale is None:
+        return len(x) == 1
+    return len(x) <= FEW_ROWS and len(layer.weight) % 16 == 0 and x.shape[1] % 32 == 0
 
 
 def gemv(layer: QuantizedLinear, x):
@@ -86,22 +85,16 @@ def gemv(layer: QuantizedLinear, x):
     if layer.scale is None:
         out = linear(narrow, layer.weight)
     elif layer.offset is None:
-        layer.kernel = layer.kernel or (layer.scale.to(torch.bfloat16),)
-        out = ops._weight_int8pack_mm(narrow, layer.weight, *layer.kernel)
+        out = ops._weight_int8pack_mm(narrow, layer.weight, layer.scale.to(torch.bfloat16))
     else:
-        layer.kernel = layer.kernel or int4_kernel(layer)
-        packed, scale_and_offset = layer.kernel
+        # The order in which the kernel reads differs from processor to processor, so no file has
+        # it, and the plain form stays beside it for prompts.
+        layer.int4_kernel = layer.int4_kernel or (
+            ops._convert_weight_to_int4pack_for_cpu(unpack_int4(layer.weight).to(torch.int32), 1),
+            torch.stack([layer.scale.t(), layer.offset.t()], dim=-1).to(torch.bfloat16))
+        packed, scale_and_offset = layer.int4_kernel
         out = ops._weight_int4pack_mm_for_cpu(narrow, packed, GROUP, scale_and_offset)
     return out.to(x.dtype)
-
-
-def int4_kernel(layer: QuantizedLinear) -> tuple:
-    """Weights in the order in which the kernel reads. It differs from processor to processor, so no
-    file has it, and the plain form stays beside it for prompts."""
-    q = unpack_int4(layer.weight).to(torch.int32)
-    pairs = torch.stack([layer.scale.t(), layer.offset.t()], dim=-1)  # (in/GROUP,out,2)
-    return (torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1),
-            pairs.to(torch.bfloat16).contiguous())
 
 
 # ---------------------------------------------------------------- rounding

@@ -29,17 +29,16 @@ from model.pretrained.files import (
     weight_files,
     write_json,
 )
-from model.pretrained.hub import resolve
+from model.pretrained.hub import TOWER_SETTINGS, resolve
 
 STEP = re.compile(r"step_(\d+)")
 MANIFEST = "manifest.json"
 # What config.json has to say, and as what.
 FACTS = {"language": dict, "vision": dict, "vision_feature_layer": int,
-         "vision_feature_select": str, "projector": str,
-         "pixel_shuffle": int, "image_token_id": int, "image_tokens": int, "template": str,
-         "lora": (dict, type(None)), "bases": dict}
+         "vision_feature_select": str, "projector": str, "pixel_shuffle": int,
+         "image_token_id": int, "image_tokens": int, "template": str, "lora": (dict, type(None)),
+         "bases": {part: {"name": str, "sha256": dict} for part in TOWER_SETTINGS}}
 LORA = {"targets": list, "rank": int, "alpha": (int, float), "dropout": (int, float)}
-TOWERS, BASE = ("language", "vision"), {"name": str, "sha256": dict}
 
 
 # ---------------------------------------------------------------- config.json
@@ -54,25 +53,19 @@ def read_config(directory) -> dict:
             f"{directory} is not a checkpoint of this project (no config.json with 'bases' in "
             "it). Give a directory like out/sft/step_000800, or the run above it.")
     check_facts(config, FACTS, path)
-    check_facts(config["bases"], dict.fromkeys(TOWERS, dict), path)
-    for part in TOWERS:
-        check_facts(config["bases"][part], BASE, path)
     if config["lora"]:
         check_facts(config["lora"], LORA, path)
-    if config.get("quantize") is not None:
-        from extras.fast.quantize import BITS  # here: only quantized checkpoints need it
-
-        if config["quantize"] not in BITS:
-            raise ValueError(f"{path} has quantize = {config['quantize']!r}; expected one of "
-                             f"{', '.join(BITS)}")
     return config
 
 
 def check_facts(facts: dict, kinds: dict, path: Path) -> None:
     for name, kind in kinds.items():
-        if name not in facts or not isinstance(facts[name], kind):
+        nested = isinstance(kind, dict)
+        if name not in facts or not isinstance(facts[name], dict if nested else kind):
             raise ValueError(f"{path} has {name} = {str(facts.get(name))[:60]!r}, which no "
                              "checkpoint is saved with; the file is damaged")
+        if nested:
+            check_facts(facts[name], kind, path)
 
 
 def refuse_quantized(directory, what: str) -> None:
@@ -147,9 +140,17 @@ def write_files(partial: Path, tensors: dict, config: dict, run: dict, companion
     write_json(partial / "run.json", run)
     if state is not None:
         torch.save(state, partial / "training_state.pt")
-    write_manifest(partial)
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    write_json(partial / MANIFEST, {
+        path.relative_to(partial).as_posix():
+            {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files})
     for path in [*partial.rglob("*"), partial]:
         flush_to_disk(path)
+
+
+def base_reference(name: str) -> dict:
+    """What a checkpoint says about public weights that it does not hold."""
+    return {"name": str(name), "sha256": file_hashes(resolve(name))}
 
 
 def delete(checkpoint: Path) -> None:
@@ -189,14 +190,6 @@ class CorruptCheckpointError(ValueError):
     """A checkpoint is not as it was saved; the message names the file."""
 
 
-def write_manifest(directory: Path) -> None:
-    """Call it last: it lists all files that are there."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    write_json(directory / MANIFEST, {
-        path.relative_to(directory).as_posix():
-            {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files})
-
-
 def check_whole(directory: Path) -> None:
     """Raise CorruptCheckpointError when a file is missing, cut short or changed.
 
@@ -206,7 +199,7 @@ def check_whole(directory: Path) -> None:
     if not manifest.is_file():
         return
     try:
-        expected = [(Path(directory) / name, facts["bytes"], facts["sha256"])
+        expected = [(manifest.parent / name, facts["bytes"], facts["sha256"])
                     for name, facts in read_json(manifest).items()]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CorruptCheckpointError(f"{manifest} is torn: {error!r}") from error
@@ -221,14 +214,6 @@ def check_whole(directory: Path) -> None:
             raise CorruptCheckpointError(
                 f"{path} is not what was saved: sha256 {actual[:16]}..., expected "
                 f"{digest[:16]}.... If you changed it yourself, delete {manifest}")
-
-
-# ---------------------------------------------------------------- public weights
-
-
-def base_reference(name: str) -> dict:
-    """What a checkpoint says about public weights that it does not hold."""
-    return {"name": str(name), "sha256": file_hashes(resolve(name))}
 
 
 # ---------------------------------------------------------------- finding checkpoints
@@ -260,10 +245,10 @@ def newest_whole(out) -> Path | None:
         except CorruptCheckpointError as error:
             print(f"passing over {path.name}: {error}", file=sys.stderr)
             torn = torn or error
-            continue
-        if torn:
-            print(f"using {path} instead", file=sys.stderr)
-        return path
+        else:
+            if torn:
+                print(f"using {path} instead", file=sys.stderr)
+            return path
     if torn:
         raise CorruptCheckpointError(f"no checkpoint in {out} is whole: {torn}")
     return None
@@ -274,14 +259,12 @@ def find_model(model: str | None, runs=("out/sft", "out/pretrain")) -> Path:
 
     Without --model: the newest of the first run in `runs` that has one.
     """
+    for run in runs if model is None else [model]:
+        if path := newest_whole(run):
+            return path
     if model is None:
-        for run in runs:
-            if path := newest_whole(run):
-                return path
         raise FileNotFoundError(f"no checkpoint in {' or '.join(runs)}: run "
                                 "`torchrun train_pretrain.py` first, or give --model DIR")
-    if path := newest_whole(model):
-        return path
     check_whole(model)
     read_config(model)  # raises when it is something else
     return Path(model)

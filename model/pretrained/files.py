@@ -1,8 +1,6 @@
 """Files of a model: JSON, hashes, and the tensors in weight files.
 
-    config.json -> read_json -> dict;   a directory -> weight_files -> open_tensors -> tensors
-
-Weight files are memory-mapped: nothing is read before it is used.
+    config.json -> read_json -> dict;   a directory -> weight_files -> all_tensors -> tensors
 """
 
 import hashlib
@@ -12,8 +10,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-
-from model.pretrained.pickle_loader import PickleFile
 
 
 def read_json(path: Path) -> dict:
@@ -59,30 +55,17 @@ def with_filename(path: Path):
 # ---------------------------------------------------------------- weight files
 
 
-def weight_files(source) -> list[Path]:
-    """The files with the weights of a public directory: one, or the shards that an index names.
-
-    safetensors first; where none are, pytorch_model.bin. The path of a file stands for itself.
-    """
-    source = Path(source)
-    if source.is_file():
-        return [source]
-    names = []
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        index = source / f"{single}.index.json"
-        if index.is_file():
-            names = shards(index)
-        elif (source / single).is_file():
-            names = [single]
-        if names:
-            break
-    missing = [name for name in names if not (source / name).is_file()]
-    if missing or not names:
+def weight_files(directory, single: str = "model.safetensors") -> list[Path]:
+    """The files with the weights of a public directory: one, or the shards that an index names."""
+    directory = Path(directory)
+    index = directory / f"{single}.index.json"
+    names = shards(index) if index.is_file() else [single]
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
         raise FileNotFoundError(
-            f"{source} lacks {', '.join(missing) or 'model.safetensors'}; weights are read from "
-            "model.safetensors or pytorch_model.bin, or from the shards that an index "
-            "(model.safetensors.index.json) names")
-    return [source / name for name in names]
+            f"{directory} lacks {', '.join(missing)}; weights are read from {single}, or from the "
+            f"shards that an index ({index.name}) names")
+    return [directory / name for name in names]
 
 
 def shards(index: Path) -> list[str]:
@@ -99,9 +82,8 @@ def shards(index: Path) -> list[str]:
 
 
 def open_tensors(path: Path):
-    """One weight file, to be used in `with`: keys(), get_slice(name), get_tensor(name)."""
-    if path.suffix != ".safetensors":
-        return PickleFile(path)
+    """A .safetensors file, to be used in `with`; memory-mapped: nothing is read before it is used.
+    """
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
@@ -112,12 +94,3 @@ def open_tensors(path: Path):
 def all_tensors(path: Path) -> dict[str, torch.Tensor]:
     with open_tensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}
-
-
-def tensor_files(source: Path) -> dict[str, Path]:
-    """{tensor name: the file that holds it}, from the files' headers."""
-    files = {}
-    for path in weight_files(source):
-        with open_tensors(path) as file:
-            files.update(dict.fromkeys(file.keys(), path))
-    return files

@@ -7,9 +7,9 @@ import os
 import re
 from pathlib import Path
 
-from model.pretrained.files import read_json
-
 ROOT = Path(__file__).resolve().parents[2]  # presets name the embedded towers relative to it
+# Which setting, and flag, names the public weights of each part.
+TOWER_SETTINGS = {"language": "language_model", "vision": "vision_tower"}
 # Published weight files of well-known models, in gigabytes (1e9 bytes).
 GIGABYTES = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": 0.269, "Qwen/Qwen2.5-0.5B": 0.988,
@@ -33,8 +33,8 @@ PICKLE_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 def resolve(name) -> Path:
     """The directory of a name: local, as it is or relative to the project; else on the hub, fetched
-    (once) into its cache: "owner/model". A .pth of MiniMind's, local or "owner/model/file.pth", is
-    converted to such a directory.
+    (once) into its cache: "owner/model". MiniMind's .pth has a name too, its path or
+    "owner/model/file.pth".
 
     HF_ENDPOINT (a mirror), HF_HUB_OFFLINE and HF_HOME work as everywhere. FileNotFoundError says
     what to download and where to put it.
@@ -65,16 +65,13 @@ def resolve(name) -> Path:
 
 
 def public(path: Path) -> Path:
-    """path, or for MiniMind's own layouts the directory of public files made of them (once)."""
-    if path.is_dir():
-        config, files = path / "config.json", [file.name for file in path.iterdir()]
-        model_type = read_json(config).get("model_type") if config.is_file() else None
-        pth = any(name.endswith(".pth") for name in files) and not any(
-            name.startswith(("model", "pytorch_model")) for name in files)
-        if not pth and model_type not in ("minimind", "minimind-v"):
-            return path
-    from extras.convert.public_files import converted  # here: public layouts need no conversion
-
+    """path, or the public files made of it (once) where its layout is one of extras.convert."""
+    try:
+        from extras.convert.public_files import converted  # here: public files need no extras
+    except ModuleNotFoundError as error:
+        if not error.name.startswith("extras"):
+            raise
+        return path
     return converted(path)
 
 

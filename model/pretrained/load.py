@@ -3,10 +3,18 @@
     load_language, load_vision: a directory or a name on the hub -> config.json -> an empty model
         -> the tensors of its weight files, by the family's names
     load_checkpoint: our directory -> towers (from there, or public ones) + what was trained -> VLM
+
+Every tensor is accounted for on both sides: one that is needed and missing, one in the file that
+nobody knows, one of another shape or of no finite fractions raises with its name. What a file
+holds and is knowingly left alone is listed as the family's `unread`.
+
+The files are memory-mapped and a model is built under meta_device, so a tensor goes straight
+from the file to where it belongs: there is never a second copy of the weights.
 """
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -15,19 +23,16 @@ from model.config import LanguageConfig, VisionConfig
 from model.language import LanguageModel
 from model.lora import add_lora
 from model.pretrained.checkpoint import own_names, read_config
-from model.pretrained.families import (
-    LANGUAGE_FAMILIES,
-    VISION_FAMILIES,
-    public_names,
-)
+from model.pretrained.families import family_of, public_names, public_shape
 from model.pretrained.files import (
     all_tensors,
     file_hashes,
+    open_tensors,
     read_json,
+    weight_files,
     with_filename,
 )
-from model.pretrained.hub import ROOT, resolve
-from model.pretrained.load_tensors import load_tensors, unusable
+from model.pretrained.hub import ROOT, TOWER_SETTINGS, resolve
 from model.pretrained.meta_device import meta_device
 from model.pretrained.public_config import (
     read_language_config,
@@ -37,8 +42,7 @@ from model.pretrained.public_config import (
 from model.vision import VisionTransformer
 from model.vlm import VLM, build_model
 
-# What the commands call the place of each tower.
-FLAGS = {"language": "language_model", "vision": "vision_tower"}
+# ---------------------------------------------------------------- public towers
 
 
 def load_language(name, dtype: torch.dtype | None = torch.float32) -> LanguageModel:
@@ -48,13 +52,8 @@ def load_language(name, dtype: torch.dtype | None = torch.float32) -> LanguageMo
     until it is read.
     """
     directory = resolve(name)
-    public = read_public(directory)
-    with with_filename(directory / "config.json"):
-        config = read_language_config(public)
-    family = LANGUAGE_FAMILIES[config.model_type]
-    if config.tie_word_embeddings:  # some files hold the table a second time, as the head
-        family = replace(family, unread=(*family.unread, "lm_head.weight"))
-    return load_tensors(LanguageModel, config, directory, family, dtype)
+    config = read_public(directory, read_language_config)
+    return load_tensors(LanguageModel, config, directory, dtype)
 
 
 def load_vision(name, dtype: torch.dtype | None = torch.float32, feature_layer: int = -1,
@@ -64,23 +63,73 @@ def load_vision(name, dtype: torch.dtype | None = torch.float32, feature_layer: 
     Blocks after feature_layer are not needed for it and not read. dtype None: as in the file.
     """
     directory = resolve(name)
-    public = read_public(directory)
-    with with_filename(directory / "config.json"):
-        config = read_vision_config(public, feature_layer, features)
-    family = VISION_FAMILIES[config.model_type]
-    if feature_layer != -1:
-        with meta_device():
-            whole = VisionTransformer(replace(config, feature_layer=-1))
-        family = replace(family, unread=(*family.unread, *(
-            name.removeprefix(family.prefix) for name in public_names(whole, family))))
-    return load_tensors(VisionTransformer, config, directory, family, dtype)
+    config = read_public(directory, read_vision_config, feature_layer, features)
+    with meta_device():
+        whole = VisionTransformer(replace(config, feature_layer=-1))
+    return load_tensors(VisionTransformer, config, directory, dtype, unread=[*public_names(whole)])
 
 
-def read_public(directory: Path) -> dict:
+def read_public(directory: Path, read, *options):
     path = directory / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: it says what the weights beside it are")
-    return read_json(path)
+    public = read_json(path)
+    with with_filename(path):
+        return read(public, *options)
+
+
+def load_tensors(kind: type, config, source: Path, dtype: torch.dtype | None, unread=()):
+    """A model of this kind and config, with the tensors of the weight files of source.
+
+    unread: public names that are left alone, beside the family's.
+    """
+    with meta_device():
+        model = kind(config)
+    family = family_of(config.model_type)
+    unread = [*family.unread, *(name.removeprefix(family.prefix) for name in unread)]
+    files, held = {}, {}
+    for path in weight_files(source):
+        with open_tensors(path) as file:
+            files.update(dict.fromkeys(file.keys(), path))
+    expected, prefix = public_names(model), family.prefix
+    if not any(name.startswith(prefix) for name in files):
+        expected = {name.removeprefix(prefix): ours for name, ours in expected.items()}
+    for path in weight_files(source):
+        with open_tensors(path) as file:
+            held.update({name: file.get_tensor(name) for name in file.keys() if name in expected})
+    problems = [f"missing: {name}" for name in sorted(expected.keys() - files.keys())]
+    problems += [f"unknown: {name}" for name in sorted(files.keys() - expected.keys())
+                 if not any(fnmatch(name.removeprefix(prefix), pattern) for pattern in unread)]
+    state, tensors = model.state_dict(), {}
+    for name, tensor in held.items():
+        ours = expected[name]
+        shape = public_shape(ours, state[ours], family)
+        if list(tensor.shape) != shape:
+            problems.append(f"misshapen: {name} is {list(tensor.shape)} in the file, and "
+                            f"config.json asks for {shape}")
+        elif not problems:  # else its numbers need not be read
+            if reason := unusable(tensor):
+                problems.append(f"{reason}: {name} in {files[name].name}")
+            else:
+                tensors[ours] = tensor.to(dtype or tensor.dtype).view(state[ours].shape)
+    if problems:
+        more = f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else ""
+        raise ValueError(f"{source}: the weights do not fit a {model.config.model_type} as "
+                         "config.json describes it:\n  " + "\n  ".join(problems[:12]) + more)
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def unusable(tensor: torch.Tensor) -> str:
+    """Why it cannot be a weight; "" if it can. Reads the tensor once, which loading it would do."""
+    if tensor.is_meta or tensor.layout != torch.strided or not tensor.is_floating_point():
+        return f"no plain fractions but {str(tensor.dtype).removeprefix('torch.')}"
+    # A NaN or an infinity comes through a sum. (The smallest dtypes cannot be summed.)
+    wide = tensor.float() if tensor.itemsize < 2 else tensor
+    return "" if wide.sum(dtype=torch.float32).isfinite() else "not finite"
+
+
+# ---------------------------------------------------------------- checkpoints of our own
 
 
 def load_checkpoint(directory, dtype: torch.dtype | None = torch.float32,
@@ -113,7 +162,7 @@ def load_tower(part: str, expected: LanguageConfig | VisionConfig, config: dict,
     """The tower `part`: empty where our own file holds every weight of it, else out of the public
     files that the checkpoint refers to, which must be those that it was trained with."""
     quantized = part == "language" and config.get("quantize")
-    with meta_device():
+    with with_filename(directory / "config.json"), meta_device():
         model = (LanguageModel if part == "language" else VisionTransformer)(expected)
         if quantized:
             from extras.fast.quantize import quantize  # here: only quantized checkpoints need it
@@ -148,20 +197,20 @@ def put_tensors(model, tensors: dict, directory: Path, dtype: torch.dtype | None
     """
     parameters, file = dict(model.named_parameters()), directory / "model.safetensors"
     for name, tensor in tensors.items():
-        if name not in parameters or parameters[name].shape != tensor.shape:
-            shape = tuple(parameters[name].shape) if name in parameters else "no such parameter"
+        ours = parameters.get(name)
+        if ours is None or ours.shape != tensor.shape:
+            shape = "no such parameter" if ours is None else tuple(ours.shape)
             raise ValueError(f"{file}: {name} has shape {tuple(tensor.shape)}, the model has "
                              f"{shape}")
-        integers = not parameters[name].is_floating_point()  # of a quantized matrix
-        problem = "" if integers else unusable(tensor)
-        if integers and tensor.dtype != parameters[name].dtype:
-            problem = f"{tensor.dtype}, expected {parameters[name].dtype}"
+        integers = not ours.is_floating_point()  # of a quantized matrix
+        problem = unusable(tensor) if not integers else (
+            tensor.dtype != ours.dtype and f"{tensor.dtype}, expected {ours.dtype}")
         if problem:
             raise ValueError(f"{file}: {name} holds {problem}")
         # Not copied into what is there: a base in bf16 would round what was trained in float32.
         # Nor the mapped file itself, which may be deleted (--save_total_limit): copied once.
         final = tensor.dtype if integers or dtype is None else dtype
-        parameters[name].data = tensor.to(final, copy=True)
+        ours.data = tensor.to(final, copy=True)
     missing = [name for name in own_names(model) if name not in tensors]
     if missing:
         raise ValueError(f"{file} lacks {missing[0]} (and {len(missing) - 1} more): the file is "
@@ -177,7 +226,7 @@ def find_base(directory: Path, part: str, reference: dict, moved: str | None) ->
         raise FileNotFoundError(
             f"{refers_to(directory, part, reference)}, and {str(name)!r} was found neither here, "
             f"nor in {ROOT}, nor on the hub ({error}). Put the directory back, or say where it is "
-            f"now with --{FLAGS[part]} DIR.") from error
+            f"now with --{TOWER_SETTINGS[part]} DIR.") from error
 
 
 def check_base(base: Path, directory: Path, part: str, reference: dict) -> None:
@@ -189,7 +238,7 @@ def check_base(base: Path, directory: Path, part: str, reference: dict) -> None:
                 f"{refers_to(directory, part, reference)}, but {base / file} differs from the file "
                 f"it was trained with: sha256 {str(hashes.get(file))[:16]}..., expected "
                 f"{expected[:16]}.... Get the same release of {reference['name']}, or give "
-                f"another place with --{FLAGS[part]} DIR.")
+                f"another place with --{TOWER_SETTINGS[part]} DIR.")
 
 
 def refers_to(directory: Path, part: str, reference: dict) -> str:

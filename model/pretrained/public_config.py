@@ -9,17 +9,14 @@ not built here, raise ValueError with the key, the value and what is expected.
 """
 
 import math
+from dataclasses import fields
 
 from model.config import LanguageConfig, ProjectorConfig, VisionConfig, VLMConfig
-from model.pretrained.families import LANGUAGE_FAMILIES, VISION_FAMILIES, family_of
+from model.pretrained.families import LANGUAGE_FAMILIES, VISION_FAMILIES, Family, family_of
 
 # What a value of config.json has to be, by its key; checked before anything is computed.
-INTEGERS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
-            "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "image_size",
-            "patch_size", "seq_length", "kv_channels", "pixel_shuffle")
-NUMBERS = ("rope_theta", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rotary_emb_base",
-           "mlp_ratio")
-SWITCHES = ("tie_word_embeddings", "use_dynamic_ntk", "use_logn_attn")
+KINDS = {field.name: field.type for config in (LanguageConfig, VisionConfig, ProjectorConfig)
+         for field in fields(config)} | {"context_limit": int, "mlp_ratio": float}
 LARGEST = 1 << 24  # of an integer; the largest public vocabulary has 262,144 tokens
 MOST_LAYERS = 1000  # the deepest public decoder has 126; a million would be built for an hour
 
@@ -32,14 +29,13 @@ def check_values(public, what: str = "config.json") -> dict:
     public = {name: value for name, value in public.items() if value is not None}
     for name, value in public.items():
         most = MOST_LAYERS if name == "num_hidden_layers" else LARGEST
-        for names, valid, expected in (
-                (INTEGERS, type(value) is int and 1 <= value <= most,
-                 f"a whole number, 1 to {most}"),
-                (NUMBERS, type(value) in (int, float) and 0 < value < math.inf,
-                 "a number above 0"),
-                (SWITCHES, type(value) is bool, "true or false")):
-            if name in names and not valid:
-                raise ValueError(f"{what} has {name} = {str(value)[:60]!r}; expected {expected}")
+        valid, expected = {
+            int: (type(value) is int and 1 <= value <= most, f"a whole number, 1 to {most}"),
+            float: (type(value) in (int, float) and 0 < value < math.inf, "a number above 0"),
+            bool: (type(value) is bool, "true or false"),
+        }.get(KINDS.get(name), (True, ""))
+        if not valid:
+            raise ValueError(f"{what} has {name} = {str(value)[:60]!r}; expected {expected}")
     return public
 
 
@@ -51,6 +47,17 @@ def refuse(public: dict, name: str, value, supported) -> None:
             f"only {supported!r} is supported here")
 
 
+def facts_of(public: dict, family: Family, supported: dict) -> dict:
+    """config.json, with what its family implies and what its public class assumes."""
+    for name, value in supported.items():
+        refuse(public, name, public.get(name, value), value)
+    return {**family.defaults, **public, **family.implied}
+
+
+def config_of(kind: type, facts: dict):
+    return kind(**{field.name: facts[field.name] for field in fields(kind) if field.name in facts})
+
+
 # ---------------------------------------------------------------- decoders
 
 
@@ -59,38 +66,20 @@ def read_language_config(public: dict) -> LanguageConfig:
     model_type = public.get("model_type")
     if model_type not in list(LANGUAGE_FAMILIES):
         raise ValueError(f"config.json says model_type {model_type!r}; the decoder here reads "
-                         f"{', '.join(LANGUAGE_FAMILIES)} (Qwen2.5 is a qwen2, SmolLM2 a llama, "
-                         "qwen is Qwen-7B)")
+                         f"{', '.join(LANGUAGE_FAMILIES)} (Qwen2.5 is a qwen2, SmolLM2 a llama), "
+                         "and extras.convert the layouts of Qwen-7B and MiniMind")
     family = LANGUAGE_FAMILIES[model_type]
-    for name, value in family.supported.items():
-        refuse(public, name, public.get(name, value), value)
-    if model_type == "qwen":
-        public = translate_qwen(public)
-    rope = read_rope(public)
+    facts, rope = facts_of(public, family, family.supported), read_rope(public)
     missing = [name for name in ("vocab_size", "hidden_size", "intermediate_size",
                                  "num_hidden_layers", "num_attention_heads") if name not in public]
     if missing:
         raise ValueError(f"config.json of model_type {model_type!r} lacks {', '.join(missing)}")
-    facts = {**family.defaults, **public, **family.implied}
     heads = facts["num_attention_heads"]
-    return LanguageConfig(
-        model_type=model_type,
-        vocab_size=facts["vocab_size"],
-        hidden_size=facts["hidden_size"],
-        intermediate_size=facts["intermediate_size"],
-        num_hidden_layers=facts["num_hidden_layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=facts.get("num_key_value_heads", heads),
-        head_dim=facts.get("head_dim", facts["hidden_size"] // heads),
-        # 10,000 is what the public classes assume where the file is silent.
-        rope_theta=float(rope.get("rope_theta", facts.get("rope_theta", 10000))),
-        rms_norm_eps=facts.get("rms_norm_eps", 1e-6),
-        tie_word_embeddings=facts.get("tie_word_embeddings", False),
-        qkv_bias=facts["qkv_bias"],
-        qk_norm=facts["qk_norm"],
-        max_position_embeddings=facts["max_position_embeddings"],
-        context_limit=facts.get("context_limit"),
-    )
+    # 10,000 is what the public classes assume where the file is silent.
+    theta = float(rope.get("rope_theta", facts.get("rope_theta", 10000)))
+    return config_of(LanguageConfig, {
+        "num_key_value_heads": heads, "head_dim": facts["hidden_size"] // heads,
+        "rms_norm_eps": 1e-6, "tie_word_embeddings": False, **facts, "rope_theta": theta})
 
 
 def read_rope(public: dict) -> dict:
@@ -100,28 +89,6 @@ def read_rope(public: dict) -> dict:
     refuse(public, "rope_type", rope.get("rope_type", rope.get("type", "default")), "default")
     refuse(public, "partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 1.0)
     return rope
-
-
-def translate_qwen(public: dict) -> dict:
-    """Qwen-7B's config.json, which has keys of its own, in the keys of the other families.
-
-    In a row of more than seq_length tokens (8,192; 2,048 in the first release) Qwen-7B stretches
-    RoPE (use_dynamic_ntk) and scales the queries by the logarithm of their position
-    (use_logn_attn), when it generates; not in training. That is not built: such a row is refused.
-    """
-    if "hidden_size" not in public:
-        raise ValueError("config.json of model_type 'qwen' has no hidden_size: it is of the first "
-                         "release (n_embd, n_layer, ...). Get the current one of Qwen/Qwen-7B-Chat")
-    head_dim = public["hidden_size"] // public.get("num_attention_heads", 1)
-    refuse(public, "kv_channels", public.get("kv_channels", head_dim), head_dim)
-    facts = {**public, "rms_norm_eps": public.get("layer_norm_epsilon", 1e-6),
-             "rope_theta": public.get("rotary_emb_base", 10000)}
-    if "intermediate_size" in public:  # the file gives the width of w1 and w2 together
-        facts["intermediate_size"] = public["intermediate_size"] // 2
-    if public.get("use_dynamic_ntk", True) or public.get("use_logn_attn", True):
-        facts["context_limit"] = public.get("seq_length", 8192)
-    return {name: value for name, value in facts.items()
-            if name not in ("num_key_value_heads", "head_dim")}
 
 
 # ---------------------------------------------------------------- vision transformers
@@ -141,28 +108,12 @@ def read_vision_config(public: dict, feature_layer: int = -1,
             f"{', '.join(VISION_FAMILIES)}, also out of a whole 'clip' or 'siglip' (also SigLIP2 "
             "of a fixed resolution); 'siglip2' is SigLIP2's NaFlex, for images of any shape")
     family = VISION_FAMILIES[model_type]
-    for name, value in {"num_channels": 3, **family.supported}.items():
-        refuse(public, name, public.get(name, value), value)
-    facts = {**family.defaults, **public, **family.implied}
-    ratio = facts.get("mlp_ratio")
-    return VisionConfig(
-        model_type=model_type,
-        hidden_size=facts["hidden_size"],
-        intermediate_size=facts.get("intermediate_size") or int(facts["hidden_size"] * ratio),
-        num_hidden_layers=facts["num_hidden_layers"],
-        num_attention_heads=facts["num_attention_heads"],
-        image_size=facts["image_size"],
-        patch_size=facts["patch_size"],
-        hidden_act=facts["hidden_act"],
-        layer_norm_eps=facts["layer_norm_eps"],
-        class_token=facts["class_token"],
-        patch_bias=facts["patch_bias"],
-        pre_norm=facts["pre_norm"],
-        final_norm=facts["final_norm"] or features == "class",
-        layer_scale=facts["layer_scale"],
-        feature_layer=feature_layer,
-        features=features,
-    )
+    facts = facts_of(public, family, {"num_channels": 3, **family.supported})
+    if "mlp_ratio" in family.defaults:  # DINOv2
+        facts["intermediate_size"] = int(facts["hidden_size"] * facts["mlp_ratio"])
+    return config_of(VisionConfig, {
+        **facts, "model_type": model_type, "feature_layer": feature_layer, "features": features,
+        "final_norm": facts["final_norm"] or features == "class"})
 
 
 # ---------------------------------------------------------------- back
@@ -171,13 +122,11 @@ def read_vision_config(public: dict, feature_layer: int = -1,
 def write_config(config: LanguageConfig | VisionConfig) -> dict:
     """The config.json of a directory that other libraries can load."""
     family = family_of(config.model_type)
-    public = {"architectures": [family.architecture], **vars(config)}
-    for name in (*family.implied, "context_limit", "feature_layer", "features"):
-        if name != "tie_word_embeddings":
-            public.pop(name, None)
+    public = {"architectures": [family.architecture], **{
+        name: value for name, value in vars(config).items() if value is not None
+        and name not in (*family.implied, "feature_layer", "features")}}
     if isinstance(config, LanguageConfig):
-        return write_qwen(config, public) if config.model_type == "qwen" else {
-            **public, "hidden_act": "silu"}
+        return {**public, "hidden_act": "silu"}
     if "mlp_ratio" in family.defaults:
         middle, width = public.pop("intermediate_size"), config.hidden_size
         if middle % width:
@@ -185,18 +134,6 @@ def write_config(config: LanguageConfig | VisionConfig) -> dict:
                              f"a multiple of hidden_size ({width})")
         public["mlp_ratio"] = middle // width
     return {"num_channels": 3, **public}
-
-
-def write_qwen(config: LanguageConfig, public: dict) -> dict:
-    limited = config.context_limit is not None
-    for name in ("num_key_value_heads", "head_dim", "rope_theta", "rms_norm_eps"):
-        public.pop(name)
-    return {**public, **family_of("qwen").supported,
-            "intermediate_size": 2 * config.intermediate_size, "kv_channels": config.head_dim,
-            "layer_norm_epsilon": config.rms_norm_eps, "rotary_emb_base": config.rope_theta,
-            "seq_length": config.context_limit or config.max_position_embeddings,
-            "use_dynamic_ntk": limited, "use_logn_attn": limited,
-            "tokenizer_class": "QWenTokenizer"}
 
 
 # ---------------------------------------------------------------- checkpoints of our own

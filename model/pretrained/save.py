@@ -16,12 +16,9 @@ from model.vision import VisionTransformer
 
 def public_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """{published name: tensor}: the model in the form in which its family is published."""
-    state, tensors, family = model.state_dict(), {}, family_of(model.config.model_type)
-    for public, ours in public_names(model, family).items():
-        stacked = {each: state[each] for each in ours}
-        tensor = torch.cat([*stacked.values()]) if len(stacked) > 1 else stacked[ours[0]]
-        tensors[public] = tensor.reshape(public_shape(stacked, family))
-    return tensors
+    state, family = model.state_dict(), family_of(model.config.model_type)
+    return {public: state[ours].reshape(public_shape(ours, state[ours], family))
+            for public, ours in public_names(model).items()}
 
 
 def save_language(model: LanguageModel, directory) -> None:
