@@ -22,11 +22,8 @@ class BatchedDecodeStep:
         self.decoder, self.cache, self.real = decoder, cache, real
 
     def __call__(self, ids):
-        end = self.cache.length + 1
-        positions = self.real[:, :end].sum(1, keepdim=True) - 1  # (B,1)
-        mask = self.real[:, None, None, :end]  # (B,1,1,Tk)
-        embeds = self.decoder.embed(ids[:, None])  # (B,1,D)
-        return self.decoder.logits(self.decoder.decode(embeds, positions, mask, self.cache)[:, -1])
+        hidden = decode_rows(self.decoder, ids[:, None], [], self.real, self.cache)  # (B,1,D)
+        return self.decoder.logits(hidden[:, -1])
 
     def keep_rows(self, rows) -> None:
         """rows: indices of the rows of the batch that go on."""
@@ -65,15 +62,13 @@ def generate_batch(model, prompts: list[list[int]], pixels: list, max_new_tokens
     index = torch.arange(T + max_new_tokens, device=device)
     # (B,T+new) True where a row has a token
     real = torch.where(index < P, index >= P - cut, index >= T - (length - cut))
-    positions = (real.cumsum(1) - 1).clamp(min=0)  # (B,T+new)
 
     cache = KVCache(decoder.config.num_hidden_layers, T + max_new_tokens)
     if P:
-        prefill(model, prefixes, [pixels[i] for i in firsts], positions[firsts], real[firsts],
-                cache)
+        decode_rows(model, prefixes, [pixels[i] for i in firsts], real[firsts], cache)
         cache.store = cache.store[:, :, torch.tensor(owner, device=device)]
         pixels = []
-    hidden = prefill(model, rests, pixels, positions, real, cache)  # (B,R,D)
+    hidden = decode_rows(model, rests, pixels, real, cache)  # (B,R,D)
     # extras/fast may have put a decoder here that records its steps.
     recorded = getattr(decoder, "recorded_step", lambda *_: None)(cache, real)
     step = recorded or BatchedDecodeStep(decoder, cache, real)
@@ -134,12 +129,13 @@ def pad_left(rows: list[list[int]], padding: int, device) -> torch.Tensor:
                         dtype=torch.long, device=device).view(len(rows), T)
 
 
-def prefill(model, ids, pixels: list, positions, real, cache: KVCache):
+def decode_rows(model, ids, pixels: list, real, cache: KVCache):
     """ids (B,T), after what the cache holds -> hidden (B,T,D), and the cache holds them too.
 
-    positions, real (B,T or more): of everything, the cache included; see generate_batch.
+    real (B,T or more): of everything, the cache included; see generate_batch.
     """
     past, end = cache.length, cache.length + ids.shape[1]
+    positions = (real[:, :end].cumsum(1) - 1).clamp(min=0)[:, past:]  # (B,T)
     index = torch.arange(end, device=ids.device)
     causal = index[past:, None] >= index  # (T,Tk)
     # Padding looks at itself: a softmax over nothing would be NaN, and NaN spreads.
@@ -147,4 +143,4 @@ def prefill(model, ids, pixels: list, positions, real, cache: KVCache):
     mask = (causal & real[:, None, None, :end]) | itself  # (B,1,T,Tk)
     given = [p for p in pixels if p is not None]
     embeds = embed(model, ids, torch.cat(given).to(ids.device) if given else None)  # (B,T,D)
-    return language_model_of(model).decode(embeds, positions[:, past:end], mask, cache)
+    return language_model_of(model).decode(embeds, positions, mask, cache)

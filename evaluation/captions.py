@@ -36,34 +36,28 @@ def measure_captions(captions: list[str], questions: list) -> list[list[float]]:
     the caption and of the reference that is closest in length."""
     captions = [words(caption) for caption in captions]
     references = [[words(text) for text in question.truths] for question in questions]
-    bleu = sacrebleu()
-    rows = []
+    try:
+        from sacrebleu.metrics import BLEU
+    except ImportError as error:
+        raise ValueError("captions are scored with the package sacrebleu, which is not here; pip "
+                         "install -r requirements-extra.txt, or pip install sacrebleu") from error
+    # Words are cut already. effective_order keeps it from warning about single sentences, and
+    # has no part in the counts, which are all that is taken.
+    bleu, rows = BLEU(tokenize="none", smooth_method="none", effective_order=True), []
     for score, caption, several in zip(cider(captions, references), captions, references):
         counted = bleu.sentence_score(" ".join(caption), [" ".join(text) for text in several])
         rows.append([score, *counted.counts, *counted.totals, counted.sys_len, counted.ref_len])
     return rows
 
 
-def sacrebleu():
-    try:
-        from sacrebleu.metrics import BLEU
-    except ImportError as error:
-        raise ValueError("captions are scored with the package sacrebleu, which is not here; "
-                         "pip install -r requirements-extra.txt, or pip install sacrebleu"
-                         ) from error
-    # Words are cut already. effective_order keeps it from warning about single sentences, and
-    # has no part in the counts, which are all that is taken.
-    return BLEU(tokenize="none", smooth_method="none", effective_order=True)
-
-
 def bleu4(mean) -> float:
     """BLEU-4 (Papineni et al. 2002), 0 to 1, of the means of measure_captions' last ten columns:
     it is a function of the sums over all captions, and a common factor does not change it."""
-    right, whole = list(mean[:ORDERS]), list(mean[ORDERS:2 * ORDERS])
+    *counts, length, reference = mean
+    right, whole = counts[:ORDERS], counts[ORDERS:]
     if min(right) <= 0:
         return 0.0
-    length, reference = mean[2 * ORDERS:]
-    precision = math.exp(sum(math.log(r / w) for r, w in zip(right, whole)) / ORDERS)
+    precision = math.prod(r / w for r, w in zip(right, whole)) ** (1 / ORDERS)
     return precision * min(1.0, math.exp(1 - reference / length))
 
 

@@ -34,7 +34,8 @@ class Metric:
 
 def measure(metric: str, answers: list[str], questions: list) -> np.ndarray:
     """-> (Q,S) float64, see above. Raises ValueError when a question has no truth of this kind."""
-    return np.array(METRICS[metric].measure(answers, questions), float)
+    rows = METRICS[metric].measure(answers, questions)
+    return np.array(rows, float).reshape(len(answers), -1)
 
 
 def figures(metric: str, mean) -> dict[str, float]:
@@ -65,7 +66,7 @@ def fall(rows: np.ndarray, control: np.ndarray, resamples: int = RESAMPLES, seed
 
 
 def resampled_means(rows: np.ndarray, resamples: int, seed: int):
-    """Draw as many questions as there are, with replacement; yield the mean row of each draw."""
+    """Draw as many questions as there are, with replacement -> the mean row of each draw."""
     rng, count = np.random.default_rng(seed), len(rows)
     for _ in range(resamples):
         times = np.bincount(rng.integers(count, size=count), minlength=count)
@@ -78,18 +79,13 @@ def bounds(values: list[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-# ---------------------------------------------------------------- exact
+# ---------------------------------------------------------------- exact, vqa
 
 
-def exact_row(answer: str, question) -> tuple[float]:
-    return (float(is_exact(answer, question.truth)),)
+def is_exact(answer: str, question) -> bool:
+    return answer.strip() == question.truth.strip()
 
 
-def is_exact(answer: str, truth: str) -> bool:
-    return answer.strip() == truth.strip()
-
-
-# ---------------------------------------------------------------- vqa
 
 # The contractions that the published evaluation mends when an apostrophe is missing ("dont"). It
 # has no entry for forms that would be other words without it (let's, she's), nor do we.
@@ -113,17 +109,17 @@ COMMA_IN_NUMBER = re.compile(r"\d,\d")
 PERIOD = re.compile(r"\.(?!\d)")  # but not that of 3.5
 
 
-def vqa_row(answer: str, question) -> tuple[float]:
+def vqa_row(answer: str, question) -> float:
     if len(question.truths) < 2:
         raise ValueError(f"{question.where}: one true answer; VQA accuracy needs several people's "
                          "(VQAv2 has ten). Score this with --metric exact.")
-    return (vqa_accuracy(answer, question.truths),)
+    return vqa_accuracy(answer, question.truths)
 
 
 def vqa_accuracy(answer: str, truths) -> float:
     """Antol et al. 2015, as VQA's evaluation code counts it: of each set of all people but one
     the accuracy is min(those who said it / 3, 1); the mean over the sets."""
-    answer = " ".join(answer.replace("\t", " ").split("\n")).strip()
+    answer = answer.replace("\t", " ").replace("\n", " ").strip()
     answer = vqa_words(vqa_punctuation(answer))
     if len(set(truths)) > 1:  # the published answers are in normal form but for punctuation
         truths = [vqa_punctuation(truth) for truth in truths]
@@ -153,14 +149,14 @@ def vqa_words(text: str) -> str:
 # ---------------------------------------------------------------- choice
 
 
-def choice_row(answer: str, question) -> tuple[float, float]:
+def choice_row(answer: str, question) -> tuple[bool, bool]:
     """-> right, a letter was found"""
     truth = chosen_letter(question.truth, question.options)
     if truth is None:
         raise ValueError(f"{question.where}: the true answer {question.truth[:60]!r} names none "
                          "of the options; this is no multiple choice, try --metric exact")
     letter = chosen_letter(answer, question.options)
-    return float(letter == truth), float(letter is not None)
+    return letter == truth, letter is not None
 
 
 def chosen_letter(answer: str, options: dict[str, str]) -> str | None:
@@ -173,8 +169,7 @@ def chosen_letter(answer: str, options: dict[str, str]) -> str | None:
        word in small letters is an article
     4. the answer is the text of one option, or holds it and no other option's
 
-    What MMStar's own scorer takes for a letter ("B", "(B", "option B", "the answer is B") is found
-    too, but "A cat" is no A, as it is there. Who names no letter is wrong; nothing is drawn by lot.
+    That is what MMStar's own scorer finds and more, but "A cat" is no A, as it is there.
     """
     letters, text = "".join(options) or "ABCDEFGHIJ", answer.strip()
     ends = r"""[.:,;)\]*"'、。：，）]|\s*$"""
@@ -190,15 +185,11 @@ def chosen_letter(answer: str, options: dict[str, str]) -> str | None:
     alone = set(re.findall(rf"(?<![\w'])[{letters}](?![\w'])", capitals))
     if len(alone) == 1:
         return alone.pop()
-    text = normalize_answer(text)
-    options = {letter: normalize_answer(option) for letter, option in options.items()}
-    matches = ([letter for letter, option in options.items() if option and option == text]
-               or [letter for letter, option in options.items() if option and option in text])
+    text, *texts = (each.casefold().strip().rstrip(".。 ") for each in (text, *options.values()))
+    named = [(letter, option) for letter, option in zip(letters, texts) if option]
+    matches = ([letter for letter, option in named if option == text]
+               or [letter for letter, option in named if option in text])
     return matches[0] if len(matches) == 1 else None
-
-
-def normalize_answer(text: str) -> str:
-    return text.casefold().strip().rstrip(".。 ")
 
 
 # ---------------------------------------------------------------- yesno
@@ -209,14 +200,12 @@ NO_CHINESE, YES_CHINESE = re.compile("[不没否无]"), re.compile("[是有对]"
 
 def yesno_row(answer: str, question) -> tuple:
     """-> right, true positive, false positive, false negative, neither yes nor no"""
-    truth = yes_or_no(question.truth)
+    said, truth = yes_or_no(answer), yes_or_no(question.truth)
     if truth is None:
         raise ValueError(f"{question.where}: the true answer {question.truth[:60]!r} is neither "
                          "yes nor no; try --metric exact")
-    said = yes_or_no(answer)
-    yes = said != "no"  # whoever does not say no has said yes, by POPE's rule
-    return (float(yes == (truth == "yes")), float(yes and truth == "yes"),
-            float(yes and truth == "no"), float(not yes and truth == "yes"), float(said is None))
+    yes, is_yes = said != "no", truth == "yes"  # who does not say no has said yes, as in POPE
+    return yes == is_yes, yes and is_yes, yes and not is_yes, is_yes and not yes, said is None
 
 
 def yes_or_no(answer: str) -> str | None:
@@ -246,7 +235,7 @@ SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 METRICS = {
     # the same text, but for white space at its two ends
-    "exact": Metric("exact answers to", one_by_one(exact_row), lambda mean: {"exact": mean[0]},
+    "exact": Metric("exact answers to", one_by_one(is_exact), lambda mean: {"exact": mean[0]},
                     stop_after_truth=True),
     # ten people were asked, and an answer that three of them gave is right
     "vqa": Metric("VQA accuracy on", one_by_one(vqa_row), lambda mean: {"vqa_accuracy": mean[0]},

@@ -4,7 +4,6 @@
     OUT/metrics.jsonl -> loss_curve -> PNG  one line for each stage
 """
 
-import json
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -12,7 +11,9 @@ from matplotlib.figure import Figure
 from dataset.chat import IMAGE
 from dataset.images import load_image
 from evaluation.score import Prediction
+from extras.report import WINDOW, draw
 from extras.text_drawing import fold, style
+from training.run_metadata import read_lines
 
 SIDE, MARGIN = 288, 12  # pixels of an image; pixels between cards
 COLUMNS, CARDS, MOST_CARDS = 5, 20, 40
@@ -89,21 +90,12 @@ def loss_curve(runs: dict[str, Path], path) -> None:
     """runs: {name of a stage: its metrics.jsonl}. The stages stand one after the other."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes, start = figure.subplots(), 0
-    for name, file in runs.items():
-        metrics = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        metrics = [m for m in metrics if m["loss"] is not None]  # fp16 overflowed there
-        steps = [start + m["step"] for m in metrics]
-        losses = [m["loss"] for m in metrics]
-        line, = axes.plot(steps, losses, alpha=0.25)
-        axes.plot(steps, smooth(losses), color=line.get_color(), label=name)
-        start = steps[-1]
+    for number, (name, file) in enumerate(runs.items()):
+        metrics = [{**line, "step": start + line["step"]} for line in read_lines(file)]
+        draw(axes, metrics, "loss", "-", color=f"C{number}", alpha=0.25)
+        draw(axes, metrics, "loss", "-", WINDOW, color=f"C{number}", label=name)
+        start = metrics[-1]["step"]
     axes.set(xlabel="optimizer step", ylabel="loss for each supervised token", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(path, dpi=150)
-
-
-def smooth(values: list[float], window: int = 20) -> list[float]:
-    """The mean of the last `window` values: single steps jump too much to be read."""
-    return [sum(values[max(0, i - window + 1):i + 1]) / min(i + 1, window)
-            for i in range(len(values))]

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from training.run_metadata import parse_objects
+
 
 @contextmanager
 def locked(directory):
@@ -49,9 +51,9 @@ class ResultsCache:
         key = json.loads(json.dumps(key))  # as it will be read: a tuple is a list
         self.header = json.dumps({"key": key}, ensure_ascii=False).encode() + b"\n"
         lines = self.file.read_bytes().splitlines(keepends=True) if self.file.is_file() else []
-        old_key = parse_object(lines[0]).get("key") if lines else key
-        if old_key != key:
-            differences = (changes(old_key, key) if isinstance(old_key, dict)
+        old_keys = [entry.get("key") for entry in parse_objects(lines[:1])]
+        if lines and old_keys != [key]:
+            differences = (changes(old_keys[0], key) if old_keys and isinstance(old_keys[0], dict)
                            else ["its first line cannot be read"])
             old = self.file.with_name(self.file.name + ".old")
             self.file.replace(old)
@@ -68,11 +70,11 @@ class ResultsCache:
 
     def _read(self, line: bytes) -> bool:
         """Whether it is a whole line: the last one may be torn, killed while it was written."""
-        entry = parse_object(line) if line.endswith(b"\n") else {}
-        for name, known in (("answer", self.answers), ("error", self.errors)):
-            if isinstance(entry.get("index"), int) and isinstance(entry.get(name), str):
-                known[entry["index"]] = entry[name]
-                return True
+        for entry in parse_objects([line] if line.endswith(b"\n") else []):
+            for name, known in (("answer", self.answers), ("error", self.errors)):
+                if isinstance(entry.get("index"), int) and isinstance(entry.get(name), str):
+                    known[entry["index"]] = entry[name]
+                    return True
         return False
 
     def add(self, answers: dict[int, str], errors: dict[int, str]) -> None:
@@ -92,14 +94,6 @@ class ResultsCache:
 
     def has(self, i: int) -> bool:
         return i in self.answers or i in self.errors
-
-
-def parse_object(line: bytes) -> dict:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def changes(old: dict, new: dict) -> list[str]:

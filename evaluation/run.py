@@ -14,7 +14,6 @@ import hashlib
 import json
 import re
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,17 +26,9 @@ from evaluation.metrics import METRICS, measure
 from evaluation.report import contact_sheet, loss_curve
 from evaluation.results_cache import ResultsCache, changes, locked
 from evaluation.score import Predictor, with_shuffled_images, without_images
-from evaluation.summary import (
-    CONDITIONS,
-    accuracy,
-    by_tag,
-    format_summary,
-    summarize,
-    table,
-    write_predictions,
-)
+from evaluation.summary import CONDITIONS, format_summary, summarize, table, write_summary
 from model.pretrained.checkpoint import STEP, find_model, read_run
-from model.pretrained.files import file_hashes, sha256, write_json
+from model.pretrained.files import sha256, weight_files
 from model.pretrained.hub import resolve
 from model.projector import Projector
 from training.data import data_hash, matching
@@ -45,8 +36,7 @@ from training.inference import load_model
 from training.writable import free_name
 
 LISTED = 5  # unusable samples named on the screen; scores.json counts them all
-CHECKPOINT_FILES = ("model.safetensors", "config.json", "tokenizer.json",
-                    "preprocessor_config.json")
+SMALL_FILES = ("config.json", "tokenizer.json", "preprocessor_config.json")  # beside the weights
 # What lies in OUT beside the cache; scores.json says whose they are, so it is moved last.
 RESULTS = ("answers.jsonl", "contact_sheet.png", "loss.png", "scores.json")
 NAME_BYTES = 60  # of a model and of a file in result_name: some file systems take 143 in all
@@ -66,11 +56,11 @@ def evaluate(flags, checkpoint, model, template, processor) -> None:
     measure(metric, [q.truth for q in some], some)
 
     # 2. All that an answer depends on: the key of the cache.
-    settings = answer_settings(flags, metric, questions, template, model)
-    scored = {"name": result_name(flags, checkpoint), "model": model_name(flags, checkpoint),
-              "data": data_name, "key": {**model_files(flags, checkpoint), **settings}}
+    name = model_name(flags, checkpoint)
+    key = {**model_files(name), **answer_settings(flags, metric, questions, template, model)}
+    scored = {"name": result_name(flags, checkpoint), "model": name, "data": data_name, "key": key}
     out = Path(flags.report or Path("out") / "scores" / scored["name"])
-    predictions, rows, skipped = {}, {}, {"data": len(bad)}
+    predictions, skipped = {}, {"data": len(bad)}
     with locked(out / "cache"):
         make_room(out, scored)
 
@@ -78,16 +68,19 @@ def evaluate(flags, checkpoint, model, template, processor) -> None:
         runs = runs_of(checkpoint) if flags.report else []
         ours = Predictor(model, template, processor, flags.batch_size, flags.max_new_tokens,
                          METRICS[metric].stop_after_truth)
-        for name, predictor, subset, files in conditions(flags, runs, checkpoint, ours, questions):
-            cache = ResultsCache(out / "cache" / f"{name}.jsonl",
-                                 {"condition": name, **files, **settings})
-            answered, bad = predict(CONDITIONS[name], predictor, subset, cache)
-            skipped[name] = len(bad)
+        for condition, predictor, subset, other in conditions(flags, runs, ours, questions):
+            cache = ResultsCache(out / "cache" / f"{condition}.jsonl",
+                                 {"condition": condition, **key, **other})
+            if cache.answers:
+                print(f"{CONDITIONS[condition]}: {len(cache.answers):,} answers are in "
+                      f"{cache.file} already", file=sys.stderr)
+            answered, bad = predictor.predict(subset, cache, CONDITIONS[condition])
+            print_skipped(bad)
+            skipped[condition] = len(bad)
             if answered:
-                rows[name] = measure(metric, [p.answer for p in answered],
-                                     [p.question for p in answered])
-                predictions[name] = [replace(p, score=float(row[0]))
-                                     for p, row in zip(answered, rows[name])]
+                rows = measure(metric, [p.answer for p in answered], [p.question for p in answered])
+                predictions[condition] = [replace(p, row=tuple(row.tolist()))
+                                          for p, row in zip(answered, rows)]
         if "sft" not in predictions:
             raise ValueError(f"--data {data_name}: none of the {len(questions)} questions could be "
                              "asked")
@@ -97,9 +90,13 @@ def evaluate(flags, checkpoint, model, template, processor) -> None:
         print(table(predictions["sft"], METRICS[metric].unit))
         details = {"scored": scored, "metric": metric,
                    "questions": {c: len(p) for c, p in predictions.items()},
-                   "skipped": skipped, **summarize(metric, predictions, rows)}
+                   "skipped": skipped, **summarize(metric, predictions)}
         print("\n" + format_summary(metric, details))
-        write_results(flags, out, predictions, runs, details)
+        write_summary(predictions, details, out)
+        written = ["scores.json", "answers.jsonl", *(draw(predictions["sft"], runs, out)
+                                                     if flags.report else [])]
+    print(f"\nwritten to {out}: {', '.join(written)}\nchat with it: python eval.py"
+          + (f" --model {flags.model}" if flags.model else ""))
 
 
 def open_questions(flags) -> tuple[str, object]:
@@ -122,20 +119,21 @@ def open_questions(flags) -> tuple[str, object]:
     return own if flags.metric == "auto" else flags.metric, data
 
 
-def conditions(flags, runs: list[Path], checkpoint, predictor: Predictor, questions: list):
-    """Yield (condition, predictor, questions, the model's files)."""
+def conditions(flags, runs: list[Path], predictor: Predictor, questions: list):
+    """Yield (condition, predictor, questions, what differs in the key)."""
     if len(runs) == 2:
         model, _, _ = load_model(flags, str(runs[0]))
-        earlier, files = replace(predictor, model=model), model_files(flags, runs[0])
+        earlier, files = replace(predictor, model=model), model_files(runs[0])
         yield "pretrain", earlier, questions, files
-        model.projector = random_projector(model)
+        torch.manual_seed(0)
+        weight = next(model.projector.parameters())
+        model.projector = Projector(model.config.projector).to(weight.device, weight.dtype).eval()
         yield "before", earlier, questions, {**files, "projector": "random"}
-        del model, earlier  # its memory is free for the answers of the next one
-    files = model_files(flags, checkpoint)
-    yield "sft", predictor, questions, files
+        del model, earlier, weight  # its memory is free for the answers of the next one
+    yield "sft", predictor, questions, {}
     if any(q.images for q in questions):
-        yield "no_image", predictor, without_images(questions), files
-        yield "shuffled_images", predictor, with_shuffled_images(questions), files
+        yield "no_image", predictor, without_images(questions), {}
+        yield "shuffled_images", predictor, with_shuffled_images(questions), {}
 
 
 # ---------------------------------------------------------------- where the scores lie
@@ -156,7 +154,7 @@ def result_name(flags, checkpoint) -> str:
 
 
 def data_files(flags) -> list[str]:
-    """None for the embedded world."""
+    """[] for the embedded world."""
     if flags.data == ["emoji"]:
         return []
     return [file for source in flags.data for file in matching(source)]
@@ -210,12 +208,11 @@ def answer_settings(flags, metric: str, questions: list, template, model) -> dic
             "dtype": str(weight.dtype), "device": weight.device.type}
 
 
-def model_files(flags, checkpoint) -> dict:
-    """{"model": {file: sha256}}; checkpoint: a directory, or "none" for --language_model alone."""
-    if checkpoint == "none":
-        return {"model": file_hashes(resolve(model_name(flags, checkpoint)))}
-    return {"model": {name: sha256(Path(checkpoint) / name) for name in CHECKPOINT_FILES
-                      if (Path(checkpoint) / name).is_file()}}
+def model_files(name) -> dict:
+    """{"model": {file: sha256}}"""
+    directory = resolve(name)
+    files = [*weight_files(directory), *(directory / small for small in SMALL_FILES)]
+    return {"model": {file.name: sha256(file) for file in files if file.is_file()}}
 
 
 def runs_of(checkpoint) -> list[Path]:
@@ -233,33 +230,7 @@ def runs_of(checkpoint) -> list[Path]:
         return [checkpoint]
 
 
-def random_projector(model) -> Projector:
-    """In the place of what stage one learned."""
-    torch.manual_seed(0)
-    weight = next(model.projector.parameters())
-    return Projector(model.config.projector).to(weight.device, weight.dtype).eval()
-
-
-# ---------------------------------------------------------------- asking and writing
-
-
-def predict(title: str, predictor: Predictor, questions: list, cache: ResultsCache) -> tuple:
-    """Answer all the questions, with a line of progress on stderr -> predictions, unusable."""
-    if cache.answers:
-        print(f"{title}: {len(cache.answers):,} answers are in {cache.file} already",
-              file=sys.stderr)
-    started = time.monotonic()
-
-    def progress(done: int, total: int) -> None:
-        if done == total or sys.stderr.isatty():
-            seconds = time.monotonic() - started
-            print(f"\r{title}: {done:,}/{total:,} in {seconds:.0f} s, "
-                  f"{seconds / done * (total - done):.0f} s left   ",
-                  end="\n" if done == total else "", file=sys.stderr, flush=True)
-
-    predictions, bad = predictor.predict(questions, cache, progress)
-    print_skipped(bad)
-    return predictions, bad
+# ---------------------------------------------------------------- on the screen and drawn
 
 
 def print_skipped(bad: list) -> None:
@@ -269,24 +240,16 @@ def print_skipped(bad: list) -> None:
         print(f"{len(bad)} could not be used and are not counted", file=sys.stderr)
 
 
-def write_results(flags, out: Path, predictions: dict, runs: list[Path], details: dict) -> None:
-    """scores.json and answers.jsonl always; with --report the PNG files too."""
-    write_predictions(predictions, out / "answers.jsonl")
-    ours, written = predictions["sft"], ["scores.json", "answers.jsonl"]
-    # All are 0 to 1, CIDEr 0 to 10. By kind and by language: of this model.
-    write_json(out / "scores.json", {
-        **{name: accuracy(predictions[name]) for name in CONDITIONS if name in predictions},
-        "by_kind": by_tag(ours, "kind"), "by_language": by_tag(ours, "language"),
-        "details": details})
-    if flags.report and any(p.question.images for p in ours):
-        contact_sheet(ours, out / "contact_sheet.png")
-        written.append("contact_sheet.png")
+def draw(predictions: list, runs: list[Path], out: Path) -> list[str]:
+    """The PNG files of --report -> their names."""
+    drawn = []
+    if any(p.question.images for p in predictions):
+        contact_sheet(predictions, out / "contact_sheet.png")
+        drawn.append("contact_sheet.png")
     names = ["this model"] if len(runs) == 1 else ["stage one: projector", "stage two"]
     metrics = {name: run.parent / "metrics.jsonl" for name, run in zip(names, runs)}
     metrics = {name: file for name, file in metrics.items() if file.exists()}
     if metrics:
         loss_curve(metrics, out / "loss.png")
-        written.append("loss.png")
-    print(f"\nwritten to {out}: {', '.join(written)}")
-    chosen = f" --model {flags.model}" if flags.model else ""
-    print(f"chat with it: python eval.py{chosen}")
+        drawn.append("loss.png")
+    return drawn

@@ -5,6 +5,8 @@
 The controls are the same questions without their image, and with the image of another one.
 """
 
+import sys
+import time
 from collections import Counter
 from collections.abc import Hashable
 from contextlib import suppress
@@ -27,13 +29,12 @@ WINDOW = 16  # batches whose questions are sorted by length together, for less p
 class Prediction:
     question: Question
     answer: str
-    score: float | None = None  # by the metric of the data; None: not scored yet, exact then
+    row: tuple = ()  # as metrics.py measures it; (): not measured yet, exact then
 
     @property
     def points(self) -> float:
-        """0 to 1, for captions 0 to 10; see metrics.py."""
-        return float(is_exact(self.answer, self.question.truth)) if self.score is None \
-            else self.score
+        """0 to 1, for captions 0 to 10."""
+        return self.row[0] if self.row else float(is_exact(self.answer, self.question))
 
     @property
     def correct(self) -> bool:
@@ -90,15 +91,15 @@ class Predictor:
     stop_after_truth: bool = True
 
     def predict(self, questions: list[Question], cache=None,
-                progress=lambda done, total: None) -> tuple[list[Prediction], list[BadSample]]:
+                title: str = "") -> tuple[list[Prediction], list[BadSample]]:
         """-> predictions in the order of the questions, and the questions that cannot be asked.
 
         Questions about one image stand together in a batch, and prompts of like length. cache: a
         ResultsCache, whose questions are not asked again; the batches do not depend on it, so an
-        answer is the same whenever it is asked for.
+        answer is the same whenever it is asked for. title: of a line of progress on stderr.
         """
         prompts, errors = self.encode(questions)
-        answers, done = {}, 0
+        answers, done, start = {}, 0, time.monotonic()
         for window in chunks(list(prompts), WINDOW * self.batch_size):
             for batch in chunks(by_image(window, prompts, questions), self.batch_size):
                 if cache and all(map(cache.has, batch)):
@@ -113,7 +114,11 @@ class Predictor:
                 answers |= new
                 errors |= faults
                 done += len(batch)
-                progress(done, len(prompts))
+                if title and (done == len(prompts) or sys.stderr.isatty()):
+                    seconds = time.monotonic() - start
+                    left = seconds / done * (len(prompts) - done)
+                    print(f"\r{title}: {done:,}/{len(prompts):,} in {seconds:.0f} s, {left:.0f} s "
+                          "left   ", end="" if left else "\n", file=sys.stderr, flush=True)
         return ([Prediction(questions[i], answers[i]) for i in sorted(answers)],
                 [BadSample(questions[i].where, errors[i]) for i in sorted(errors)])
 
@@ -166,12 +171,11 @@ def image_key(images: tuple) -> tuple:
 
 def by_image(window: list[int], prompts: dict, questions: list[Question]) -> list[int]:
     """Questions about the same images one after the other, and groups by their longest prompt."""
-    group = {i: image_key(questions[i].images) or i for i in window}
-    longest, first = {}, {}
+    groups = {}
     for i in window:
-        longest[group[i]] = max(longest.get(group[i], 0), len(prompts[i]))
-        first.setdefault(group[i], i)
-    return sorted(window, key=lambda i: (longest[group[i]], first[group[i]], i))
+        groups.setdefault(image_key(questions[i].images) or i, []).append(i)
+    groups = sorted(groups.values(), key=lambda group: max(len(prompts[i]) for i in group))
+    return [i for group in groups for i in group]
 
 
 def chunks(items: list, size: int) -> list[list]:

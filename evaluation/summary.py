@@ -1,9 +1,8 @@
 """What the scores say: tables, figures with their intervals, and whether the model looks at all.
 
-    [Prediction]                                        -> accuracy, by_tag, table
-    {condition: [Prediction]}, {condition: rows}        -> summarize -> scores.json
-    the figures of scores.json                          -> format_summary -> the terminal
-    {condition: [Prediction]}                           -> write_predictions -> answers.jsonl
+    [Prediction]                -> accuracy, by_tag, table
+    {condition: [Prediction]}   -> summarize -> details -> format_summary -> the terminal
+                                -> write_summary -> scores.json, answers.jsonl
 
 A condition is a model (this one, or one of the stages before it) and a way of asking: with the
 image, without it, or with another one. What is left without the right image can be had from the
@@ -13,10 +12,13 @@ question alone: a score that does not fall is not seeing.
 import json
 from pathlib import Path
 
+import numpy as np
+
 from dataset.chat import IMAGE
 from evaluation.benchmarks import StoredImage
 from evaluation.metrics import METRICS, fall, figures, intervals
 from evaluation.score import Prediction
+from model.pretrained.files import write_json
 
 CONDITIONS = {"before": "before training: a random projector", "pretrain": "after stage one",
               "sft": "this model", "no_image": "this model, image withheld",
@@ -55,22 +57,21 @@ def table(predictions: list[Prediction], unit: str = "%") -> str:
     return "\n".join(lines)
 
 
-def summarize(metric: str, predictions: dict[str, list], rows: dict) -> dict:
-    """rows: {condition: measure's (Q,S)} -> for scores.json: every figure with its interval, and
-    how far the score falls without the right image, over the questions that were asked both ways.
-    """
+def summarize(metric: str, predictions: dict[str, list]) -> dict:
+    """{condition: [Prediction]} -> every figure with its interval, and how far the score falls
+    without the right image, over the questions that were asked both ways."""
     summary, falls = {}, {}
-    for condition, values in rows.items():
-        between = intervals(metric, values)
+    for condition, answered in predictions.items():
+        rows = np.array([p.row for p in answered])  # (Q,S)
+        between = intervals(metric, rows)
         summary[condition] = {name: with_bounds(value, *between[name])
-                              for name, value in figures(metric, values.mean(0)).items()}
-    index = {question_key(p): i for i, p in enumerate(predictions["sft"])}
-    for condition in [name for name in CONTROLS if name in rows]:
-        pairs = [(index[question_key(p)], j) for j, p in enumerate(predictions[condition])
-                 if question_key(p) in index]
-        if pairs:
-            ours, control = map(list, zip(*pairs))
-            falls[condition] = with_bounds(*fall(rows["sft"][ours], rows[condition][control]))
+                              for name, value in figures(metric, rows.mean(0)).items()}
+    ours = {question_key(p): p.row for p in predictions["sft"]}
+    for condition in CONTROLS:
+        both = [p for p in predictions.get(condition, ()) if question_key(p) in ours]
+        if both:
+            with_image = np.array([ours[question_key(p)] for p in both])
+            falls[condition] = with_bounds(*fall(with_image, np.array([p.row for p in both])))
     return {"figures": summary, "falls": falls}
 
 
@@ -107,21 +108,27 @@ def format_summary(metric: str, details: dict) -> str:
                       "drawn anew (bootstrap)"])
 
 
-def write_predictions(predictions: dict[str, list], path: Path) -> None:
-    """One JSON line a question, to see what went wrong: beside the answer stands what the model
-    said without the image, and with another one."""
+def write_summary(predictions: dict[str, list], details: dict, out: Path) -> None:
+    """OUT/answers.jsonl: one line a question, to see what went wrong; beside the answer stands what
+    the model said without the image, and with another one. OUT/scores.json: all that was counted.
+    """
     controls = {condition: {question_key(p): p.answer for p in predictions.get(condition, ())}
                 for condition in CONTROLS}
-    with open(path, "w", encoding="utf-8") as file:
+    with open(out / "answers.jsonl", "w", encoding="utf-8") as file:
         for p in predictions["sft"]:
             q = p.question
             # An image that is no file lies in a row of the data, or is drawn as that says.
-            line = {"where": q.where, **q.tags, "image": [
-                        str(i) if isinstance(i, (str, Path, StoredImage)) else q.where
-                        for i in q.images],
+            images = [str(image) if isinstance(image, (str, Path, StoredImage)) else q.where
+                      for image in q.images]
+            line = {"where": q.where, **q.tags, "image": images,
                     "question": q.messages[-1].content.replace(IMAGE, "").strip(),
                     "truth": list(q.truths) if len(q.truths) > 1 else q.truth,
                     "answer": p.answer, "score": p.points, "right": p.correct}
             line |= {condition: answers[question_key(p)] for condition, answers in controls.items()
                      if question_key(p) in answers}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    # By kind and by language: of this model. All are 0 to 1, CIDEr 0 to 10.
+    write_json(out / "scores.json", {
+        **{name: accuracy(predictions[name]) for name in CONDITIONS if name in predictions},
+        **{f"by_{tag}": by_tag(predictions["sft"], tag) for tag in ("kind", "language")},
+        "details": details})

@@ -8,15 +8,14 @@
 It reports rows that are broken, images that are missing or damaged, how long the conversations are
 in tokens, and what --max_length would cut or refuse. The exit code is 1 when more than 1 % of the
 samples cannot be used, the share at which training stops too; and when a file shows no image at
-all, unless --text_only says that it is meant so: every preset has a vision tower, which would learn
-nothing from it. --show prints one sample as the model sees it, supervised text between ⟦ and ⟧.
+all, unless --text_only says that it is meant so. --show prints one sample as the model sees it,
+supervised text between ⟦ and ⟧.
 """
 
 import argparse
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -43,17 +42,13 @@ FAULTS = {"broken": "rows that cannot be read", "missing": "images that are not 
           "refused": "conversations that training refuses"}
 
 
-@dataclass
 class Report:
     """Of all samples of a file."""
 
-    counts: Counter = field(default_factory=Counter)  # as examine gives them
-    lengths: list = field(default_factory=list)  # tokens of each readable conversation, before cuts
-    reasons: dict = field(default_factory=lambda: {fault: [] for fault in FAULTS})  # the first few
-
-    @property
-    def bad(self) -> int:
-        return sum(self.counts[fault] for fault in FAULTS)
+    def __init__(self):
+        self.counts, self.bad = Counter(), 0  # counts: as examine gives them
+        self.lengths = []  # tokens of each readable conversation, before cuts
+        self.reasons = {fault: [] for fault in FAULTS}  # the first few
 
 
 def examine(data, template: ChatTemplate, max_length: int | None, i: int) -> tuple:
@@ -93,6 +88,7 @@ def check(data, template: ChatTemplate, max_length: int | None, workers: int, na
             report.counts.update(counts)
             report.lengths += [counts["tokens"]] if "tokens" in counts else []
             for fault in FAULTS.keys() & counts.keys():
+                report.bad += 1
                 report.reasons[fault] = [*report.reasons[fault], reason][:LISTED]
         done += len(found)
         if time.monotonic() > said + 10 or done == len(data):
@@ -156,7 +152,7 @@ def show(data, number: int, template: ChatTemplate, max_length: int | None) -> s
     sample = data[number - 1]
     ids, mask = template.encode_conversation(template.training_prefix(sample.messages, -1))
     lines = [f"sample {number} of {len(data)}   {sample.where}"]
-    for n, image in enumerate(sample.images, start=1):
+    for n, image in enumerate(sample.images, 1):
         origin = f"{len(image):,} bytes in the data file" if isinstance(image, bytes) else image
         try:
             size = "{} x {}".format(*load_image(image).size)

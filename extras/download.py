@@ -75,19 +75,14 @@ def sources_of(preset: Preset, parts) -> tuple[list[Download], list[str]]:
 def by_yourself(preset: Preset, parts) -> str:
     """Without the hub: what to fetch elsewhere, how big it is, where to put it, which flag."""
     sources, by_hand = sources_of(preset, parts)
-    lines = ["Set HF_ENDPOINT to a mirror (such as HF_ENDPOINT=https://hf-mirror.com) and run the "
-             "same command again,", "or fetch these on another machine:"]
-    for source in sources:
-        files, directory = ", ".join(source.files), source.to
-        flags = "--data FILE --image_folder DIR"
-        if kind_of(source) == "model":
-            files += " (or pytorch_model*.bin)"
-            directory = f"weights/{source.source.rsplit('/', 1)[-1]}"
-            flags = next(f"--{setting} {directory}" for setting in TOWER_SETTINGS.values()
-                         if getattr(preset, setting) == source.source)
-        lines += [f"  {page_of(source)}/tree/main{size(source)}: {files}",
-                  f"    -> {directory}/, or to any other directory; then add: {flags}"]
-    return "\n".join(lines + [f"  {line}" for line in by_hand])
+    fetched = [f"{page_of(source)}/tree/main{size(source)}: {', '.join(source.files)} -> "
+               f"{source.to or 'weights/' + source.source.split('/')[-1]}/" for source in sources]
+    return "\n  ".join([
+        "Set HF_ENDPOINT to a mirror (such as HF_ENDPOINT=https://hf-mirror.com) and run the same\n"
+        "command again, or fetch these on another machine:", *fetched, *by_hand,
+        "A model without model*.safetensors has pytorch_model*.bin. Then add for the models\n"
+        "  --language_model DIR and --vision_tower DIR, and for data, if it is put elsewhere,\n"
+        "  --data FILE --image_folder DIR"])
 
 
 def endpoint() -> str:
@@ -111,10 +106,10 @@ def list_files(source: Download) -> list:
     held = huggingface_hub.HfApi(endpoint=endpoint()).repo_info(
         source.source, repo_type=kind_of(source), files_metadata=True).siblings
     names, patterns = [file.rfilename for file in held], list(source.files)
-    if kind_of(source) == "model" and not any(fnmatch(n, "model*.safetensors") for n in names):
-        patterns += PICKLE_FILES
     missing = [p for p in patterns if not any(fnmatch(name, p) for name in names)]
-    if kind_of(source) == "dataset" and missing:
+    if kind_of(source) == "model":
+        patterns += PICKLE_FILES if "model*.safetensors" in missing else []
+    elif missing:
         raise FileNotFoundError(f"{source.source} holds no {', '.join(missing)} any more, but "
                                 f"{', '.join(sorted(names))}")
     return [file for file in held if any(fnmatch(file.rfilename, p) for p in patterns)]

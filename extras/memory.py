@@ -37,11 +37,11 @@ from training.optim import choose_trainable
 from training.precision import autocast, cast_weights, choose_dtype
 from training.presets import PRESETS, read_flags, resolve
 
-# Of what comes and goes in a step. Linux's malloc keeps freed tensors of up to 32 MB for itself,
-# and the next ones seldom fit: 15 to 35 % more than the tensors, measured with benchmarks/memory.py
+# On a processor, of what comes and goes in a step: Linux's malloc keeps freed tensors up to 32 MB,
+# and the next ones seldom fit. 15 to 35 % more than the tensors, measured with benchmarks/memory.py
 # (6 % when malloc was told to keep none, MALLOC_MMAP_THRESHOLD_=65536). A GPU's figure is that of
 # torch.cuda.max_memory_allocated, which counts tensors alone.
-GAPS = {"cpu": 0.25}
+GAPS = 0.25
 
 
 class Memory(NamedTuple):
@@ -64,7 +64,7 @@ def predict(config, settings, size: tuple[int, int], K: int, device: torch.devic
     weights, gradients, optimizer = static_memory(model)
     activations, logits, peak = step_of(model.train(), settings, size, K, device.type)
     step = max(peak, gradients)
-    gaps = round(step * GAPS.get(device.type, 0))
+    gaps = round(step * GAPS) if device.type == "cpu" else 0
     return Memory(weights, gradients, optimizer, activations, logits, gaps,
                   weights + optimizer + step + gaps)
 

@@ -115,15 +115,12 @@ def respond(models: Models, said: dict, session: Session | None, name: str, samp
         # The text stays in the box until the answer begins: only then is nothing wrong with it.
         for piece in session.conversation.reply(text):
             answer += piece
-            turns = [*before, {"role": "assistant", "content": answer}]
+            # Each time, for whoever stops the answer: as far as it came it is remembered.
+            session.turns = [*before, {"role": "assistant", "content": answer}]
             if time.monotonic() - updated > PAUSE:
-                yield turns, None, session
+                yield session.turns, None, session
                 updated = time.monotonic()
-        session.turns = turns
-        yield turns, None, session
-    except GeneratorExit:  # stopped: the answer so far is remembered, so it stays shown
-        session.turns = turns
-        raise
+        yield session.turns, None, session
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         warn(str(error))
         yield session.turns if session else [], said, session

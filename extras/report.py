@@ -84,8 +84,11 @@ def write_report(outs: list, file=None) -> Path:
 
 def heading(run: RunRecord) -> str:
     """What it was and where it stands; a directory of scores has no run.json."""
-    facts = (f"{run.recipe}: {run.outcome}; {run.last_step:,} steps, loss over the last 20 steps "
-             f"{text(mean_loss(run.metrics[-20:]))}" if run.run else "")
+    facts = ""
+    if run.run:
+        outcome = run.run["launches"][-1]["outcome"] or "it goes on, or it was killed"
+        facts = (f"{run.recipe}, {run.last_step:,} steps: {outcome}; loss over the last 20 steps "
+                 f"{text(mean_loss(run.metrics[-20:]))}")
     return f"<h1>{text(run.out)}</h1><p>{text(facts)}</p>"
 
 

@@ -49,11 +49,6 @@ class RunRecord:
     def last_step(self) -> int:
         return self.metrics[-1]["step"] if self.metrics else 0
 
-    @property
-    def outcome(self) -> str:
-        return (self.run["launches"][-1]["outcome"]
-                or "no end was written: it goes on, or it was killed")
-
 
 def read_run(out) -> RunRecord:
     """Raises FileNotFoundError when OUT holds neither a training nor eval.py's scores."""

@@ -2,10 +2,8 @@
 
     metrics.jsonl, evaluations.jsonl -> the same numbers, named train/... and eval/...
 
-None of the packages is needed otherwise: requirements-extra.txt. A resumed run goes on in the same
-TensorBoard directory, whose curves are cut where it was resumed; the others begin a new run of the
-same name, whose steps go on, and keep their files where they always do (WANDB_DIR, SWANLAB_LOG_DIR,
-TRACKIO_DIR).
+A resumed run goes on in the same TensorBoard directory, whose curves are cut where it was resumed;
+the others begin a new run of the same name, whose steps go on.
 """
 
 from importlib import import_module

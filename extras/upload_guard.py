@@ -27,8 +27,9 @@ MAX_MESSAGE = 1_000_000  # bytes; images do not go in messages
 MAX_IMAGES = 8  # of one upload, and of one message
 EVERYONE = "everyone"  # owns the examples
 # What a browser may load for this page: what this server gives, and nothing else.
-POLICY = ("default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'none'; "
-          "form-action 'self'")
+POLICY = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' "
+          "'unsafe-inline'; img-src 'self' data: blob:; media-src 'self' data: blob:; font-src "
+          "'self' data:; worker-src 'self' blob:; frame-ancestors 'none'; form-action 'self'")
 
 
 class SecurityMiddleware:

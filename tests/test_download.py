@@ -248,10 +248,10 @@ def test_without_a_hub_it_says_what_to_do(hub, monkeypatch):
     for expected in (
             "http://127.0.0.1:9: ConnectError", "HF_ENDPOINT=https://hf-mirror.com",
             "http://127.0.0.1:9/toy/language/tree/main (988.0 MB)",
-            "then add: --language_model weights/",
-            "preprocessor_config.json", "then add: --vision_tower weights/vision",
+            "--language_model DIR and --vision_tower DIR", "-> weights/language/",
+            "preprocessor_config.json", "-> weights/vision/",
             "http://127.0.0.1:9/datasets/toy/data/tree/main (50.0 MB): chat.json, images.zip",
-            "-> dataset/toy/", "add: --data FILE --image_folder DIR",
+            "-> dataset/toy/", "--data FILE --image_folder DIR",
             "by hand: http://far.example/photos.zip (19.30 GB) -> dataset/photos/"):
         assert expected in message, (expected, message)
 

@@ -529,7 +529,8 @@ def test_what_is_no_message_is_refused_in_a_sentence(server, secret):
              (b"{}" + message.encode(), {}), (hidden.encode(), {}),
              (message.encode("utf-16"), {}), (message.encode(), {"Content-Type": "text/plain"}),
              (message.encode(), {"Content-Type": "multipart/form-data; boundary=x"}),
-             (message.encode() + b" " * 2_000_000, {})]
+             (message.encode() + b" " * 2_000_000, {}),
+             (b"2\r\n{}\r\n0\r\n\r\n", {"Transfer-Encoding": "chunked"})]  # of no told length
     with Guard(server, SECRET, secret) as guard:
         guard.visitors = [visitor]
         for body, headers in cases:

@@ -118,7 +118,7 @@ with start_distributed() as ranks:
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux tells it")
 def test_the_ranks_of_a_machine_share_one_index(tmp_path):
-    """Three kinds of file, 29 MB of index in all: one rank makes it, each gets the same samples,
+    """Three kinds of file, 36 MB of index in all: one rank makes it, each gets the same samples,
     nobody has the index for itself, and the next run finds it."""
     row = '{"messages": [{"role": "user", "content": "u"}]}'
     images = [{"id": number, "file_name": "a.png"} for number in range(1000)]
@@ -126,7 +126,7 @@ def test_the_ranks_of_a_machine_share_one_index(tmp_path):
     (tmp_path / "lines").write_text(f"{row}\n" * 600_000)
     (tmp_path / "array").write_text(f"[{','.join([row] * 400_000)}]")
     (tmp_path / "coco").write_text(json.dumps({"images": images, "annotations": [
-        {"image_id": n % 1000, "caption": "A cat."} for n in range(200_000)]}))
+        {"image_id": n % 1000, "caption": "A cat."} for n in range(500_000)]}))
     (tmp_path / "sharing.py").write_text(SHARING)
     files = [str(tmp_path / name) for name in ("lines", "array", "coco")]
     (tmp_path / "temporary").mkdir()
@@ -149,17 +149,20 @@ def test_the_ranks_of_a_machine_share_one_index(tmp_path):
 
 def test_an_index_without_room_or_of_somebody_else_is_computed(tmp_path, monkeypatch):
     monkeypatch.setattr(index_cache.tempfile, "gettempdir", lambda: str(tmp_path / "nowhere"))
-    big = np.arange(1 << 18)
-    assert index_cache.cached("a", lambda: big) is big
+    big, (file, small) = np.arange(1 << 18), (tmp_path / "big.jsonl", tmp_path / "small.jsonl")
+    file.write_bytes(bytes(1 << 24))
+    small.write_bytes(b"{}")
+    assert index_cache.cached("a", file, lambda: big) is big
     monkeypatch.setattr(index_cache.tempfile, "gettempdir", lambda: str(tmp_path))
-    assert isinstance(index_cache.cached("a", lambda: big), np.memmap)
-    assert index_cache.cached("a", None).tolist() == big.tolist()
-    assert index_cache.cached("b", lambda: big[:5]) is not None and len(
-        list(tmp_path.glob("*/*"))) == 1, "small ones are not kept, and nothing is left behind"
-    index_cache.path_of("a").write_bytes(b"torn")
-    assert index_cache.cached("a", lambda: big).tolist() == big.tolist()
+    assert index_cache.cached("a", small, lambda: big) is big, "of a small file nothing is kept"
+    assert isinstance(index_cache.cached("a", file, lambda: big), np.memmap)
+    assert index_cache.cached("a", file, None).tolist() == big.tolist()
+    assert index_cache.cached("b", file, lambda: big[:5]).tolist() == [0, 1, 2, 3, 4]
+    (kept,) = tmp_path.glob("vlm-index*/*")  # small arrays are not kept; nothing is left behind
+    kept.write_bytes(b"torn")
+    assert index_cache.cached("a", file, lambda: big).tolist() == big.tolist()
     monkeypatch.setattr(index_cache, "user", lambda: -1)
-    assert index_cache.load("a") is None
+    assert index_cache.cached("a", file, lambda: big) is big
 
 
 def test_many_shards_share_one_buffer(tmp_path, monkeypatch):

@@ -284,4 +284,3 @@ def test_loss_curve_of_two_stages(tmp_path):
     report.loss_curve({"stage one": tmp_path / "one", "stage two": tmp_path / "two"},
                       tmp_path / "loss.png")
     assert Image.open(tmp_path / "loss.png").size == (1200, 675)
-    assert report.smooth([1.0, 3.0, 5.0], window=2) == [1.0, 2.0, 4.0]

@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT, needed, shared_dir, weights_dir
 
 from dataset.tokenizer import Tokenizer
+from extras.check_data import make_template
 from extras.convert import tiktoken
 from extras.convert.tiktoken import (
     FIRST_QWEN_TOKENS,
@@ -175,6 +176,8 @@ def test_special_tokens_follow_the_ranks_and_differ_with_the_generation(tiny, tm
     assert first.token_id("<|extra_204|>") == first.vocab_size - 1
     assert not first.has("<|image_pad|>") and not later.has("<|extra_0|>")
     assert len(first.encode("<think>")) > 1 == len(later.encode("<think>"))
+    template = make_template(str(tmp_path / "first"), None, 2)  # without weights too
+    assert (template.family, template.image_token_id) == ("qwen", ranks + 3)
     # Without a config.json the tokenizer's own file tells; and a saved one needs neither.
     by_class = tiny_tiktoken(tiny, tmp_path / "by_class",
                              tokenizer_config={"tokenizer_class": "QWenTokenizer"})

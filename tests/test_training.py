@@ -22,7 +22,6 @@ from tests.tiny import curve, make_world, metrics
 from train_pretrain import backward, load_or_build
 from training.data import open_training_data
 from training.distributed import start_distributed
-from training.messages import clock
 from training.optim import choose_trainable, make_optimizer, parameter_groups
 from training.precision import choose_dtype
 from training.presets import read_flags, resolve
@@ -277,7 +276,7 @@ def test_progress_is_told(world, tmp_path, capsys):
     assert "1,856 trained" in told and "24 samples" in told
     assert "step 1/6  loss " in told and "step 6/6  loss " in told
     assert "next: python train_sft.py --lora --model" in told
-    assert [clock(s) for s in (0, 151, 3725)] == ["0:00", "2:31", "1:02:05"]
+    assert "left 0:00:0" in told
 
 
 def test_an_error_in_the_loop_ends_the_workers(world, tmp_path, monkeypatch):

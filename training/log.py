@@ -10,10 +10,11 @@ import os
 import re
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 from model.pretrained.checkpoint import newest_checkpoint
-from training.messages import clock, closing, stopped
+from training.messages import closing, stopped
 from training.run_metadata import read_lines
 
 LISTED_BAD = 5  # so many bad samples are shown in full; the rest are only counted
@@ -51,7 +52,7 @@ class Log:
         left = (now - self.started) / (step - self.first_step + 1) * (total - step)
         loss = "overflow" if metrics["loss"] is None else f"{metrics['loss']:.3f}"
         line = (f"step {step}/{total}  loss {loss}  lr {metrics['learning_rate']:.1e}  "
-                f"{metrics['tokens_per_second']:,.0f} tok/s  left {clock(left)}")
+                f"{metrics['tokens_per_second']:,.0f} tok/s  left {timedelta(seconds=round(left))}")
         if self.terminal:
             print(f"\r{line}\033[K", end="\n" if step == total else "", flush=True)
         elif step in (self.first_step, total) or now - self.last_line >= 10:

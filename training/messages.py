@@ -6,19 +6,13 @@
 import math
 import os
 import shlex
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
 from model.pretrained.checkpoint import checkpoints
 from training.presets import settings_of_preset
-
-
-def clock(seconds: float) -> str:
-    """151 -> "2:31", 3725 -> "1:02:05"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def introduction(model, optimizer, settings, steps, facts: dict) -> str:
@@ -102,7 +96,7 @@ def closing(summary: dict, checkpoint: Path, next_command: str) -> str:
     overflows = f" ({s['overflow_steps']:,} skipped: fp16 overflowed)" * bool(s["overflow_steps"])
     lines = [
         f"{s['steps']:,} steps{overflows}, {s['samples_trained']:,} samples trained on in "
-        f"{clock(s['wall_seconds'])}",
+        f"{timedelta(seconds=round(s['wall_seconds']))}",
         f"{s['samples_skipped']:,} of {met:,} samples skipped as unusable",
         *(f"    {count:,} x {reason}" for reason, count in
           sorted(s["skipped_why"].items(), key=lambda pair: -pair[1])),

@@ -19,8 +19,8 @@ MAX_REASONS = 50  # counted one by one; more would be file names mistaken for re
 @dataclass
 class TrainerState:
     """How far a run has come: with the optimizer's state, all that an exact resume needs. bucket,
-    epoch and position (see dataset/batching.py) say which samples come next, whatever the number
-    of ranks and the size of a batch will be."""
+    epoch and position (see dataset/batching.py) say which samples come next, whatever the
+    number of ranks and the size of a batch will be."""
 
     step: int = 0  # Optimizer steps made.
     bucket: int | None = None  # Rows of the run's first micro-batch on all ranks; None: not begun.

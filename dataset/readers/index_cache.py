@@ -1,6 +1,6 @@
 """Arrays about a data file that take long to compute: once on each machine, then memory-mapped.
 
-    key, compute -> cached -> an array, mapped: all processes and their workers share its pages
+    file, compute -> cached -> an array, mapped: all processes and their workers share its pages
 
 They lie in the directory for temporary files (TMPDIR names another), and may be deleted at any
 time. A key names the file with its size and time of change, so a changed file has another one.
@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-SMALL = 1 << 20  # bytes; what is smaller is computed again
+SMALL = 1 << 20  # bytes of an array; a smaller one is computed again
+SMALL_FILE = 1 << 24  # bytes of a file that is read in no time
 
 
 def identity(file) -> str:
@@ -61,6 +62,10 @@ def store(key: str, array: np.ndarray) -> np.ndarray:
     return array if found is None else found
 
 
-def cached(key: str, compute) -> np.ndarray:
+def cached(kind: str, file, compute) -> np.ndarray:
+    """compute() -> an array about a file. Of a small file it is computed each time."""
+    if os.stat(file).st_size < SMALL_FILE:
+        return compute()
+    key = f"{kind} {identity(file)}"
     found = load(key)
     return store(key, compute()) if found is None else found

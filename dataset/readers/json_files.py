@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from dataset.readers.bad_sample import BadSample, shown
-from dataset.readers.index_cache import cached, identity
+from dataset.readers.index_cache import cached
 from dataset.readers.unread import refuse_unread
 from dataset.sample import TEXT_KEYS, Sample, to_sample
 
@@ -95,7 +95,7 @@ class CocoData:
     def __init__(self, file: Path, images_dir: Path):
         self.images_dir = images_dir
         # One array: how many numbers of annotations, of images, all of them, and the images' ids.
-        numbers = cached(f"COCO {identity(file)}", lambda: index_coco(file))
+        numbers = cached("COCO", file, lambda: index_coco(file))
         annotations, images, ids = np.split(numbers[2:], np.cumsum(numbers[:2]))
         self.annotations, self.images = RecordIndex(file, annotations), RecordIndex(file, images)
         self.order = np.argsort(ids)  # index in the file of the image with the n-th smallest id
@@ -140,8 +140,7 @@ def open_json(file: Path, images_dir: Path, first: bytes):
     if first == b"{" and is_coco(file):
         return CocoData(file, images_dir)
     index = index_array if first == b"[" else index_lines
-    return JsonData(RecordIndex(file, cached(f"JSON {identity(file)}", lambda: index(file))),
-                    images_dir)
+    return JsonData(RecordIndex(file, cached("JSON", file, lambda: index(file))), images_dir)
 
 
 def index_lines(file: Path) -> np.ndarray:

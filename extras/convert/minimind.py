@@ -11,7 +11,7 @@ rest follows from which generation the tensors belong to, which their names tell
 import re
 
 from model.config import LanguageConfig
-from model.pretrained.public_config import check_values, refuse
+from model.pretrained.public_config import check_values, read_language_config, read_rope
 
 # Before April 2025: the names of Llama's own first code -> the public ones.
 OLDER = {
@@ -44,29 +44,20 @@ OLDER_NAMES = {"n_heads": "num_attention_heads", "norm_eps": "rms_norm_eps"}  # 
 
 
 def minimind_tensors(tensors: dict, config: LanguageConfig) -> dict:
-    renamed = with_public_names(tensors)
-    for name in renamed if is_older(tensors) else ():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            renamed[name] = half_split(renamed[name], config.head_dim)
-    return renamed
-
-
-def with_public_names(entries: dict) -> dict:
-    """{its name: tensor or shape} -> {public name: the same}. A name that is not MiniMind's stays
-    as it is: the loader, which accounts for every tensor, refuses what it does not know."""
-    renamed, older = {}, is_older(entries)
-    for name, entry in entries.items():
-        if older and (match := TENSOR.fullmatch(name)):
-            layer, last = match.groups()
-            name = f"{'model.' + layer if layer else ''}{OLDER[last]}.weight"
+    """A name that is not MiniMind's stays as it is: the loader, which accounts for every tensor,
+    refuses what it does not know."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        if name.endswith(("attention.wq.weight", "attention.wk.weight")):
+            tensor = half_split(tensor, config.head_dim)
         if not UNREAD.fullmatch(name):
-            renamed[name] = entry
+            renamed[public_name(name)] = tensor
     return renamed
 
 
-def is_older(names) -> bool:
-    """Was this file written before April 2025, under the names in OLDER?"""
-    return "tok_embeddings.weight" in names
+def public_name(name: str) -> str:
+    match = TENSOR.fullmatch(name)
+    return f"{'model.' + match[1] if match[1] else ''}{OLDER[match[2]]}.weight" if match else name
 
 
 def half_split(weight, head_dim: int):
@@ -92,7 +83,8 @@ def minimind_config(shapes: dict[str, list[int]], public: dict) -> LanguageConfi
     public: a config.json of MiniMind's own, or {}. What it says about heads, theta and eps goes
     before the table. ValueError: a file of another kind.
     """
-    older, shapes = is_older(shapes), with_public_names(shapes)
+    older = "tok_embeddings.weight" in shapes  # written before April 2025
+    shapes = {public_name(name): shape for name, shape in shapes.items()}
     normed = "model.layers.0.self_attn.q_norm.weight" in shapes
     if any(".experts." in name for name in shapes):
         raise ValueError("a mixture of experts; only MiniMind's dense models are supported here "
@@ -110,10 +102,7 @@ def minimind_config(shapes: dict[str, list[int]], public: dict) -> LanguageConfi
     (vocab_size, width), (q, _), (k, _), (middle, _) = sizes
 
     given = check_values({OLDER_NAMES.get(key, key): value for key, value in public.items()})
-    rope = check_values(given.get("rope_parameters") or given.get("rope_scaling") or {},
-                        "rope_scaling of config.json")
-    refuse(public, "rope_type", rope.get("rope_type", rope.get("type", "default")), "default")
-    facts = {**GENERATIONS.get((older, normed, q / k), {}), **rope, **given}
+    facts = {**GENERATIONS.get((older, normed, q / k), {}), **read_rope(given), **given}
     if "num_attention_heads" not in facts:
         raise ValueError(
             f"q is {q} wide and k {k}: no MiniMind that is known here, so the shapes do "
@@ -123,21 +112,13 @@ def minimind_config(shapes: dict[str, list[int]], public: dict) -> LanguageConfi
     if not head_dim or q % head_dim or k % head_dim:
         raise ValueError(f"q is {q} wide and k {k}; {facts['num_attention_heads']} heads cannot "
                          "share that out")
-    return LanguageConfig(
-        model_type="qwen3" if normed else "llama",
-        vocab_size=vocab_size,
-        hidden_size=width,
-        intermediate_size=middle,
-        num_hidden_layers=1 + max(int(name.split(".")[2]) for name in shapes
-                                  if name.startswith("model.layers.")),
-        num_attention_heads=facts["num_attention_heads"],
-        num_key_value_heads=k // head_dim,
-        head_dim=head_dim,
+    layers = [int(name.split(".")[2]) for name in shapes if name.startswith("model.layers.")]
+    return read_language_config({
+        "model_type": "qwen3" if normed else "llama", "vocab_size": vocab_size,
+        "hidden_size": width, "intermediate_size": middle, "num_hidden_layers": 1 + max(layers),
+        "num_attention_heads": facts["num_attention_heads"], "num_key_value_heads": k // head_dim,
+        "head_dim": head_dim, "max_position_embeddings": 32768,
         # Version 1 has theta in its code alone, and its files no entry for it.
-        rope_theta=float(facts.get("rope_theta", 1e4 if older else 1e6)),
-        rms_norm_eps=facts.get("rms_norm_eps", 1e-6 if normed else 1e-5),
-        tie_word_embeddings=facts.get("tie_word_embeddings", True),
-        qkv_bias=False,
-        qk_norm=normed,
-        max_position_embeddings=32768,
-    )
+        "rope_theta": facts.get("rope_theta", 1e4 if older else 1e6),
+        "rms_norm_eps": facts.get("rms_norm_eps", 1e-6 if normed else 1e-5),
+        "tie_word_embeddings": facts.get("tie_word_embeddings", True)})

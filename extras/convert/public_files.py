@@ -31,7 +31,7 @@ from model.pretrained.files import (
     write_json,
 )
 from model.pretrained.pickle_loader import load_plain
-from model.pretrained.public_config import check_values, write_config
+from model.pretrained.public_config import write_config
 
 MINIMIND, QWEN = ("minimind", "minimind-v"), "qwen"  # config.json's model_type
 SMALL_FILES = ("tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja",
@@ -50,7 +50,8 @@ def converted(source: Path) -> Path:
     out = directory / f"converted_{files[0].stem if pth else 'model'}"
     if is_up_to_date(source, out):
         return out
-    print(f"{source} is converted to public files, once: {out}", file=sys.stderr)
+    hint = ". Its chat template: --template qwen" if public.get("model_type") == QWEN else ""
+    print(f"{source} is converted to public files, once: {out}{hint}", file=sys.stderr)
     try:
         convert(source, out)
     except OSError as error:
@@ -94,8 +95,9 @@ def convert(source: Path, out: Path) -> None:
         if config:
             write_json(partial / "config.json", config)
         write_json(partial / RECORD, origin(source))
-        shutil.rmtree(out, ignore_errors=True)
-        partial.rename(out)
+        if not is_up_to_date(source, out):  # by another process, meanwhile
+            shutil.rmtree(out, ignore_errors=True)
+            partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -132,7 +134,6 @@ def layout_of(files: list[Path], public: dict):
     shapes = {name: tensor.shape for file in files for name, tensor in read_tensors(file).items()}
     with with_filename(files[0]):
         config = minimind_config(shapes, public)
-        check_values(vars(config), "the file")
     return write_config(config), lambda tensors: minimind_tensors(tensors, config)
 
 
@@ -140,16 +141,19 @@ def write_weights(files: list[Path], rename, out: Path) -> None:
     """One weight file after the other, each tensor in its own dtype; for several an index."""
     weight_map, total = {}, 0
     for number, file in enumerate(files, 1):
-        name = "model.safetensors" if len(files) == 1 else (
-            f"model-{number:05}-of-{len(files):05}.safetensors")
-        try:
-            # Copied, because safetensors stores no tensor that is a part of another one.
-            tensors = {name: tensor.clone(memory_format=torch.contiguous_format)
-                       for name, tensor in rename(read_tensors(file)).items()}
-            save_file(tensors, out / name, metadata={"format": "pt"})
-        except (RuntimeError, SafetensorError) as error:  # a damaged file, a full disk
-            raise ValueError(f"{file} cannot be converted: {error}") from error
-        weight_map.update(dict.fromkeys(tensors, name))
+        part = f"-{number:05}-of-{len(files):05}" if len(files) > 1 else ""
+        written = f"model{part}.safetensors"
+        with with_filename(file):
+            try:
+                # Copied, because safetensors stores no tensor that is a part of another one.
+                tensors = {name: tensor.clone(memory_format=torch.contiguous_format)
+                           for name, tensor in rename(read_tensors(file)).items()}
+                save_file(tensors, out / written, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(f"cannot save {out / written}: {error}") from error
+            except RuntimeError as error:  # a shape that cannot be split
+                raise ValueError(f"it cannot be converted: {error}") from error
+        weight_map.update(dict.fromkeys(tensors, written))
         total += sum(tensor.nbytes for tensor in tensors.values())
     if len(files) > 1:
         write_json(out / "model.safetensors.index.json",

@@ -25,7 +25,8 @@ NAMES = {
 TENSOR = re.compile(rf"(.*?)(?:transformer\.)?(?:h\.(\d+)\.)?({'|'.join(map(re.escape, NAMES))})"
                     r"\.((?:lora_[AB]\.(?:default\.)?)?(?:weight|bias))")
 # Of early releases: tables that are computed here, and a causal mask.
-UNREAD = re.compile(r".*(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias)")
+UNREAD = re.compile(r"(transformer\.)?(rotary_emb\.inv_freq"
+                    r"|h\.\d+\.attn\.(rotary_emb\.inv_freq|masked_bias|bias))")
 SUPPORTED = {"rotary_pct": 1.0, "no_bias": True, "scale_attn_weights": True}
 
 

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from dataset.emoji import texts
 from dataset.emoji.world import PICTURE_SIZE, TEST_START, picture, scene
@@ -75,9 +76,7 @@ class TextTower(nn.Module):
         self.out = nn.Linear(128, width)
 
     def forward(self, rows: list[list[int]]):
-        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-        for row, row_ids in enumerate(rows):
-            ids[row, :len(row_ids)] = torch.tensor(row_ids)
+        ids = pad_sequence(list(map(torch.tensor, rows)), batch_first=True)  # (S,T)
         last = torch.tensor([len(row) - 1 for row in rows])
         hidden = self.decoder.decode(self.decoder.embed(ids))  # (S,T,128)
         return self.out(hidden[torch.arange(len(rows)), last])  # (S,Dv)
@@ -173,8 +172,7 @@ def main() -> None:
             line = {"step": step, "loss": round(loss.item(), 4), "found": round(found, 3),
                     "seconds": int(time.time() - start)}
             print(line, flush=True)
-            log.write(json.dumps(line) + "\n")
-            log.flush()
+            print(json.dumps(line), file=log, flush=True)
         if step % 1000 == 999 or step == args.steps - 1:
             # bf16 halves the file, and rounds the weights to what training computed with.
             head = copy.deepcopy(pool).to(torch.bfloat16).state_dict()

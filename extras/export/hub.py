@@ -1,6 +1,6 @@
 """An exported directory -> a model on the hub: its card (README.md), and the upload.
 
-    checkpoint (config.json, run.json), scores.json and metrics.jsonl of its run, cards/ -> card
+    checkpoint, scores.json and metrics.jsonl of its run -> model_card.md, filled in -> README.md
     OUT -> files_to_push: names and sizes -> (with --yes) push -> the page's address
 
 Nothing is sent before the list was shown and --yes given. The card says what is known: a licence
@@ -17,7 +17,6 @@ from model.pretrained.files import read_json
 # Weights as safetensors alone: a pickle (.bin, .pt, .pth) can run code on whoever loads it.
 ALLOWED = (".safetensors", ".json", ".jinja", ".md", ".png")
 CURVE = "loss.png"
-CARDS = Path(__file__).with_name("cards")  # card.md, and of each form how it is used
 # As known when this was written: check the page before you publish. Others are not listed here.
 APACHE = (
     "Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct",
@@ -28,29 +27,20 @@ APACHE = (
 
 def model_card(checkpoint: Path, form: str, name: str) -> str:
     """form: "transformers", "merged" or "peft". name: USER/NAME on the hub -> README.md."""
-    from huggingface_hub import ModelCardData  # here: an export without --push needs no hub
+    from huggingface_hub import ModelCard, ModelCardData  # here: only --push needs the hub
 
     config, run = read_config(checkpoint), read_run(checkpoint)
-    settings, data = run["settings"], run["data"]
     bases = {part: public_name(reference["name"]) for part, reference in config["bases"].items()}
     metadata = ModelCardData(
         library_name="peft" if form == "peft" else "transformers",
         pipeline_tag="text-generation" if form == "peft" else "image-text-to-text",
         base_model=[base for base in bases.values() if base.count("/") == 1] or None)
-    card, use = ((CARDS / f"{part}.md").read_text(encoding="utf-8") for part in ("card", form))
-    return card.format(
-        metadata=metadata.to_yaml(), title=name.split("/")[-1], config=config, run=run,
-        settings=settings, parts="\n".join(
-            f"| {part} | {base} | "
-            + ("apache-2.0 |" if base in APACHE else "not known here: see its page |")
-            for part, base in bases.items()),
-        samples=settings["batch_size"] * settings["gradient_accumulation_steps"] * run["processes"],
-        trained=(f"LoRA of rank {settings['lora_rank']} in the language model" if settings["lora"]
-                 else f"trained of the language model: {settings['train_language']}"),
-        data=", ".join(f"`{Path(about['file']).name}`" for about in data.get("files") or [data]),
-        scores=score_table(checkpoint),
-        curve=f"![The loss of each step]({CURVE})\n\n" if metrics_of(checkpoint) else "",
-        use=use.format(name=name, base=bases["language"]))
+    files = run["data"].get("files") or [run["data"]]
+    return str(ModelCard.from_template(
+        metadata, str(Path(__file__).with_name("model_card.md")), form=form, name=name,
+        config=config, run=run, settings=run["settings"], bases=bases, apache=APACHE,
+        data=", ".join(f"`{Path(about['file']).name}`" for about in files),
+        scores=scores_of(checkpoint), curve=CURVE if metrics_of(checkpoint) else None)) + "\n"
 
 
 def public_name(name: str) -> str:
@@ -65,17 +55,12 @@ def metrics_of(checkpoint: Path) -> Path | None:
     return file if file.is_file() else None
 
 
-def score_table(checkpoint: Path) -> str:
+def scores_of(checkpoint: Path) -> dict:
     """scores.json of the checkpoint, of its run, or of the directory that the run is in."""
     for directory in (checkpoint, *list(checkpoint.parents)[:2]):
         if (directory / "scores.json").is_file():
-            scores = read_json(directory / "scores.json").items()
-            return "\n".join([
-                "## Scores\n\nShare of answers that are exactly right, on unseen questions.\n",
-                "| | exactly right |\n| --- | --- |",
-                *(f"| {name} | {share:.1%} |" for name, share in scores
-                  if isinstance(share, (int, float))), "\n"])
-    return ""
+            return read_json(directory / "scores.json")
+    return {}
 
 
 def files_to_push(directory: Path) -> list[Path]:
@@ -96,7 +81,7 @@ def listing(files: list[Path], directory: Path) -> str:
 
 def push(directory: Path, name: str) -> str:
     """Make the repository USER/NAME where there is none, and send every file in one commit."""
-    from huggingface_hub import HfApi  # here: an export without --push needs no hub
+    from huggingface_hub import HfApi  # here: only --push needs the hub
 
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT", "").rstrip("/") or None)
     api.create_repo(name, exist_ok=True)

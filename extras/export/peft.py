@@ -39,19 +39,19 @@ def peft_adapter(language: nn.Module, lora: dict, base: str) -> tuple[dict, dict
     """
     adapters = linear_names(language, LoRALinear)
     with meta_device():
-        places = LanguageModel(language.config).state_dict()
-    same_names(language.state_dict(), places, "this model is no adapter on its base",
+        plain = LanguageModel(language.config)
+    same_names(language.state_dict(), plain.state_dict(), "this model is no adapter on its base",
                "An adapter is lora_a and lora_b of linear layers of the base. Use --to merged",
                [f"{name}.{half}" for name in adapters for half in ("lora_a", "lora_b")])
     every, tensors = published_layers(language), {}
-    adapted = {public for public, ours in every.items() if ours in adapters}
-    for public in adapted:
-        layer = language.get_submodule(every[public])
+    adapted = {public: ours for public, ours in every.items() if ours in adapters}
+    for public, ours in adapted.items():
+        layer = language.get_submodule(ours)
         tensors[f"base_model.model.{public}.lora_A.weight"] = layer.lora_a.detach()
         tensors[f"base_model.model.{public}.lora_B.weight"] = layer.lora_b.detach()
     return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
             "r": lora["rank"], "lora_alpha": lora["alpha"], "lora_dropout": lora["dropout"],
-            "target_modules": short(adapted, every), "bias": "none", "fan_in_fan_out": False,
+            "target_modules": short(set(adapted), every), "bias": "none", "fan_in_fan_out": False,
             "use_rslora": False, "use_dora": False, "inference_mode": True}, tensors
 
 
@@ -59,10 +59,8 @@ def published_layers(language: nn.Module) -> dict[str, str]:
     """{the family's name: our name} of every linear layer, adapted or not."""
     with meta_device():
         plain = LanguageModel(language.config)
-    linear = linear_names(plain)
-    names = public_names(plain)
-    return {public.removesuffix(".weight"): ours.removesuffix(".weight")
-            for public, ours in names.items() if ours.removesuffix(".weight") in linear}
+    names = {ours: public.removesuffix(".weight") for public, ours in public_names(plain).items()}
+    return {names[f"{ours}.weight"]: ours for ours in linear_names(plain)}
 
 
 def short(names: set[str], every) -> list[str]:

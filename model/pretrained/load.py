@@ -122,7 +122,7 @@ def load_tensors(kind: type, config, source: Path, dtype: torch.dtype | None, un
 
 def unusable(tensor: torch.Tensor) -> str:
     """Why it cannot be a weight; "" if it can. Reads the tensor once, which loading it would do."""
-    if tensor.is_meta or tensor.layout != torch.strided or not tensor.is_floating_point():
+    if not tensor.is_floating_point():
         return f"no plain fractions but {str(tensor.dtype).removeprefix('torch.')}"
     # A NaN or an infinity comes through a sum. (The smallest dtypes cannot be summed.)
     wide = tensor.float() if tensor.itemsize < 2 else tensor
@@ -190,7 +190,7 @@ def load_tower(part: str, expected: LanguageConfig | VisionConfig, config: dict,
     return model
 
 
-def put_tensors(model, tensors: dict, directory: Path, dtype: torch.dtype | None = None) -> None:
+def put_tensors(model, tensors: dict, directory: Path, dtype: torch.dtype | None) -> None:
     """Put the checkpoint's tensors into the model, which must have a parameter for each.
 
     dtype: of fractions; None: as the file holds them.
@@ -223,10 +223,9 @@ def find_base(directory: Path, part: str, reference: dict, moved: str | None) ->
     try:
         return resolve(name)
     except Exception as error:
-        raise FileNotFoundError(
-            f"{refers_to(directory, part, reference)}, and {str(name)!r} was found neither here, "
-            f"nor in {ROOT}, nor on the hub ({error}). Put the directory back, or say where it is "
-            f"now with --{TOWER_SETTINGS[part]} DIR.") from error
+        raise FileNotFoundError(wrong_base(
+            directory, part, reference, f"{str(name)!r} was found neither here, nor in {ROOT}, nor "
+            f"on the hub ({error})")) from error
 
 
 def check_base(base: Path, directory: Path, part: str, reference: dict) -> None:
@@ -234,12 +233,11 @@ def check_base(base: Path, directory: Path, part: str, reference: dict) -> None:
     hashes = file_hashes(base)
     for file, expected in reference["sha256"].items():
         if hashes.get(file) != expected:
-            raise ValueError(
-                f"{refers_to(directory, part, reference)}, but {base / file} differs from the file "
-                f"it was trained with: sha256 {str(hashes.get(file))[:16]}..., expected "
-                f"{expected[:16]}.... Get the same release of {reference['name']}, or give "
-                f"another place with --{TOWER_SETTINGS[part]} DIR.")
+            raise ValueError(wrong_base(
+                directory, part, reference, f"{base / file} differs from the file it was trained "
+                f"with: sha256 {str(hashes.get(file))[:16]}..., expected {expected[:16]}..."))
 
 
-def refers_to(directory: Path, part: str, reference: dict) -> str:
-    return f"{directory} stands on the {part} weights of {reference['name']!r}"
+def wrong_base(directory: Path, part: str, reference: dict, problem: str) -> str:
+    return (f"{directory} stands on the {part} weights of {reference['name']!r}, and {problem}. "
+            f"Get the same release, or say where it is now with --{TOWER_SETTINGS[part]} DIR.")
