@@ -1,11 +1,11 @@
-"""Samples -> batches whose rows are of like length, in an order that seed and epoch decide.
+"""Samples -> batches of rows of similar length, in an order that seed and epoch decide.
 
     Sample -> chat.py   -> ids, mask ----.
            -> images.py -> pixels -------+-> TokenizedSample -> collate -> Batch
 
-Rows of like length stand together, padded on the right (length-bucketed batching). A causal model
-never looks to the right, so padding changes nothing and training needs no attention mask. To find
-rows of like length without spoiling the shuffle, the tokens of each row are counted once, and the
+Rows of similar length stand together, padded on the right (length-bucketed batching). A causal
+model never looks to the right, so padding changes nothing and training needs no attention mask. To
+find such rows without spoiling the shuffle, the tokens of each row are counted once, and the
 shuffled epoch is cut into windows (readers/lengths.py, readers/sampler.py):
 
     shuffle the epoch -> cut into windows -> in each: sort by length, cut into buckets,
@@ -77,7 +77,7 @@ class TokenizedSample:
 
 
 def collate(rows: list[TokenizedSample]) -> Batch:
-    """Pad on the right and shift the labels. No rows: ids of (0,0), so that ranks stay in step."""
+    """Pad on the right and shift the labels. No rows: ids of (0,0); the other ranks have theirs."""
     lengths = [len(row.ids) for row in rows]
     ids = torch.zeros(len(rows), max(lengths, default=0), dtype=torch.int64)  # padding: any id
     labels = torch.full_like(ids, UNSUPERVISED)
@@ -135,18 +135,18 @@ class Batches:
         mine = range(start + (self.rank - start) % self.world_size, end, self.world_size)
         data, samples = self.layout.samples(epoch, mine)
         rows, bad, images = [], [], {}
-        for i in samples:
+        for i, number in samples:
             try:
                 with self.worker_state.at(name_of(data, i)):
                     sample = data[i]
                 with self.worker_state.at(sample.where):
-                    rows.append(self.prepare(sample, epoch + i, images))
+                    rows.append(self.prepare(sample, number, images))
             except BadSample as error:
                 bad.append(error)
         return self.collate(rows), bad
 
     def prepare(self, sample: Sample, number: int, images: dict) -> TokenizedSample:
-        """number: how often the sample came up. images: those that the batch has read so far."""
+        """number: see EpochLayout.samples. images: those that the batch has read so far."""
         try:
             # Qwen3 learns one answer of a row: each epoch another one.
             messages = self.template.training_prefix(sample.messages, number)

@@ -74,9 +74,8 @@ def examine(data, template: ChatTemplate, max_length: int | None, i: int) -> tup
     return {**counts, "cut": int(len(kept) < len(ids))}, None
 
 
-def examine_all(*rest) -> list[tuple]:
-    *arguments, indices = rest
-    return [examine(*arguments, i) for i in indices]
+def examine_all(data, template: ChatTemplate, max_length: int | None, indices) -> list[tuple]:
+    return [examine(data, template, max_length, i) for i in indices]
 
 
 def check(data, template: ChatTemplate, max_length: int | None, workers: int, name: str) -> Report:

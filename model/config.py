@@ -1,8 +1,8 @@
 """The facts of a model, as frozen dataclasses: one for each part, and one for the whole.
 
 The families of public models differ by the facts below and by nothing else, so the decoder
-(language.py) and the vision transformer (vision.py) each exist once. The names are those of
-config.json in transformers; model/pretrained/public_config.py reads and writes that file.
+(language.py) and the vision transformer (vision.py) each exist once. Names that config.json of
+transformers has as well are the same there; model/pretrained/public_config.py reads and writes it.
 """
 
 import math

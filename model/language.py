@@ -96,10 +96,10 @@ class Attention(nn.Module):
         causal = mask is None and q.shape[2] > 1
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
-    def forward(self, x, rope, mask, cache, layer):
+    def forward(self, x, rope, mask, cache, layer_index):
         q, k, v = self.queries_keys_values(x, rope)
         if cache is not None:
-            k, v = cache.append(layer, k, v)  # (B,Hkv,Tk,hd): all tokens so far
+            k, v = cache.append(layer_index, k, v)  # (B,Hkv,Tk,hd): all tokens so far
         out = self.attend(q, k, v, mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B,T,H,hd) -> (B,T,H*hd) -> (B,T,D)
 
@@ -125,8 +125,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, mask, cache, layer):
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, layer)
+    def forward(self, x, rope, mask, cache, layer_index):
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, layer_index)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -158,9 +158,9 @@ class LanguageModel(nn.Module):
         """embeds (B,T,D) -> hidden states (B,T,D), after the final norm.
 
         positions (B,T): position of each token in its row; default: counted on from the cache.
-        mask (B,1,T,Tk): bool, True where token t may look at token k, or floats that are added to
-        the attention scores; default: causal. Rows padded on the right need none, since no token
-        looks to its right.
+        mask (T,Tk) or (B,1,T,Tk): bool, True where token t may look at token k, or floats that are
+        added to the attention scores; default: causal. Rows padded on the right need none, since
+        no token looks to its right.
         cache: a KVCache that holds the earlier tokens; these are appended.
         Raises ValueError when rows grow longer than config.context_limit.
         """

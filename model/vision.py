@@ -42,14 +42,14 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x):
-        N, P, width = x.shape
+        N, T, width = x.shape  # T tokens: the patches, with a class token one more
 
         def heads(t):
-            return t.view(N, P, self.num_heads, -1).transpose(1, 2)  # (N,H,P,hd)
+            return t.view(N, T, self.num_heads, -1).transpose(1, 2)  # (N,heads,T,hd)
 
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
         out = F.scaled_dot_product_attention(q, k, v)
-        return self.out_proj(out.transpose(1, 2).reshape(N, P, width))
+        return self.out_proj(out.transpose(1, 2).reshape(N, T, width))
 
 
 class EncoderLayer(nn.Module):
@@ -133,7 +133,7 @@ class VisionTransformer(nn.Module):
             x = self.pre_layernorm(x)
         for layer in self.layers:
             x = checkpoint(layer, x, use_reentrant=False) if self.checkpointing else layer(x)
-        if self.final_norm:
+        if self.final_norm:  # CLIP: where the class token is asked for, see public_config.py
             x = self.post_layernorm(x)
         if self.config.features == "class":
             return x[:, :1]  # (N,1,Dv)

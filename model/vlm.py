@@ -37,7 +37,7 @@ class VLM(nn.Module):
     def vision_features(self, pixels):
         """pixels (N,3,H,W) -> (N,P,Dv)"""
         trained = any(p.requires_grad for p in self.vision.parameters())
-        # A frozen tower keeps nothing for a backward pass: that is most of stage one's memory.
+        # A frozen tower stores no activations for a backward pass: they would be most of memory.
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             return self.vision(pixels)
 
@@ -64,21 +64,21 @@ class VLM(nn.Module):
         else:
             tokens = self.encode_images(images)  # (N,K,D)
             tokens = tokens if order is None else tokens[order]  # (M,K,D)
-        N, K, _ = tokens.shape
-        if (placeholders := int(placeholder.sum())) != N * K:
+        M, K, _ = tokens.shape
+        if (placeholders := int(placeholder.sum())) != M * K:
             raise ValueError(
                 f"the ids hold {placeholders} image placeholders (id {self.config.image_token_id})"
-                f", but {N} images of {K} tokens make {N * K}; each image needs its full run of "
+                f", but {M} images of {K} tokens make {M * K}; each image needs its full run of "
                 "placeholders, and each run its image")
         return embeds.masked_scatter(placeholder[:, :, None], tokens.to(embeds.dtype))
 
     def dummy_image_loss(self, device):
-        """A dummy image loss: a zero that depends on vision tower and projector.
+        """A zero that depends on vision tower and projector, added where a batch has no image.
 
-        A batch of text alone would reach no weight of a projector that is trained by itself, so its
-        loss would have no gradient. And where the weights are sharded (force_vision_forward), each
-        rank takes part in gathering them, whatever its batch holds. Here it encodes the smallest
-        image.
+        A batch of text alone uses no weight of a projector that is trained by itself: its loss
+        would have no grad_fn, and backward() raises. And where the weights are sharded
+        (force_vision_forward), each rank takes part in gathering them, whatever its batch holds.
+        Here it encodes the smallest image.
         """
         trained = any(p.requires_grad for part in (self.vision, self.projector)
                       for p in part.parameters())

@@ -17,6 +17,7 @@ from dataset.chat import ChatTemplate, Message
 from dataset.images import ImageProcessor
 from dataset.readers.formats import BadSample, Sample, open_data
 from dataset.readers.lengths import count_tokens
+from dataset.readers.mixture import open_mixture
 from dataset.tokenizer import Tokenizer
 
 PROCESSOR = ImageProcessor("SiglipImageProcessor", (8, 8), None, 3, 1 / 255, (0.5,) * 3, (0.5,) * 3)
@@ -436,3 +437,20 @@ def test_qwen3_learns_another_answer_of_a_conversation_in_each_epoch(tiny_tokeni
         told.append((words, len(batch.pixels), not bad))
     assert told == [("one<|im_end|>", 1, True), ("two<|im_end|>", 2, True),
                     ("one<|im_end|>", 1, True)]
+
+
+@pytest.mark.parametrize("weight, epochs", [(1, 2), (2, 1), (0.5, 4), (4, 1)])
+def test_every_answer_comes_up_whatever_the_weight(tiny_tokenizer_dir, tmp_path, weight, epochs):
+    """Qwen3, rows of two answers: as often as all rows together come, half of it is each answer."""
+    template = ChatTemplate(Tokenizer.from_directory(tiny_tokenizer_dir), 4, family="qwen3")
+    (tmp_path / "data").write_text("\n".join(json.dumps({"messages": [
+        {"role": role, "content": text} for turn in "ab" for role, text in
+        (("user", "u"), ("assistant", f"{turn}{i}"))]}) for i in range(20)))
+    batches = Batches(open_mixture([f"{tmp_path / 'data'}:{weight}"]), template, PROCESSOR, 4, 512,
+                      seed=0)
+    told = [template.tokenizer.decode(row[row >= 0].tolist()) for epoch in range(epochs)
+            for batch, _ in batches.epoch(epoch) for row in batch.labels]
+    answers = {f"{turn}{i}<|im_end|>" for turn in "ab" for i in range(20)}
+    times = weight * epochs // 2
+    assert {answer: told.count(answer) for answer in answers} == dict.fromkeys(answers, times)
+    assert len(told) == 40 * times

@@ -36,7 +36,7 @@ def ranks(world_size, shares, missing):
         shares[rank] = items[0]
         return [shares.get(other, items[0]) for other in range(world_size)]
 
-    return [SimpleNamespace(rank=rank, world_size=world_size, print=lambda text: None,
+    return [SimpleNamespace(rank=rank, world_size=world_size, main=rank == 0,
                             sum=lambda number: [float(missing)],
                             gather=lambda items, rank=rank: gather(rank, items))
             for rank in range(world_size)]
@@ -61,7 +61,7 @@ def test_ranks_count_their_shares(file, template, monkeypatch, world_size, worke
 def test_what_was_counted_is_kept_until_the_file_changes(file, template, tmp_path, monkeypatch):
     monkeypatch.setattr(index_cache.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(index_cache, "SMALL", 0)
-    monkeypatch.setattr(lengths, "TOLD", 10)
+    monkeypatch.setattr(lengths, "MANY", 10)
     counted, plain = [], TokenCounter.lengths
     monkeypatch.setattr(TokenCounter, "lengths",
                         lambda self, i: counted.append(i) or plain(self, i))

@@ -90,15 +90,18 @@ def test_each_sample_of_an_epoch_tells_its_row(tmp_path, weights):
     sources = [f"{tmp_path / name}:{weight}" for name, weight in zip("ab", weights)]
     rows = open_mixture(sources).everything()
     assert len(rows) == 30
+    seen = Counter()
     for epoch in range(3):
         data = open_mixture(sources).at_epoch(epoch)
         numbers = np.random.default_rng(0).permutation(len(data)).astype(np.uint8)
-        found = data.source_rows(numbers)
+        found, passes = data.locate(numbers)
+        seen.update(zip(found.tolist(), passes.tolist()))
         assert [rows[row].where for row in found] == [data[int(i)].where for i in numbers]
+    assert set(seen.values()) == {1}, "in each pass a row comes once"
     apart = open_mixture(sources, apart=6)
     assert len(apart.everything()) == 24
-    assert apart.everything().source_rows(np.arange(24)).tolist() == list(range(24))
-    assert apart.set_apart().source_rows(np.arange(6)).tolist() == list(range(6))
+    assert apart.everything().locate(np.arange(24))[0].tolist() == list(range(24))
+    assert apart.set_apart().locate(np.arange(6))[0].tolist() == list(range(6))
 
 
 def test_captions_go_round_with_the_passes(folder):  # noqa: F811

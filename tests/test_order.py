@@ -12,7 +12,7 @@ from dataset.chat import ChatTemplate
 from dataset.readers import parquet, sampler
 from dataset.readers.mixture import open_mixture
 from dataset.readers.parquet import ParquetData
-from dataset.readers.sampler import FEWEST, buckets_in_window, epoch_order, row_groups
+from dataset.readers.sampler import MIN_BUCKETS, buckets_in_window, epoch_order, row_groups
 from dataset.tokenizer import Tokenizer
 
 ROWS, GROUP = 240, 10
@@ -141,7 +141,7 @@ def test_a_window_holds_no_more_than_a_pool(files, tiny_tokenizer_dir, monkeypat
     monkeypatch.setattr(sampler, "POOL", int(50.5 * size))
     assert buckets_in_window(words, 2, 60) == 60
     assert buckets_in_window(data, 2, 60) == 25
-    assert buckets_in_window(data, 1000, 60) == FEWEST
+    assert buckets_in_window(data, 1000, 60) == MIN_BUCKETS
     template = ChatTemplate(Tokenizer.from_directory(tiny_tokenizer_dir), 4)
     batches = Batches(data, template, PROCESSOR, 2, 128, seed=0)
     assert max(np.diff(batches.layout.windows)) <= 50 and batches.layout.windows[-1] == ROWS

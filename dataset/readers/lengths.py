@@ -1,9 +1,10 @@
-"""How many tokens each row has, counted once, so that rows of like length can stand together.
+"""How many tokens each row has, counted once, so that rows of similar length can stand together.
 
     data -> every row tokenized, by all workers of all ranks -> RowLengths -> sampler.py
 
-Counting reads every row once before the first step, without its images: thousands of rows a second
-and worker. The counts of files are kept on the machine (index_cache.py), so the next run has them.
+Counting reads every row once before the first step, thousands a second and worker, and opens no
+image file (what stands in a Parquet row is read along). The counts of large files are kept on the
+machine (index_cache.py), so the next run has them.
 
 Most rows have one length. Where a row teaches one answer (Qwen3), each epoch another one, it has
 one for each of them. A row of several captions has the length of its first: where another one is
@@ -18,11 +19,12 @@ from dataset.readers.bad_sample import BadSample
 from dataset.readers.worker_state import WorkerState, prepare_ahead
 
 SPAN = 1000  # rows that a worker counts at a time
-TOLD = 50_000  # rows whose counting takes so long that it is told
+MANY = 50_000  # rows whose counting takes so long that it is announced, and kept
 
 
 class RowLengths:
-    """The lengths of n rows: counts (n,), how many each row has; values, row after row, tokens."""
+    """The lengths of n rows: counts (n,), how many lengths each row has; values, the lengths in
+    tokens, row after row."""
 
     def __init__(self, counts: np.ndarray, values: np.ndarray):
         several = len(values) > len(counts)
@@ -36,12 +38,21 @@ class RowLengths:
         self.values = values
 
     def of(self, data, samples: np.ndarray, epoch: int) -> np.ndarray:
-        """Tokens of these samples of data as it is in this epoch, see Mixture.source_rows."""
-        rows = data.source_rows(samples) if hasattr(data, "source_rows") else samples
+        """Tokens of these samples of data as it is in this epoch."""
+        rows, numbers = locate(data, samples, epoch)
         if self.counts is None:
             return self.values[rows]
-        return self.values[self.first[rows] + (epoch + samples.astype(np.int64))
-                           % self.counts[rows]]
+        return self.values[self.first[rows] + numbers % self.counts[rows]]
+
+
+def locate(data, samples: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """-> the row of each of these samples, and a number that grows by one each time that the row
+    comes up: what takes turns in a row (chat.py) starts at another point in each row."""
+    if hasattr(data, "locate"):  # a mixture, in which a row can come several times an epoch
+        rows, passes = data.locate(samples)
+        return rows, rows + passes
+    rows = samples.astype(np.int64)
+    return rows, rows + epoch
 
 
 class TokenCounter:
@@ -72,7 +83,7 @@ def count_tokens(data, template, workers: int = 0, distributed=None) -> RowLengt
     """distributed: the ranks, each of which counts its share; None: this process counts alone."""
     data = data.everything() if hasattr(data, "everything") else data
     n, key = len(data), None
-    if n > TOLD and hasattr(data, "fingerprint"):
+    if n > MANY and hasattr(data, "fingerprint"):
         key = f"lengths {data.fingerprint()} {template.fingerprint()}"
     kept = index_cache.load(key) if key else None
     if distributed is None:
@@ -82,8 +93,8 @@ def count_tokens(data, template, workers: int = 0, distributed=None) -> RowLengt
         if distributed.sum(kept is None) != [0.0]:  # some machine has none: count together
             kept = None
     if kept is None:
-        if distributed and n > TOLD:
-            distributed.print(f"counting the tokens of {n:,} samples")
+        if distributed and distributed.main and n > MANY:
+            print(f"counting the tokens of {n:,} samples", flush=True)
         start, end = n * rank // world_size, n * (rank + 1) // world_size
         spans = [(first, min(first + SPAN, end)) for first in range(start, end, SPAN)]
         counter = TokenCounter(data, template, workers)

@@ -76,22 +76,22 @@ class Mixture:
         return f"{part.file}, sample {row + 1}"
 
     def everything(self) -> "Mixture":
-        """Every sample that counts once, file after file: what `source_rows` numbers."""
+        """Every sample that counts once, file after file: what `locate` numbers."""
         return Mixture([replace(source, weight=1.0) for source in self.sources], self.seed)
 
-    def source_rows(self, samples: np.ndarray) -> np.ndarray:
-        """The index in `everything` of each of these samples."""
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """-> the index in `everything` of each of these samples, and in which pass it comes."""
         ends = accumulate((len(source.rows) for source in self.sources), initial=0)
         shift = {id(source.data): end - source.rows.start
                  for source, end in zip(self.sources, ends)}
         part_of = np.searchsorted(self.ends, samples, side="right")
-        rows = np.zeros(len(samples), np.int64)
+        rows, passes = np.zeros((2, len(samples)), np.int64)
         for number in np.unique(part_of):
             part, inside = self.parts[number], part_of == number
             n = samples[inside].astype(np.int64) - (self.ends[number] - len(part))  # in the part
             n = part.rows.start + n if isinstance(part.rows, range) else part.rows[n]
-            rows[inside] = shift[id(part.data)] + n
-        return rows
+            rows[inside], passes[inside] = shift[id(part.data)] + n, part.number
+        return rows, passes
 
     def fingerprint(self) -> str:
         """Changes when one of the files does; two mixtures of one fingerprint hold the same."""

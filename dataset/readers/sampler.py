@@ -3,9 +3,9 @@
     seed, epoch -> epoch_order: all samples, shuffled -> windows -> in each: sorted by length
     (lengths.py), cut into buckets, the buckets shuffled -> the positions 0, 1, 2, ...
 
-Every bucket keeps its positions. Where the samples are no whole number of buckets, some positions
-are empty. So the number of batches depends on the number of samples alone, and no rank waits for a
-batch that another rank does not have.
+Every bucket has the same number of positions. Where the samples are no whole number of buckets,
+some positions of the last window are empty. So the number of batches depends on the number of
+samples alone, and no rank waits for a batch that another rank does not have.
 
 A line of JSON is found by its offset in the file, so any order costs the same. A row of a Parquet
 file comes with its row group, megabytes to decode; in a wholly random order each batch would
@@ -28,31 +28,32 @@ from itertools import groupby
 
 import numpy as np
 
+from dataset.readers.lengths import locate
 from dataset.readers.parquet import POOL, ParquetData
 
-FEWEST = 8  # buckets of a window, however large the rows are: they have to be sorted by length
+MIN_BUCKETS = 8  # of a window, however large the rows are: they have to be sorted by length
 
 
 class EpochLayout:
     """The same on every rank and in every worker.
 
     lengths: RowLengths of the data. global_batch: rows of a micro-batch on all ranks. bucket:
-    positions whose rows are of like length; None: a micro-batch. window: at most so many buckets
-    are sorted together.
+    positions whose rows are of similar length; None: a micro-batch. max_buckets: at most so many
+    are sorted together, in a window.
     """
 
-    def __init__(self, data, lengths, seed: int, global_batch: int, window: int,
+    def __init__(self, data, lengths, seed: int, global_batch: int, max_buckets: int,
                  bucket: int | None = None):
         self.data, self.lengths, self.seed = data, lengths, seed
         self.global_batch, self.bucket = global_batch, bucket or global_batch
-        buckets = -(-len(data) // self.bucket)  # rounded up: the last ones have empty positions
+        buckets = -(-len(data) // self.bucket)  # rounded up: some positions stay empty
         self.positions = buckets * self.bucket
-        most = buckets_in_window(data, self.bucket, window)
+        most = buckets_in_window(data, self.bucket, max_buckets)
         # Windows of equal size: a small one left over would need more padding than the others.
         windows = -(-buckets // most)
         self.windows = [self.bucket * (buckets * w // windows) for w in range(windows + 1)]
-        self.epoch = self.window = None  # of epoch_data and order, and of placed
-        self.epoch_data = self.order = self.placed = None
+        self.epoch = self.epoch_data = self.order = None  # order: the shuffled epoch
+        self.window = self.placed = None  # placed: the sample at each position of this window
 
     def steps(self, epoch: int, start: int, size: int, left: float) -> Iterator[list[tuple]]:
         """Cut the line of positions into optimizer steps of `size` positions, from (epoch, start)
@@ -74,14 +75,17 @@ class EpochLayout:
         """(epoch, position) that follows a micro-batch which ends before position `end`."""
         return (epoch + 1, 0) if end == self.positions else (epoch, end)
 
-    def samples(self, epoch: int, positions: range) -> tuple[object, list[int]]:
-        """-> the data as it is in this epoch, and the samples at these positions, in order."""
+    def samples(self, epoch: int, positions: range) -> tuple[object, list[tuple[int, int]]]:
+        """-> the data as it is in this epoch; of the sample at each of these positions its index,
+        and how often its row has come up (lengths.locate)."""
         found = []
         for position in positions:
             window = bisect.bisect_right(self.windows, position) - 1
             self._move_to(epoch, window)
             found.append(int(self.placed[position - self.windows[window]]))
-        return self.epoch_data, [i for i in found if i >= 0]
+        found = np.array([i for i in found if i >= 0], np.int64)
+        numbers = locate(self.epoch_data, found, epoch)[1]
+        return self.epoch_data, list(zip(found.tolist(), numbers.tolist()))
 
     def _move_to(self, epoch: int, window: int) -> None:
         if self.epoch != epoch:
@@ -106,7 +110,7 @@ class EpochLayout:
 
 def epoch_order(data, rng: np.random.Generator) -> np.ndarray:
     """-> the indices 0 to len(data) - 1 in an order that the random numbers decide."""
-    # Every data worker of every process holds an order: 4 bytes a sample are enough for 4 billion.
+    # Every data worker of every process holds an order: at most 4 bytes a sample, up to 4 billion.
     order = rng.permutation(np.arange(len(data), dtype=np.min_scalar_type(len(data))))
     groups = row_groups(data)
     if sum(size for slices in groups for _, size in slices) > POOL:
@@ -154,4 +158,4 @@ def buckets_in_window(data, bucket: int, most: int) -> int:
     """How many buckets are sorted together: `most`, or fewer where the rows bring their images
     along and a worker would have to hold more than a pool of them."""
     size = sum(size for slices in row_groups(data) for _, size in slices) / len(data) * bucket
-    return most if size == 0 else min(most, max(FEWEST, int(POOL / size)))
+    return most if size == 0 else min(most, max(MIN_BUCKETS, int(POOL / size)))
