@@ -292,13 +292,10 @@ def test_auto_on_cuda(monkeypatch, name, capability, expected, why):
 def test_all_ranks_take_what_rank_0_has_measured(monkeypatch, capsys):
     """Two machines, or a busy moment: "auto" may come out differently on each of them."""
     class Ranks:
-        device = torch.device("cpu")
+        device, main = torch.device("cpu"), True
 
         def gather(self, items):
             return [("fp32", "measured on rank 0"), *items]
-
-        def print(self, text):
-            print(text)
 
     settings = SimpleNamespace(dtype="auto")
     monkeypatch.setattr(training.precision, "bf16_speedup", lambda: 3.0)

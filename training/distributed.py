@@ -43,11 +43,6 @@ class Distributed:
     def main(self) -> bool:
         return self.rank == 0
 
-    def print(self, text: str) -> None:
-        """Rank 0 prints, the others keep quiet."""
-        if self.main:
-            print(text, flush=True)
-
     # ------------------------------------------------------------ collectives
 
     def sum(self, *numbers) -> list[float]:

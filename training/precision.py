@@ -44,7 +44,8 @@ def resolve_dtype(settings, distributed) -> None:
     """--dtype auto -> settings.dtype. It may be measured: all ranks take rank 0's choice."""
     choice = choose_dtype(settings.dtype, distributed.device)
     settings.dtype, reason = distributed.gather([choice])[0]
-    distributed.print(f"dtype     {settings.dtype}: {reason}")
+    if distributed.main:
+        print(f"dtype     {settings.dtype}: {reason}", flush=True)
 
 
 @cache
