@@ -92,7 +92,7 @@ class Steps:
             if self.stopping:
                 return
 
-    def next_batches(self, number: int) -> list:
+    def next_batches(self, number: int) -> tuple:
         """This rank's next micro-batches; skipped samples are listed and counted."""
         batches, bad = zip(*(next(self.stream) for _ in range(number)))
         skipped = self.distributed.gather([(str(sample), kind_of(sample.reason))
