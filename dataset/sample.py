@@ -20,13 +20,12 @@ Data comes from strangers: a value may be of any type and size. What is no sampl
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from dataset.chat import IMAGE, Message
 from dataset.chat import ROLES as CHAT_ROLES
 from dataset.readers.bad_sample import BadSample, shown
 from dataset.readers.captions import read_captions
-from dataset.readers.record_images import find_images, image_key, read_content
+from dataset.readers.record_images import ImageFolder, find_images, image_key, read_content
 from dataset.readers.unread import refuse_blind
 
 TURNS = ("conversations", "messages")
@@ -86,7 +85,7 @@ RECORD_LAYOUTS = ((("conversations",), read_turns), (("messages",), read_turns),
 TEXT_KEYS = tuple(key for keys, _ in RECORD_LAYOUTS for key in keys)
 
 
-def to_sample(record: dict, images_dir: Path, where: str, index: int = 0,
+def to_sample(record: dict, images_dir: ImageFolder, where: str, index: int = 0,
               caption_index: int = 0) -> Sample:
     """-> a sample with as many <image> markers as images, or BadSample. index: number of the
     record. It chooses one of several captions, caption_index the next one with each step."""
@@ -141,7 +140,7 @@ def read_system(record: dict, turns: list) -> list:
     return [{"role": "system", "content": texts.pop()}]
 
 
-def to_message(turn: dict, images_dir: Path, where: str) -> tuple[Message, list]:
+def to_message(turn: dict, images_dir: ImageFolder, where: str) -> tuple[Message, list]:
     """-> the message, and what each of its markers shows, see read_content."""
     turn = {key: value for key, value in turn.items() if value is not None}
     role = turn.get("role", turn.get("from"))
