@@ -26,7 +26,7 @@ from dataset.chat import ROLES as CHAT_ROLES
 from dataset.readers.bad_sample import BadSample, shown
 from dataset.readers.captions import read_captions
 from dataset.readers.record_images import ImageFolder, find_images, image_key, read_content
-from dataset.readers.unread import refuse_blind
+from dataset.readers.unread import refuse_unread_media
 
 TURNS = ("conversations", "messages")
 TAGS = ("kind", "language")  # optional, for scores by kind and by language
@@ -39,7 +39,7 @@ LONGEST_TEXT = 500_000  # characters; a model reads a tenth of it, a tokenizer n
 @dataclass(frozen=True)
 class Sample:
     messages: tuple  # of Message
-    images: tuple  # each a path, bytes, a PIL.Image or a function that draws one; as the markers
+    images: tuple  # in the order of the markers: a path, bytes, a PIL.Image or what draws one
     where: str  # "file:line", to find it when it has to be repaired
     tags: dict = field(default_factory=dict)  # e.g. {"kind": "count", "language": "en"}
 
@@ -78,7 +78,6 @@ def checked(turns, key: str, expected: str = "role and content (or from and valu
 
 
 # (the keys that hold the text, a function that makes turns of them: objects with role and content).
-# A record has the first layout of which it has a key; without any, the first of all reports it.
 RECORD_LAYOUTS = ((("conversations",), read_turns), (("messages",), read_turns),
                   (("prompt", "completion"), read_prompt), (("texts",), read_pairs),
                   (("caption",), read_captions))
@@ -90,8 +89,7 @@ def to_sample(record: dict, images_dir: ImageFolder, where: str, index: int = 0,
     """-> a sample with as many <image> markers as images, or BadSample. index: number of the
     record. It chooses one of several captions, caption_index the next one with each step."""
     images = find_images(record, images_dir, where)
-    keys, read = next((layout for layout in RECORD_LAYOUTS if any(
-        record.get(key) is not None for key in layout[0])), RECORD_LAYOUTS[0])
+    keys, read = find_layout(record)
     messages, own = [], []  # own: what each marker shows; None: the next of `images`
     try:
         turns = read(record, index, caption_index)
@@ -106,7 +104,8 @@ def to_sample(record: dict, images_dir: ImageFolder, where: str, index: int = 0,
         raise BadSample(where, f"a conversation of {length:,} characters; expected at most "
                                f"{LONGEST_TEXT:,}, is it a whole book?")
     seen = [*images, *(image for image in own if image is not None)]
-    refuse_blind(record, (*keys, image_key(record), *TAGS, *SYSTEM), turns, messages, seen, where)
+    read_keys = (*keys, image_key(record), *TAGS, *SYSTEM)
+    refuse_unread_media(record, read_keys, turns, messages, seen, where)
     if read is read_captions and not images:
         raise BadSample(where, "a caption without an image; expected the name or the bytes of its "
                                "file under 'image'")
@@ -128,6 +127,14 @@ def to_sample(record: dict, images_dir: ImageFolder, where: str, index: int = 0,
     tags = {name: record[name] for name in TAGS
             if isinstance(record.get(name), str) and record[name].isprintable()}
     return Sample(tuple(messages), images, where, tags)
+
+
+def find_layout(record: dict) -> tuple:
+    """The first layout of which the record has a key; else the first of all, which reports it."""
+    for layout in RECORD_LAYOUTS:
+        if any(record.get(key) is not None for key in layout[0]):
+            return layout
+    return RECORD_LAYOUTS[0]
 
 
 def read_system(record: dict, turns: list) -> list:
