@@ -9,6 +9,7 @@ RECORD_LAYOUTS lists the layouts. The key that holds the text tells which one a 
     prompt and completion     two lists of turns, or two texts           TRL's llava-instruct-mix
     texts                     [{"user": ..., "assistant": ...}, ...]     the Cauldron, FineVision
     caption                   one text, or several of one image          COCO, AI Challenger
+    question, answer          and other pairs of keys, readers/answered.py     VQA, Alpaca, LLaVaM
 
 The images stand in `image`, `images`, `image_bytes` or another of IMAGE_KEYS, one or a list, each
 a file name, bytes, base64 or {"bytes": ..., "path": ...}; or in the parts of a turn. Without any it
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field
 
 from dataset.chat import IMAGE, Message
 from dataset.chat import ROLES as CHAT_ROLES
+from dataset.readers.answered import read_answered
 from dataset.readers.bad_sample import BadSample, shown
 from dataset.readers.captions import read_captions
 from dataset.readers.record_images import ImageFolder, find_images, image_key, read_content
@@ -80,7 +82,9 @@ def checked(turns, key: str, expected: str = "role and content (or from and valu
 # (the keys that hold the text, a function that makes turns of them: objects with role and content).
 RECORD_LAYOUTS = ((("conversations",), read_turns), (("messages",), read_turns),
                   (("prompt", "completion"), read_prompt), (("texts",), read_pairs),
-                  (("caption",), read_captions))
+                  (("caption",), read_captions), (("question", "answer"), read_answered),
+                  (("query", "response"), read_answered),
+                  (("instruction", "output"), read_answered), (("input", "output"), read_answered))
 TEXT_KEYS = tuple(key for keys, _ in RECORD_LAYOUTS for key in keys)
 
 

@@ -176,3 +176,26 @@ def test_a_snapshot_of_the_hubs_cache_holds_links_to_its_blobs(tmp_path):
     for name in ("out.png", "../../../y/s.png"):
         with pytest.raises(BadSample, match="leads out of the image folder"):
             shown(tmp_path, name, snapshot)
+
+
+@pytest.mark.parametrize("record, asked", [
+    ({"question": "Who?", "answer": "A cat."}, "Who?"),
+    ({"query": "Who?", "response": "A cat."}, "Who?"),
+    ({"instruction": "Say who.", "output": "A cat."}, "Say who."),
+    ({"instruction": "Say who.", "input": "There it sits.", "output": "A cat."},
+     "Say who.\nThere it sits."),
+    ({"instruction": "Say who.", "input": "", "output": "A cat."}, "Say who."),
+    ({"input": "Who?", "output": "A cat."}, "Who?")], ids=str)
+def test_one_question_and_its_answer(tmp_path, record, asked):
+    (tmp_path / "a.png").write_bytes(b"x")
+    sample = read(tmp_path, {**record, "image": "a.png", "id": 1, "source": "s"})
+    assert [(m.role, m.content) for m in sample.messages] == [
+        ("user", "<image>\n" + asked), ("assistant", "A cat.")]
+    pq.write_table(pa.table({key: [value] for key, value in record.items()}), tmp_path / "p")
+    assert open_data(tmp_path / "p")[0].messages[0].content == asked
+    for key in record:
+        with pytest.raises(BadSample, match="data:1"):
+            read(tmp_path, {**record, key: ["A", "B"]})
+        if len(record) == 2:
+            with pytest.raises(BadSample, match="data:1"):
+                read(tmp_path, {**record, key: None})

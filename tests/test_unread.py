@@ -153,7 +153,9 @@ LAYOUTS = [
     {"prompt": "u", "completion": "a"}, {"texts": [{"user": "u", "assistant": "a"}]},
     {"prompt": [{"role": "user", "content": "u"}],
      "completion": [{"role": "assistant", "content": "a"}]}, {"caption": "A cat."},
-    {"caption": ["A cat.", "Cats."]}]
+    {"caption": ["A cat.", "Cats."]}, {"question": "u", "answer": "a"},
+    {"query": "u", "response": "a"}, {"instruction": "u", "output": "a"},
+    {"input": "u", "output": "a"}]
 
 
 def test_the_table_holds_every_layout():
