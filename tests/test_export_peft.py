@@ -163,6 +163,21 @@ def test_an_adapter_on_the_head_and_copies_of_the_base_come_in(untied, tmp_path,
 
 
 @torch.no_grad()
+def test_an_adapter_of_older_peft_is_a_bin_file(untied, tmp_path):
+    theirs = adapter_on(untied, tmp_path / "adapter", ["up_proj"], {"safe_serialization": False})
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    if file.exists():  # peft writes no other any more
+        torch.save(load_file(file), file.with_suffix(".bin"))
+        file.unlink()
+    ours = load_language(untied)
+    add_peft(ours, tmp_path / "adapter")
+    assert_close(ours(IDS), theirs(IDS).logits, 1e-5, "logits")
+    file.with_suffix(".bin").unlink()
+    with pytest.raises(ValueError, match="lacks adapter_model.safetensors"):
+        add_peft(load_language(untied), tmp_path / "adapter")
+
+
+@torch.no_grad()
 def test_a_copy_of_a_tied_head_is_the_table(tmp_path):
     public_language("Llama", vocab_size=250, tie_word_embeddings=True).save_pretrained(
         tmp_path / "base")

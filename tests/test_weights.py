@@ -170,6 +170,21 @@ def test_another_head_beside_a_tied_config_is_used(family, shard, prefix, dtype,
     assert not capsys.readouterr().err.count("lm_head.weight: it is used")
 
 
+@torch.no_grad()
+def test_a_tied_table_under_the_name_of_the_head_is_read(tmp_path):
+    """safetensors' save_model keeps one name of a tensor with two."""
+    theirs = public_language("Llama", tie_word_embeddings=True)
+    theirs.save_pretrained(tmp_path)
+    edit(tmp_path, lambda t: t.__setitem__("lm_head.weight", t.pop("model.embed_tokens.weight")))
+    ours = load_language(tmp_path)
+    assert ours.config.tie_word_embeddings
+    assert_close(ours(IDS), theirs(IDS).logits, 2e-4, "the head's name")
+    assert_close(ours(IDS), public_logits(tmp_path), 2e-4, "transformers")
+    edit(tmp_path, lambda t: t.pop("lm_head.weight"))
+    with pytest.raises(ValueError, match="missing: model.embed_tokens.weight"):
+        load_language(tmp_path)
+
+
 def test_a_run_on_another_head_beside_a_tied_config_can_be_loaded_again(tmp_path):
     flags = make_world(tmp_path, count=4)
     directory = tmp_path / "language"

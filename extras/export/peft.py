@@ -1,7 +1,7 @@
 """LoRA adapters as the peft library stores them: out of our model, and into it.
 
     adapted LanguageModel -> peft_adapter -> adapter_config.json, adapter_model.safetensors
-    a directory with these two -> add_peft -> the same LanguageModel, adapted
+    a directory with these two (or adapter_model.bin) -> add_peft -> the same LanguageModel, adapted
 
 The arithmetic is the same (see lora.py), so only names change. peft names the layers as their
 family publishes them, each with the path through its own wrapper in front:
@@ -15,12 +15,13 @@ from pathlib import Path
 
 from torch import nn
 
+from extras.convert.public_files import read_tensors
 from extras.convert.qwen import qwen2_tensors
 from extras.export.transformers import same_names
 from model.language import LanguageModel
 from model.lora import LoRALinear, add_lora, linear_names
 from model.pretrained.families import family_of, public_names
-from model.pretrained.files import all_tensors, read_json
+from model.pretrained.files import read_json
 from model.pretrained.meta_device import meta_device
 
 TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
@@ -86,9 +87,12 @@ def add_peft(language: nn.Module, directory, dropout: float = 0.0) -> dict:
     ValueError: an adapter that computes something else, or fits another model.
     """
     directory = Path(directory)
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (directory / file).is_file():
-            raise ValueError(f"{directory} lacks {file}: expected a directory that peft's "
+    weights = directory / "adapter_model.safetensors"
+    if not weights.is_file() and weights.with_suffix(".bin").is_file():  # of peft before 0.7
+        weights = weights.with_suffix(".bin")
+    for file in (directory / "adapter_config.json", weights):
+        if not file.is_file():
+            raise ValueError(f"{directory} lacks {file.name}: expected a directory that peft's "
                              "save_pretrained wrote")
     config = read_json(directory / "adapter_config.json")
     for name in [name for name in config if name not in OTHER]:  # also one that is newer than this
@@ -104,7 +108,7 @@ def add_peft(language: nn.Module, directory, dropout: float = 0.0) -> dict:
     if config.get("use_rslora"):  # rank-stabilised: alpha / sqrt(rank) in place of alpha / rank
         alpha *= rank**0.5
     every = published_layers(language)
-    tensors = qwen2_tensors(all_tensors(directory / "adapter_model.safetensors"))
+    tensors = qwen2_tensors(read_tensors(weights))
     pairs = read_pairs(tensors, every, language, directory)
     targets = short({every[public] for public in pairs}, every.values())
     add_lora(language, targets, rank, alpha, dropout)
@@ -140,7 +144,7 @@ def read_pairs(tensors: dict, every: dict, language, directory) -> dict[str, dic
                              f"{language.config.model_type} with {len(language.layers)} layers; "
                              f"there are: {', '.join(there)}. {MERGE}")
     if whole:
-        raise ValueError(f"{directory}: adapter_model.safetensors holds whole weights as well "
+        raise ValueError(f"{directory}: the adapter holds whole weights as well "
                          f"({', '.join(whole)}), which are not those of this model. {MERGE}")
     return pairs
 

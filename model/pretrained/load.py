@@ -101,7 +101,8 @@ def load_tensors(kind: type, config, source: Path, dtype: torch.dtype | None, un
             files.update(dict.fromkeys(file.keys(), path))
     if quantized := [name for name in files if name.endswith(QUANTIZED)]:
         raise ValueError(f"{files[quantized[0]]} has {quantized[0]}: {FEW_BITS}")
-    if getattr(config, "tie_word_embeddings", False) and has_own_head(files, family.prefix):
+    tied = getattr(config, "tie_word_embeddings", False)
+    if tied and has_own_head(files, family.prefix):
         print(f"{source}: config.json ties the head to the embedding table, but the file has "
               "another one, lm_head.weight: it is used, as in transformers", file=sys.stderr)
         config = replace(config, tie_word_embeddings=False)
@@ -110,6 +111,10 @@ def load_tensors(kind: type, config, source: Path, dtype: torch.dtype | None, un
     expected, prefix = public_names(model), family.prefix
     if not any(name.startswith(prefix) for name in files):
         expected = {name.removeprefix(prefix): ours for name, ours in expected.items()}
+    if tied and "lm_head.weight" in files:  # of its two names a file may hold this one alone
+        table = next(name for name, ours in expected.items() if ours == "embed_tokens.weight")
+        if table not in files:
+            expected["lm_head.weight"] = expected.pop(table)
     for path in weight_files(source):
         with open_tensors(path) as file:
             held.update({name: file.get_tensor(name) for name in file.keys() if name in expected})
