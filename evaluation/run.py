@@ -36,7 +36,9 @@ from training.inference import load_model
 from training.writable import free_name
 
 LISTED = 5  # unusable samples named on the screen; scores.json counts them all
-SMALL_FILES = ("config.json", "tokenizer.json", "preprocessor_config.json")  # beside the weights
+# Beside the weights.
+SMALL_FILES = ("config.json", "tokenizer.json", "vocab.json", "merges.txt",
+               "preprocessor_config.json", "processor_config.json")
 # What lies in OUT beside the cache; scores.json says whose they are, so it is moved last.
 RESULTS = ("answers.jsonl", "contact_sheet.png", "loss.png", "scores.json")
 NAME_BYTES = 60  # of a model and of a file in result_name: some file systems take 143 in all
