@@ -42,7 +42,7 @@ class LanguageConfig:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A vision transformer: SigLIP, CLIP or DINOv2."""
+    """A vision transformer: SigLIP, CLIP, DINOv2 or plain ViT."""
 
     model_type: str  # a key of VISION_FAMILIES (model/pretrained/families.py)
     hidden_size: int  # Dv

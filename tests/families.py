@@ -40,11 +40,13 @@ def public_language(family: str, **facts):
 
 
 def public_vision(family: str, **facts):
-    """A transformers tower: family is "Siglip", "CLIP" or "Dinov2"."""
+    """A transformers tower: family is "Siglip", "CLIP", "Dinov2" or "ViT"."""
     if family == "Dinov2":
         facts = {**VISION, "mlp_ratio": 2, **facts}
         del facts["intermediate_size"]
         return randomise(transformers.Dinov2Model(transformers.Dinov2Config(**facts)))
+    if family == "ViT":
+        return randomise(transformers.ViTModel(transformers.ViTConfig(**{**VISION, **facts})))
     config = getattr(transformers, family + "VisionConfig")(**{**VISION, **facts})
     return randomise(getattr(transformers, family + "VisionModel")(config))
 

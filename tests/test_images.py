@@ -293,3 +293,19 @@ def test_fast_is_kept_and_others_are_exact(tmp_path):
     exact.save(tmp_path)
     assert "fast" not in (tmp_path / "preprocessor_config.json").read_text()
     assert replace(ImageProcessor.from_public(CONFIGS["clip_crop_only"]), fast=True).draft is None
+
+
+@pytest.mark.parametrize("config", [
+    {"size": {"height": 96, "width": 80}}, {}, {"resample": 3, "size": 48},
+    {"image_mean": [0.1, 0.2, 0.3], "do_rescale": False}], ids=str)
+def test_a_vits_processor(config, tmp_path):
+    """google/vit-base-patch16-224's class. It takes colours alone; what is not RGB, we convert."""
+    config = {"image_processor_type": "ViTImageProcessor", **config}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    ours, theirs = ImageProcessor.from_directory(tmp_path), public_processor(config)
+    for size in ((90, 70), (301, 33), (640, 480)):
+        image = noise(*size)
+        expected = theirs(image, return_tensors="pt")["pixel_values"][0]
+        assert ours.read(image).shape == expected.shape
+        assert (ours.read(image) - expected).abs().max() < 1 / 255
+    assert ours.read(noise(90, 70, "L")).shape == expected.shape

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from families import VISION, assert_close, public_vision
 
 from model.pretrained.load import load_vision
@@ -18,6 +19,8 @@ TOWERS = {  # name: (family, facts that differ from tiny.VISION, pixels fed in: 
     "clip, 14, quick_gelu": ("CLIP", {"image_size": 42, "patch_size": 14}, (42, 42)),
     "clip, 16, gelu": ("CLIP", {"hidden_act": "gelu"}, (48, 48)),
     "clip, 32, quick_gelu": ("CLIP", {"image_size": 96, "patch_size": 32}, (96, 96)),
+    "vit": ("ViT", {}, (48, 48)),
+    "vit, patches of 14": ("ViT", {"image_size": 42, "patch_size": 14}, (42, 42)),
     "dinov2": ("Dinov2", {"image_size": 42, "patch_size": 14}, (42, 42)),
     "dinov2, larger": ("Dinov2", {"image_size": 42, "patch_size": 14}, (70, 70)),
     "dinov2, smaller": ("Dinov2", {"image_size": 70, "patch_size": 14}, (28, 28)),
@@ -49,7 +52,7 @@ def test_features_equal_the_public_implementation(tower, layer, tmp_path):
     assert_close(ours(pixels), expected[:, extra_tokens(family):], 2e-4, f"{tower}, layer {layer}")
 
 
-@pytest.mark.parametrize("family", ["Siglip", "CLIP"])
+@pytest.mark.parametrize("family", ["Siglip", "CLIP", "ViT"])
 @torch.no_grad()
 def test_positions_stretch_to_another_size_as_in_public(family, tmp_path):
     theirs = public_vision(family)
@@ -60,7 +63,7 @@ def test_positions_stretch_to_another_size_as_in_public(family, tmp_path):
     assert_close(ours(pixels), expected[:, extra_tokens(family):], 2e-4, f"{family} stretched")
 
 
-@pytest.mark.parametrize("family", ["Siglip", "CLIP", "Dinov2"])
+@pytest.mark.parametrize("family", ["Siglip", "CLIP", "Dinov2", "ViT"])
 @torch.no_grad()
 def test_no_patch_is_lost(family, tmp_path):
     public_vision(family).save_pretrained(tmp_path)
@@ -94,7 +97,7 @@ def test_the_class_token_is_what_transformers_pools(family, layer, tmp_path):
         assert (out.last_hidden_state[:, 0] - expected).abs().max() > 1e-2, "the norm matters"
 
 
-@pytest.mark.parametrize("family", ["Siglip", "CLIP", "Dinov2"])
+@pytest.mark.parametrize("family", ["Siglip", "CLIP", "Dinov2", "ViT"])
 @pytest.mark.parametrize("layer", [-1, -2])
 @torch.no_grad()
 def test_pooled_is_the_mean_of_the_patches_alone(family, layer, tmp_path):
@@ -143,7 +146,8 @@ def test_pixels_of_another_shape_are_refused(shape):
 
 
 @pytest.mark.parametrize("change, word", [
-    ({"model_type": "vit"}, "vit"),
+    ({"model_type": "beit"}, "beit"),
+    ({"model_type": "vit", "qkv_bias": False}, "qkv_bias"),
     ({"model_type": "dinov2", "use_swiglu_ffn": True}, "use_swiglu_ffn"),
     ({"num_channels": 1}, "num_channels"),
     ({"hidden_act": "relu"}, "relu"),
@@ -154,7 +158,7 @@ def test_a_config_that_we_would_get_wrong_is_refused(change, word):
         read_vision_config({"model_type": "siglip_vision_model", **VISION, **change})
 
 
-@pytest.mark.parametrize("family", ["siglip_vision_model", "clip_vision_model", "dinov2"])
+@pytest.mark.parametrize("family", ["siglip_vision_model", "clip_vision_model", "dinov2", "vit"])
 def test_config_survives_being_written_and_read(family):
     config = read_vision_config({"model_type": family, **VISION, "mlp_ratio": 2})
     assert read_vision_config(json.loads(json.dumps(write_config(config)))) == config
@@ -176,8 +180,18 @@ def test_bfloat16_weights_take_float32_pixels(tmp_path):
         assert tower(random_pixels(1, 64, 64)).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("family", ["siglip_vision_model", "clip_vision_model", "dinov2"])
+@pytest.mark.parametrize("family", ["siglip_vision_model", "clip_vision_model", "dinov2", "vit"])
 def test_nothing_is_tied_to_the_cpu(family):
     """On the meta device any tensor that is made elsewhere on the way raises."""
     tower = VisionTransformer(read_vision_config({"model_type": family, **VISION}))
     assert tower.to("meta")(torch.zeros(1, 3, 64, 80, device="meta")).shape == (1, 20, 36)
+
+
+@torch.no_grad()
+def test_a_classifier_is_passed_over(tmp_path):
+    """google/vit-base-patch16-224 is published with one, and "vit." before the tower's names."""
+    theirs = transformers.ViTForImageClassification(transformers.ViTConfig(**VISION)).eval()
+    theirs.save_pretrained(tmp_path)
+    pixels = random_pixels(2, 48, 48)
+    expected = theirs.vit(pixels).last_hidden_state[:, 1:]
+    assert_close(load_vision(tmp_path)(pixels), expected, 2e-4, "behind a classifier")

@@ -476,13 +476,14 @@ def test_what_we_write_transformers_reads_whole(family, facts, tmp_path):
     assert torch.equal(load_language(tmp_path / "ours")(IDS), ours(IDS))
 
 
-@pytest.mark.parametrize("family", ["Siglip", "CLIP", "Dinov2"])
+@pytest.mark.parametrize("family", ["Siglip", "CLIP", "Dinov2", "ViT"])
 @torch.no_grad()
 def test_what_we_write_of_a_tower_transformers_reads_whole(family, tmp_path):
     original = public_vision(family)
     original.save_pretrained(tmp_path / "theirs")
     ours = load_vision(tmp_path / "theirs")
-    extra = {"CLIP": ("post_layernorm.",), "Siglip": ("head.",), "Dinov2": ("embeddings.mask",)}
+    extra = {"CLIP": ("post_layernorm.",), "Siglip": ("head.",), "Dinov2": ("embeddings.mask",),
+             "ViT": ("pooler.",)}
     kept = {k: v for k, v in load_file(tmp_path / "theirs/model.safetensors").items()
             if k.startswith(extra[family])}
     assert kept
@@ -505,12 +506,12 @@ def test_a_tower_without_its_extras_is_whole_too(family, tmp_path):
     assert not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
-FAMILIES = ["Qwen2", "Qwen3", "Llama", "Siglip", "CLIP", "Dinov2"]
+FAMILIES = ["Qwen2", "Qwen3", "Llama", "Siglip", "CLIP", "Dinov2", "ViT"]
 
 
 def of_family(family: str, directory):
     """A tiny model as it is published, in directory -> our load and save of such a model."""
-    if family in ("Siglip", "CLIP", "Dinov2"):
+    if family in ("Siglip", "CLIP", "Dinov2", "ViT"):
         public_vision(family).save_pretrained(directory)
         return load_vision, save_vision
     else:
@@ -565,8 +566,8 @@ def test_what_the_public_classes_write_is_what_we_would_write(family, prefix, tm
                for name, tensor in public_tensors(load(tmp_path)).items()}
     theirs = {name.removeprefix(plain): tensor for name, tensor in theirs.items()}
     left_alone = theirs.keys() - written.keys()
-    assert all(name.startswith(("head.", "post_layernorm.", "embeddings.mask_token"))
-               for name in left_alone), "SigLIP's, CLIP's and DINOv2's, see Family.unread"
+    assert all(name.startswith(("head.", "post_layernorm.", "embeddings.mask_token", "pooler."))
+               for name in left_alone), "SigLIP's, CLIP's, DINOv2's, ViT's, see Family.unread"
     for name, tensor in written.items():
         assert tensor.shape == theirs[name].shape, name
         assert torch.equal(tensor, theirs[name]), name

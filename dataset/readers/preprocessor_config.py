@@ -21,6 +21,9 @@ CLIP_DEFAULTS = {"size": {"shortest_edge": 224}, "crop_size": 224, "do_center_cr
 DEFAULTS = {
     "SiglipImageProcessor": {"size": {"height": 224, "width": 224}, "do_center_crop": False,
                              "image_mean": HALF, "image_std": HALF},
+    "ViTImageProcessor": {"size": {"height": 224, "width": 224}, "do_center_crop": False,
+                          "resample": Image.Resampling.BILINEAR, "image_mean": HALF,
+                          "image_std": HALF},
     "CLIPImageProcessor": CLIP_DEFAULTS,
     "BitImageProcessor": CLIP_DEFAULTS,
 }
@@ -58,6 +61,8 @@ def parse(public: dict) -> dict:
     resize = crop = None
     if values.get("do_resize", True):
         resize = read_size(values["size"])
+        if kind == "ViTImageProcessor" and isinstance(resize, int):
+            resize = (resize, resize)  # where others mean the shorter side
     if values["do_center_crop"]:
         crop = read_size(values["crop_size"])
         crop = (crop, crop) if isinstance(crop, int) else crop

@@ -70,6 +70,20 @@ DINOV2 = {
     "layernorm": "post_layernorm",
 }
 
+VIT = {f"vit.{public}": ours for public, ours in {
+    "embeddings.cls_token": "class_embedding",
+    "embeddings.patch_embeddings.projection": "patch_embedding",
+    "embeddings.position_embeddings": "position_embedding",
+    "encoder.layer.{}.layernorm_before": "layers.{}.layer_norm1",
+    "encoder.layer.{}.attention.attention.query": "layers.{}.self_attn.q_proj",
+    "encoder.layer.{}.attention.attention.key": "layers.{}.self_attn.k_proj",
+    "encoder.layer.{}.attention.attention.value": "layers.{}.self_attn.v_proj",
+    "encoder.layer.{}.attention.output.dense": "layers.{}.self_attn.out_proj",
+    "encoder.layer.{}.layernorm_after": "layers.{}.layer_norm2",
+    "encoder.layer.{}.intermediate.dense": "layers.{}.fc1",
+    "encoder.layer.{}.output.dense": "layers.{}.fc2",
+    "layernorm": "post_layernorm"}.items()}
+
 PLAIN = {"use_sliding_window": False, "hidden_act": "silu", "mlp_bias": False}
 
 LANGUAGE_FAMILIES = {
@@ -121,6 +135,14 @@ VISION_FAMILIES = {
         unread=("embeddings.mask_token",),  # for masked patches, in its training
         leading_ones={"class_embedding": 2, "position_embedding": 1},
         optional=("use_mask_token", "embeddings.mask_token")),
+    "vit": Family(  # as google/vit-base-patch16-224, with its classifier or without
+        "ViTModel", VIT, "vit.",
+        implied={"class_token": True, "patch_bias": True, "pre_norm": False,
+                 "final_norm": True, "layer_scale": False},
+        defaults={**VIT_BASE, "intermediate_size": 3072, "patch_size": 16, "hidden_act": "gelu",
+                  "layer_norm_eps": 1e-12},
+        supported={"qkv_bias": True}, unread=("pooler.*", "classifier.*"),
+        leading_ones={"class_embedding": 2, "position_embedding": 1}),
 }
 
 
