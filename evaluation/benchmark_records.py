@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from dataset.chat import IMAGE, Message
-from dataset.readers.bad_sample import BadSample, printable, shown
+from dataset.readers.bad_sample import BadSample, MissingImage, printable, shown
 from dataset.readers.captions import PROMPTS, language_of
 from dataset.readers.record_images import IMAGE_KEYS, image_key, is_file, is_nothing
 from dataset.readers.unread import refuse_mark, refuse_unread, texts_in
@@ -41,6 +41,7 @@ READ = {*SHOWN, "caption", "label", "answers", *ANSWERS}
 # file, maybe without its ending (GQA's imageId).
 NUMBERED = re.compile(r"image_([1-9]\d?)")
 NAMES = ("imgname", "image_local_name", "imageId", "image_id", "data_id")
+OTHER_ANSWERS = re.compile(r"\w+_(?:answers|aliases)|aliases", re.IGNORECASE)
 MARK = re.compile(r"<image[ _]?(\d{1,2})>")  # "<image 1>" in MMMU's questions and options
 
 
@@ -56,7 +57,7 @@ def layout_of(records) -> tuple[str | None, str]:
         if not isinstance(record, dict):
             continue
         keys |= record.keys()
-        if TALKS & keys:
+        if TALKS & record.keys() and not option_keys(record):  # BLINK has a prompt beside them
             return None, STYLES[0]
         said = next((record[key] for key in ANSWERS if record.get(key) is not None), None)
         if isinstance(record.get("answers"), list):
@@ -101,7 +102,7 @@ def layout_of(records) -> tuple[str | None, str]:
 # ---------------------------------------------------------------- a record -> Question
 
 
-def with_images(record: dict, images_dir: Path) -> tuple[dict, list[int]]:
+def with_images(record: dict, images_dir: Path, where: str) -> tuple[dict, list[int]]:
     """The record with its images under 'image' where a benchmark has them elsewhere, and the
     numbers by which its text calls them; []: 1, 2, ..."""
     if image_key(record) in IMAGE_KEYS[:3]:
@@ -116,6 +117,11 @@ def with_images(record: dict, images_dir: Path) -> tuple[dict, list[int]]:
             if isinstance(record.get(key), str) and is_file(images_dir, record[key] + ending):
                 del rest[key]
                 return {**rest, "image": [record[key] + ending]}, []
+    key = next((key for key in NAMES[:3] if isinstance(record.get(key), str)), None)
+    if key and not image_key(record):
+        raise MissingImage(where, f"{key!r} is {shown(record[key])}, and {images_dir} has no file "
+                                  "of that name, nor with .jpg or .png behind it; is the image "
+                                  "directory right?")
     return record, []
 
 
@@ -187,6 +193,10 @@ def read_plain(record: dict, where: str) -> tuple:
     pairs = [pair for pair in PAIRS if set(pair) <= record.keys()] or [PAIRS[1]]
     key, name = next((pair for pair in pairs if record[pair[1]] is not None), pairs[0])
     question, answers = text_of(record, key, where), record.get(name)
+    for other, value in record.items():
+        if OTHER_ANSWERS.fullmatch(other) and isinstance(value, list) and not is_nothing(value):
+            raise BadSample(where, f"{other!r} ({shown(value)}) is not read, and seems to hold "
+                                   "accepted answers; expected all of them in 'answers'")
     if name != "answers" and not isinstance(answers, list):
         return question, text_of(record, name, where)
     if isinstance(answers, list):

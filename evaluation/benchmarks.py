@@ -121,8 +121,9 @@ class Questions:
 
     def images(self, i: int) -> tuple[dict, list[int], list]:
         """-> record i as with_images gives it, the numbers of its images, paths and bytes"""
-        record, numbers = with_images(self.read(i), self.images_dir)
-        return record, numbers, find_images(record, self.images_dir, self.where(i))
+        where = self.where(i)
+        record, numbers = with_images(self.read(i), self.images_dir, where)
+        return record, numbers, find_images(record, self.images_dir, where)
 
 
 @dataclass(frozen=True)

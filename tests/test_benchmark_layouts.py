@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dataset.readers.bad_sample import BadSample
+from dataset.readers.bad_sample import BadSample, MissingImage
 from evaluation.benchmark_options import options_in
 from evaluation.benchmarks import open_benchmark
 from evaluation.metrics import METRICS, chosen_letter, measure
@@ -312,7 +312,8 @@ def test_gqa(tmp_path):
         assert metric == "gqa" and not bad and [q.truth for q in questions] == ["yes", "green"]
         assert colours(questions) == [["green"], ["green"]]
         _, questions, bad = opened(file)  # the images lie elsewhere: not asked without
-        assert not questions and "'imageId' ('n161313')" in bad[0].reason
+        assert not questions and isinstance(bad[0], MissingImage)
+        assert "'imageId' is 'n161313', and" in bad[0].reason and str(tmp_path) in bad[0].reason
     assert measure("gqa", ["Green.", "green", "a green one"], [
         opened(file, tmp_path / "images")[1][1]] * 3).tolist() == [[1], [1], [0]]
 
@@ -332,6 +333,24 @@ def test_several_accepted_answers(tmp_path):
             metric, (question,), _ = opened(lines(tmp_path, {"question": "How many?", key: said}))
             assert metric == "exact" and question.truths == ("two", "2")
             assert measure("exact", ["two", "2", "3"], [question] * 3).tolist() == [[1], [1], [0]]
+
+
+def test_accepted_answers_under_another_key_are_refused(tmp_path):
+    for key in ("accepted_answers", "answer_aliases", "direct_answers"):
+        _, questions, bad = opened(lines(tmp_path, *exact("two", **{key: ["two", "2"]})))
+        assert not questions and f"{key!r} (" in str(bad[0]) and "'answers'" in str(bad[0])
+        assert opened(lines(tmp_path, *exact("two", **{key: []})))[1]
+
+
+def test_blink(tmp_path):
+    """Two images, and a prompt that repeats question and options."""
+    file = parquet(tmp_path, {
+        "idx": ["1"], "question": ["Which?"], "choices": [["x", "y"]], "answer": ["(B)"],
+        "prompt": ["Which?\n(A) x\n(B) y"], "image_1": RED, "image_2": [stored("blue")],
+        "image_3": pa.array([None], IMAGE)})
+    text, question = read_one(file, "choice")
+    assert text == "<image>\n<image>\nWhich?\nA. x\nB. y" and question.truth == "B"
+    assert colours([question]) == [["red", "blue"]]
 
 
 def test_a_hint_is_asked_too(tmp_path):
