@@ -15,7 +15,7 @@ from dataset.chat import IMAGE, Message
 from dataset.readers.bad_sample import BadSample, MissingImage, printable, shown
 from dataset.readers.captions import PROMPTS, language_of
 from dataset.readers.record_images import IMAGE_KEYS, image_key, is_file, is_nothing
-from dataset.readers.unread import refuse_mark, refuse_unread, texts_in
+from dataset.readers.unread import refuse_mark, refuse_unread
 from dataset.sample import TURNS
 from evaluation.benchmark_options import (
     STYLES,
@@ -31,12 +31,11 @@ TALKS = {*TURNS, "texts", "prompt"}  # keys of a conversation, whatever else sta
 # Keys of the question and of what is right: one answer or several. The first pair that is there.
 PAIRS = (("question", "answers"), ("question", "answer"), ("query", "label"), ("text", "label"))
 ANSWERS = ("answer", "correct_choice_idx")  # of a multiple choice
-# Columns that only these benchmarks have, beside such a pair.
-OWN = {"anls": {"questionId", "ucsf_document_id", "image_local_name", "ocr_output_file"},
-       "gqa": {"fullAnswer", "semantic", "semanticStr"}, "relaxed": {"imgname", "human_or_machine"}}
-CHARTQA = {"human_test", "augmented_test"}  # what its column "type" says
-SHOWN = ("question", "query", "text", "hint")  # what the model reads, beside options
-READ = {*SHOWN, "caption", "label", "answers", *ANSWERS}
+# Columns that only DocVQA and InfoVQA have, GQA, ChartQA; what ChartQA's column "type" says.
+ANLS = {"questionId", "ucsf_document_id", "image_local_name", "ocr_output_file"}
+GQA, CHARTQA = {"fullAnswer", "semanticStr"}, {"imgname", "human_or_machine"}
+CHARTQA_TYPES = {"human_test", "augmented_test"}
+READ = {"question", "query", "hint", "caption", "label", "answers", *ANSWERS}
 # Where images stand that have no key 'image': MMMU's image_1, image_2, ...; or the name of a
 # file, maybe without its ending (GQA's imageId).
 NUMBERED = re.compile(r"image_([1-9]\d?)")
@@ -60,8 +59,8 @@ def layout_of(records) -> tuple[str | None, str]:
         if TALKS & record.keys() and not option_keys(record):  # BLINK has a prompt beside them
             return None, STYLES[0]
         said = next((record[key] for key in ANSWERS if record.get(key) is not None), None)
-        if isinstance(record.get("answers"), list):
-            polls.add(len(record["answers"]))
+        several = record.get("answers")
+        polls.add(len(several) if isinstance(several, list) else 0 if said is None else 1)
         kinds.add(str(record.get("type")))
         optioned |= bool(option_keys(record))
         try:
@@ -75,20 +74,19 @@ def layout_of(records) -> tuple[str | None, str]:
     free = {answer for with_options, answer in answers if not with_options}
     chosen = any(lettered) and all(re.fullmatch(r"\(?[a-j][.)]?", answer) for answer in free)
     metric = None
-    pair = next((pair for pair in PAIRS if set(pair) <= keys), None)
+    pair = next((pair for pair in PAIRS if set(pair) <= keys), ())
     if "question" in keys and set(ANSWERS) & keys and (optioned or chosen):
         metric = "choice"
-    elif pair:
-        metric = next((name for name, own in OWN.items() if own & keys), "exact")
-        if metric == "exact" and pair[1] == "answers" and polls == {10}:
-            metric = "vqa"
-        elif metric == "exact" and kinds <= CHARTQA:
-            metric = "relaxed"
-        elif metric == "exact" and (pair[0] == "text" or pair[1] == "answer" and answers
-                                       and {answer for _, answer in answers} <= {*YES_NO}):
-            metric = "yesno"
-        elif metric == "exact" and pair[0] == "query":
-            metric = None
+    elif "answers" in pair:
+        metric = "anls" if ANLS & keys else "vqa" if polls - {0} == {10} else "exact"
+    elif "answer" in pair:
+        said = {answer for _, answer in answers}
+        metric = ("gqa" if GQA & keys else "relaxed" if kinds <= CHARTQA_TYPES else
+                  "yesno" if said and said <= {*YES_NO} else "exact")
+    elif "query" in pair:
+        metric = "relaxed" if CHARTQA & keys else None
+    elif "text" in pair:
+        metric = "yesno"
     elif "caption" in keys and "question" not in keys:
         metric = "caption"
     if metric is None and (pair or "question" in keys):
@@ -129,7 +127,7 @@ def question_of(metric: str, record: dict, images: dict, where: str, suffix: str
                 style: str = STYLES[0]) -> Question:
     """A record that is scored by metric -> its question. images: {number: image}. BadSample: it
     cannot be one, or a key that is not read seems to hold its image or its options."""
-    options, keys = {}, [*READ, image_key(record)]
+    options, keys = {}, [*READ, image_key(record), *["text"] * (metric == "yesno")]
     if metric == "choice":
         options, keys = options_of(record, where), [*keys, *option_keys(record)]
         text, truth, *more = read_choice(record, where, options, style)
@@ -139,12 +137,15 @@ def question_of(metric: str, record: dict, images: dict, where: str, suffix: str
     if isinstance(hint, str) and hint.strip() not in ("", "nan"):
         text = f"{hint.strip()}\n{text}"
     refuse_unread(record, keys, where, tuple(images.values()), text)
-    marked = any(IMAGE in text for key in SHOWN for text in texts_in(record.get(key)))
-    if not images and (marked or metric == "caption" or record.get("data_type") in (
+    if not images and (IMAGE in text or metric == "caption" or record.get("data_type") in (
             "image", "video")):  # the last is SEED-Bench's
-        what = IMAGE if marked else "a caption" if metric == "caption" else "a question"
+        what = IMAGE if IMAGE in text else "a caption" if metric == "caption" else "a question"
         raise BadSample(where, f"{what} without an image; expected it under 'image'")
     refuse_mark(text, where, images)
+    try:
+        "".join([text, truth, *(more[0] if more else ())]).encode("utf-8")
+    except UnicodeEncodeError as error:  # half a character, "\ud83d" in JSON
+        raise BadSample(where, f"the question or its answer is no text: {error}") from error
     text, order = place(text, images, where)
     text += "\n" + suffix if suffix else ""
     kind = record.get("category") or record.get("answer_type")
@@ -154,9 +155,14 @@ def question_of(metric: str, record: dict, images: dict, where: str, suffix: str
 
 
 def place(text: str, images: dict, where: str) -> tuple[str, list[int]]:
-    """The images in the places of their marks ("<image 1>"), the others in front -> the text, and
-    the images' numbers as it shows them."""
-    order = []
+    """The images in the places of their marks ("<image 1>", or as many "<image>"), the others in
+    front -> the text, and the images' numbers as it shows them."""
+    order, count = [], text.count(IMAGE)
+    if count > len(images):
+        raise BadSample(where, f"{count} {IMAGE} markers for {len(images)} images; each needs one")
+    if count == len(images) and not MARK.search(text):
+        return text, list(images)
+    text = text.replace(IMAGE, "").strip()
 
     def mark(match) -> str:
         number = int(match[1])
@@ -180,18 +186,14 @@ def text_of(record: dict, key: str, where: str) -> str:
     text = record.get(key)
     if not isinstance(text, str) or not text.strip():
         raise BadSample(where, f"{key!r} is {shown(text)}; expected a text")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:  # half a character, "\ud83d" in JSON
-        raise BadSample(where, f"{key!r} is no text: {error}") from error
-    return text.replace(IMAGE, "").strip()  # the image is put in front of the question
+    return text.strip()
 
 
 def read_plain(record: dict, where: str) -> tuple:
     """{"question": ..., "answer": ...} or another pair of PAIRS. Several answers are all accepted:
     [{"answer": "yes", ...}, ...] or ["yes", ...]; shown as the truth: the commonest."""
     pairs = [pair for pair in PAIRS if set(pair) <= record.keys()] or [PAIRS[1]]
-    key, name = next((pair for pair in pairs if record[pair[1]] is not None), pairs[0])
+    key, name = next((pair for pair in pairs if record.get(pair[1]) is not None), pairs[0])
     question, answers = text_of(record, key, where), record.get(name)
     for other, value in record.items():
         if OTHER_ANSWERS.fullmatch(other) and isinstance(value, list) and not is_nothing(value):

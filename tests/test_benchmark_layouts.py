@@ -107,6 +107,23 @@ def test_images_stand_where_the_text_calls_them(tmp_path):
     assert not questions and "<image 2>" in str(bad[0]) and "[1]" in str(bad[0])
 
 
+def test_markers_without_a_number(tmp_path):
+    save_pictures(tmp_path, "{}.png")
+    both = {"images": ["red.png", "blue.png"]}
+    for question, more, expected in (
+            ("Is <image> it?", {"image": "red.png"}, "Is <image> it?\nA. x\nB. y"),
+            ("Is <image> like <image>?", both, "Is <image> like <image>?\nA. x\nB. y"),
+            ("<image>\nAre they?", both, "<image>\n<image>\nAre they?\nA. x\nB. y"),
+            ("Which?", {**both, "options": ["<image>", "<image>"]},
+             "Which?\nA. <image>\nB. <image>")):
+        record = {"question": question, "options": ["x", "y"], "answer": "B", **more}
+        text, asked = read_one(lines(tmp_path, record), "choice")
+        assert text == expected and colours([asked]) == [["red", "blue"][:len(asked.images)]]
+    _, questions, bad = opened(lines(tmp_path, *exact("no", question="<image><image> Same?",
+                                                      image="red.png")))
+    assert not questions and "2 <image> markers for 1 images" in str(bad[0])
+
+
 def test_an_open_question_of_mmmu_is_refused(tmp_path):
     columns = pq.read_table(mmmu(tmp_path)).to_pydict()
     file = parquet(tmp_path, {**{key: value * 2 for key, value in columns.items()
@@ -214,7 +231,11 @@ FILES = [
     ("exact", [{"question": "?", "answers": ["a", "b"]}]),
     ("exact", [{"question": "?", "answers": [str(n) for n in range(14)]}]),
     ("exact", [{"question": "?", "answer": ["a", "b"]}]),
-    ("vqa", [{"question": "?", "answers": ["a"] * 10}] * 2), ("exact", exact("red", caption="x")),
+    ("vqa", [{"question": "?", "answers": ["a"] * 10}] * 2),
+    ("vqa", [{"question": "?", "answers": None}, {"question": "?", "answers": ["a"] * 10}]),
+    ("exact", [{"question": "?", "answers": ["a"] * 10}, *exact("red")]),
+    ("exact", exact("red", questionId=7)), ("exact", exact("red", imgname="x.png")),
+    ("exact", exact("red", caption="x")),
     ("gqa", exact("yes", "no", fullAnswer="Yes, it is.")),
     ("relaxed", exact("Yes", "7", type="human_test")),
     ("exact", exact("Yes", "7", type="chart")),
