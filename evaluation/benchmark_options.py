@@ -65,8 +65,10 @@ def options_of(record: dict, where: str) -> dict[str, str]:
     elif isinstance(found, dict):
         found = {letter: text for letter, text in found.items() if text is not None}
         letters, texts = list(found), list(found.values())
-    else:  # a table has as many places in each row, None where there is no option
-        texts = [text for text in found if text is not None] if isinstance(found, list) else None
+    else:
+        texts = list(found) if isinstance(found, list) else None
+        while texts and texts[-1] is None:  # a table has as many places in each row
+            texts.pop()
         letters = list(ascii_uppercase[:len(texts or "")])
     kinds = set(map(type, texts)) if isinstance(texts, list) else {None}
     if not (kinds <= {str} or kinds <= {int, float}) or not are_letters(letters, len(texts)):
@@ -81,9 +83,10 @@ def options_of(record: dict, where: str) -> dict[str, str]:
 
 
 def are_letters(letters, count: int) -> bool:
-    return (isinstance(letters, list) and len(letters) == count == len(set(map(str, letters)))
-            and all(isinstance(each, str) and len(each) == 1 and each.upper() in ascii_uppercase
-                    for each in letters))
+    """Whether these are so many letters, each once."""
+    return (isinstance(letters, list) and all(
+        isinstance(each, str) and len(each) == 1 and each.upper() in ascii_uppercase
+        for each in letters) and len(letters) == count == len({each.upper() for each in letters}))
 
 
 def parse(text: str):

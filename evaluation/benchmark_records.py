@@ -21,6 +21,7 @@ from evaluation.benchmark_options import (
     STYLES,
     AnswerStyle,
     option_keys,
+    options_in,
     options_of,
     readings,
 )
@@ -219,14 +220,16 @@ def read_caption(record: dict, where: str) -> tuple:
 
 
 def read_choice(record: dict, where: str, options: dict, style: str) -> tuple:
-    """The options are said behind the question if they are not in it."""
+    """The options stand behind the question if they are not in it."""
     text = text_of(record, "question", where)
     keys = option_keys(record)
     if not options:
-        raise BadSample(where, "the question has no options, unlike others of the file (in "
-                               f"{', '.join(map(repr, keys or ['question']))}); score it in a file "
-                               "of its own")
-    if keys:
+        raise BadSample(where, "the question has no options"
+                               + f" in {', '.join(map(repr, keys))}" * bool(keys)
+                               + ", unlike others of the file; expected them in 'options', "
+                               "'choices', 'A', 'B', ... or in the question; score open questions "
+                               "in a file of their own")
+    if keys and options_in(text) != options:
         text += "".join(f"\n{letter}. {option}" for letter, option in options.items())
     answer = next((record[key] for key in ANSWERS if record.get(key) is not None), None)
     letter = readings(answer, options).get(style)

@@ -180,11 +180,22 @@ def test_an_answer_is_a_letter_an_index_or_a_text(tmp_path, answer):
 @pytest.mark.parametrize("options", [
     ["stone", 3], [["stone"]], 4, {"stone": 1}, [str(n) for n in range(27)], "stone or apple",
     [True, False], {"label": ["A"], "text": ["stone", "apple"]}, {"label": [[]], "text": ["x"]},
-    "[" * 99999, {"A": {"bytes": "x"}}], ids=lambda value: str(value)[:30])
+    ["stone", None, "apple"], {"a": "stone", "A": "apple"}, "[" * 99999, {"A": {"bytes": "x"}}],
+    ids=lambda value: str(value)[:30])
 def test_options_that_cannot_be_read_are_named(tmp_path, options):
     benchmark = open_benchmark([lines(tmp_path, {**FRUIT, "options": options})])
     with pytest.raises(BadSample, match="data.jsonl:1: the options in 'options' are"):
         benchmark.data[0]
+
+
+def test_options_that_the_question_has_too_are_said_once(tmp_path):
+    question = "Which?\n(A) stone\n(B) apple"
+    for more in ({"options": ["stone", "apple"]}, {"A": "stone", "B": "apple"}):
+        record = {**FRUIT, "question": question, **more}
+        assert read_one(lines(tmp_path, record), "choice")[0] == question
+    for text in (question.replace("stone", "a stone"), "Which?"):
+        record = {**FRUIT, "question": text, "options": ["stone", "apple"]}
+        assert read_one(lines(tmp_path, record), "choice")[0] == text + "\nA. stone\nB. apple"
 
 
 def test_none_of_many_options_is_left_out(tmp_path):
