@@ -9,12 +9,11 @@ BadSample with its place.
 
 import re
 from collections import Counter
-from pathlib import Path
 
 from dataset.chat import IMAGE, Message
 from dataset.readers.bad_sample import BadSample, MissingImage, printable, shown
 from dataset.readers.captions import PROMPTS, language_of
-from dataset.readers.record_images import IMAGE_KEYS, image_key, is_file, is_nothing
+from dataset.readers.record_images import IMAGE_KEYS, ImageFolder, image_key, is_file, is_nothing
 from dataset.readers.unread import refuse_mark, refuse_unread
 from dataset.sample import TURNS
 from evaluation.benchmark_options import (
@@ -101,7 +100,7 @@ def layout_of(records) -> tuple[str | None, str]:
 # ---------------------------------------------------------------- a record -> Question
 
 
-def with_images(record: dict, images_dir: Path, where: str) -> tuple[dict, list[int]]:
+def with_images(record: dict, images_dir: ImageFolder, where: str) -> tuple[dict, list[int]]:
     """The record with its images under 'image' where a benchmark has them elsewhere, and the
     numbers by which its text calls them; []: 1, 2, ..."""
     if image_key(record) in IMAGE_KEYS[:3]:
@@ -118,9 +117,9 @@ def with_images(record: dict, images_dir: Path, where: str) -> tuple[dict, list[
                 return {**rest, "image": [record[key] + ending]}, []
     key = next((key for key in NAMES[:3] if isinstance(record.get(key), str)), None)
     if key and not image_key(record):
-        raise MissingImage(where, f"{key!r} is {shown(record[key])}, and {images_dir} has no file "
-                                  "of that name, nor with .jpg or .png behind it; is the image "
-                                  "directory right?")
+        raise MissingImage(where, f"{key!r} is {shown(record[key])}, and {images_dir.path} has no "
+                                  "file of that name, nor with .jpg or .png behind it; is the "
+                                  "image directory right?")
     return record, []
 
 

@@ -38,7 +38,7 @@ from torch.utils.data import ConcatDataset
 from dataset.readers.bad_sample import BadSample
 from dataset.readers.json_files import JsonStreamReader
 from dataset.readers.parquet import UNREADABLE
-from dataset.readers.record_images import find_images
+from dataset.readers.record_images import ImageFolder, find_images
 from evaluation.benchmark_files import (
     DECIDING,
     first_entry,
@@ -62,7 +62,8 @@ class Benchmark:
     data: object  # len() and [i] -> Question, which raises BadSample
 
 
-def open_benchmark(files: list, images_dir=None, suffix: str | None = None) -> Benchmark | None:
+def open_benchmark(files: list, images_dir=None, suffix: str | None = None,
+                   follow_links: bool = False) -> Benchmark | None:
     """Files of one benchmark -> its questions and metric; None: they are not a benchmark's.
 
     images_dir: where image names start from; None: where each file lies, for easy-VQA the folder
@@ -89,9 +90,10 @@ def open_benchmark(files: list, images_dir=None, suffix: str | None = None) -> B
         open_one = {"coco": open_captions, "easy-vqa": open_easy_vqa}.get(kinds[0], open_records)
         parts = list(map(open_one, files))
     suffix = METRICS[metric].suffix if suffix is None else suffix
-    questions = [Questions(*part, metric, suffix, Path(images_dir or file.parent / (
-        "images" if kinds == ("easy-vqa",) else "")), style)
-        for part, file, style in zip(parts, files, styles)]
+    folders = [Path(images_dir or file.parent / ("images" if kinds == ("easy-vqa",) else ""))
+               for file in files]
+    questions = [Questions(*part, metric, suffix, ImageFolder(folder, follow_links), style)
+                 for part, folder, style in zip(parts, folders, styles)]
     return Benchmark(metric, questions[0] if len(parts) == 1 else ConcatDataset(questions))
 
 
@@ -104,7 +106,7 @@ class Questions:
     where: Callable  # i -> "file:line"
     metric: str
     suffix: str
-    images_dir: Path
+    images_dir: ImageFolder
     style: str = "letter"  # how the answers of a choice name their options
 
     def __len__(self) -> int:

@@ -113,8 +113,10 @@ def open_questions(flags) -> tuple[str, object]:
             if split_source(file)[1] != 1:
                 raise ValueError(f"--data {file}: a weight says how often training sees a sample, "
                                  "and a score asks every question once. Leave the weight out.")
-        benchmark = open_benchmark(files, flags.image_folder, flags.suffix)
-        data = benchmark.data if benchmark else open_mixture(files, flags.image_folder)
+        benchmark = open_benchmark(files, flags.image_folder, flags.suffix,
+                                   flags.follow_links)
+        data = benchmark.data if benchmark else open_mixture(
+            files, flags.image_folder, follow_links=flags.follow_links)
     own = benchmark.metric if benchmark else "exact"
     return own if flags.metric == "auto" else flags.metric, data
 

@@ -209,6 +209,7 @@ def main(arguments=None) -> int:
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="data files; a weight, FILE:2, is passed over")
     add("--image_folder", help="what image names start from (default: the file's own)")
+    add("--follow_links", action="store_true", help="links in it may lead out of it")
     add("--language_model", default=str(EMOJI), metavar="DIR_OR_NAME",
         help="whose tokenizer counts the tokens (default: the embedded one)")
     add("--template", metavar="FAMILY", help="chat template (default: the language model's own)")
@@ -223,7 +224,8 @@ def main(arguments=None) -> int:
     try:
         template = make_template(flags.language_model, flags.template, flags.image_tokens)
         for source in flags.files:
-            data = open_data(split_source(source)[0], flags.image_folder)
+            data = open_data(split_source(source)[0], flags.image_folder,
+                             flags.follow_links)
             if flags.show is not None:
                 print(show(data, flags.show, template, flags.max_length))
                 continue

@@ -70,6 +70,10 @@ def make_inputs(settings, language_config, vision_config, language_directory, vi
     # DINOv2 was trained on 518 pixels and published with a processor that makes 224; its position
     # grid is stretched to what comes in.
     rows, columns = (side // vision_config.patch_size for side in processor.size)
+    if rows % settings.pixel_shuffle or columns % settings.pixel_shuffle:
+        raise ValueError(f"--pixel_shuffle {settings.pixel_shuffle}: an image makes {rows} x "
+                         f"{columns} patches, which no squares of that side fill; give a number "
+                         "that divides both")
     K = rows * columns // settings.pixel_shuffle**2
     if settings.vision_feature_select != "patches":  # one vector for the whole image
         K = 1
