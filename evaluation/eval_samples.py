@@ -19,7 +19,7 @@ class Question:
     truth: str
     where: str  # "file:line"
     tags: dict = field(default_factory=dict)  # e.g. {"kind": "count", "language": "en"}
-    references: tuple[str, ...] = ()  # all true answers, where several people were asked
+    references: tuple[str, ...] = ()  # all true answers, where several are accepted
     options: dict = field(default_factory=dict)  # {"A": "a cat", ...} of a multiple choice
 
     @property

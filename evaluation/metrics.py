@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evaluation.captions import bleu4, measure_captions
+from evaluation.short_answers import anls, is_exact, is_exact_gqa, is_relaxed
 
 RESAMPLES, LEVEL = 1000, 0.95  # of the bootstrap; LEVEL: share of the resamples in an interval
 
@@ -79,12 +80,7 @@ def bounds(values: list[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-# ---------------------------------------------------------------- exact, vqa
-
-
-def is_exact(answer: str, question) -> bool:
-    return answer.strip() == question.truth.strip()
-
+# ---------------------------------------------------------------- vqa
 
 
 # The contractions that the published evaluation mends when an apostrophe is missing ("dont"). It
@@ -110,23 +106,29 @@ PERIOD = re.compile(r"\.(?!\d)")  # but not that of 3.5
 
 
 def vqa_row(answer: str, question) -> float:
+    """Ten people were asked; fewer answers than ten are no poll, and each of them is accepted."""
     if len(question.truths) < 2:
         raise ValueError(f"{question.where}: one true answer; VQA accuracy needs several people's "
                          "(VQAv2 has ten). Score this with --metric exact.")
+    if len(question.truths) < 10:
+        return float(vqa_normal(answer) in map(vqa_normal, question.truths))
     return vqa_accuracy(answer, question.truths)
 
 
 def vqa_accuracy(answer: str, truths) -> float:
     """Antol et al. 2015, as VQA's evaluation code counts it: of each set of all people but one
     the accuracy is min(those who said it / 3, 1); the mean over the sets."""
-    answer = answer.replace("\t", " ").replace("\n", " ").strip()
-    answer = vqa_words(vqa_punctuation(answer))
+    answer = vqa_normal(answer)
     if len(set(truths)) > 1:  # the published answers are in normal form but for punctuation
         truths = [vqa_punctuation(truth) for truth in truths]
     said = sum(truth == answer for truth in truths)
     without_one_who_said_it, without_another = min((said - 1) / 3, 1), min(said / 3, 1)
     sets = said * without_one_who_said_it + (len(truths) - said) * without_another
     return sets / len(truths)
+
+
+def vqa_normal(text: str) -> str:
+    return vqa_words(vqa_punctuation(text.replace("\t", " ").replace("\n", " ").strip()))
 
 
 def vqa_punctuation(text: str) -> str:
@@ -234,7 +236,7 @@ def one_by_one(row: Callable) -> Callable:
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 METRICS = {
-    # the same text, but for white space at its two ends
+    # the same text as one accepted answer, but for white space at its two ends
     "exact": Metric("exact answers to", one_by_one(is_exact), lambda mean: {"exact": mean[0]},
                     stop_after_truth=True),
     # ten people were asked, and an answer that three of them gave is right
@@ -245,6 +247,14 @@ METRICS = {
                      lambda mean: {"accuracy": mean[0], "letter_found": mean[1]}, LETTER),
     # POPE: also precision, recall, F1, and how often the answer is yes
     "yesno": Metric("right with yes or no on", one_by_one(yesno_row), yesno_figures, SHORT),
+    # the same text as one accepted answer, in small letters and without a period at the end
+    "gqa": Metric("exact answers (in any letter case) to", one_by_one(is_exact_gqa),
+                  lambda mean: {"exact": mean[0]}, SHORT, stop_after_truth=True),
+    # how alike the letters are (DocVQA, InfoVQA)
+    "anls": Metric("ANLS on", one_by_one(anls), lambda mean: {"anls": mean[0]}, SHORT),
+    # a number may be 5 % wrong (ChartQA)
+    "relaxed": Metric("relaxed accuracy on", one_by_one(is_relaxed),
+                      lambda mean: {"relaxed_accuracy": mean[0]}, SHORT),
     # COCO captions, in captions.py. CIDEr is no share: published figures are times 100, without %
     "caption": Metric("CIDEr of the captions to", measure_captions,
                       lambda mean: {"cider": mean[0], "bleu4": bleu4(mean[1:])}, unit=""),

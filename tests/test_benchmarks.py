@@ -10,7 +10,7 @@ from torch.utils.data import ConcatDataset
 
 from dataset.images import load_image
 from dataset.readers.bad_sample import BadSample, MissingImage
-from evaluation.benchmark_records import options_in
+from evaluation.benchmark_options import options_in
 from evaluation.benchmarks import open_benchmark
 from evaluation.eval_samples import read_questions
 from evaluation.metrics import METRICS

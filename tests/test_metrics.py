@@ -20,6 +20,7 @@ from evaluation.metrics import (
     vqa_words,
     yes_or_no,
 )
+from evaluation.short_answers import edit_distance
 
 
 def asked(truth, *references, **options):
@@ -245,3 +246,68 @@ def test_a_fall_is_told_from_none():
     value, low, high = fall(rows, rng.permutation(rows))  # the same score, of other questions
     assert value == 0 and low < 0 < high
     assert fall(rows, rows) == (0, 0, 0)
+
+
+# ---------------------------------------------------------------- several accepted answers
+
+
+def test_any_accepted_answer_is_exact():
+    questions = [asked("1/8/93", "1/8/93", "8 Jan 93")] * 4
+    found = measure("exact", ["1/8/93", " 8 Jan 93\n", "8 jan 93", "1/8/93 8 Jan 93"], questions)
+    assert found.tolist() == [[1], [1], [0], [0]]
+
+
+@pytest.mark.parametrize("truths", [("1/8/93", "8 Jan 93"), ("a", "b", "c", "d", "e"),
+                                    ("two", "2", "Two dogs.", "the dogs", "dog's")])
+def test_fewer_than_ten_answers_are_no_poll(truths):
+    """Each is right by VQA's normal form, not a third of it."""
+    for truth in truths:
+        assert measure("vqa", [truth], [asked(truths[0], *truths)]).tolist() == [[1]]
+    assert measure("vqa", ["else"], [asked(truths[0], *truths)]).tolist() == [[0]]
+
+
+@pytest.mark.parametrize(("answer", "truths", "score"), [
+    ("Nokia", ["nokia"], 1), ("nokia\n", ["Nokia"], 1), ("new  York", ["New York"], 1),
+    ("nokla", ["nokia"], 4 / 5), ("noki", ["nokia", "nokias"], 4 / 5),
+    ("nokia", ["nokias", "noki"], 5 / 6), ("ab", ["abcd"], 0.5), ("abx", ["abcdefg"], 0),
+    ("ab", ["abcde"], 0), ("xyz", ["nokia"], 0), ("", ["nokia"], 0), ("kitten", ["sitting"], 4 / 7),
+    ("flaw", ["lawn"], 0.5), ("no", ["a long answer with no end"], 0),
+    ("诺基亚", ["诺基业"], 2 / 3)])
+def test_anls_by_hand(answer, truths, score):
+    """1 - edits / length of the longer; at 0.5 it still counts, as in the published evaluation."""
+    found = measure("anls", [answer], [asked(truths[0], *truths)])
+    assert found.tolist() == [[pytest.approx(score, abs=1e-12)]]
+
+
+def test_edit_distance_against_its_definition():
+    def slow(one, other):
+        if not one or not other:
+            return len(one) + len(other)
+        return min(slow(one[1:], other) + 1, slow(one, other[1:]) + 1,
+                   slow(one[1:], other[1:]) + (one[0] != other[0]))
+
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        one, other = ("".join(rng.choice(list("abc"), rng.integers(7))) for _ in range(2))
+        assert edit_distance(one, other) == slow(one, other), (one, other)
+
+
+@pytest.mark.parametrize(("answer", "truth", "right"), [
+    ("104", "100", 1), ("95", "100", 1), ("105", "100", 1), ("105.1", "100", 0), ("94", "100", 0),
+    ("-98", "-100", 1), ("98", "-100", 0), ("0.51", "50%", 1), ("50%", "0.5", 1), ("50", "50%", 0),
+    ("2019", "2019", 1), ("Red", "red", 1), ("red.", "red", 0), ("0", "0", 1), ("0.01", "0", 0),
+    ("100 km", "100", 0), ("1,000", "1000", 0), ("1,000", "1,000", 1), ("nan", "nan", 1),
+    ("inf", "5", 0), ("", "5", 0), ("%", "%", 1), (" 7\n", "7", 1)])
+def test_relaxed_accuracy_by_hand(answer, truth, right):
+    assert measure("relaxed", [answer], [asked(truth)]).tolist() == [[right]]
+    assert measure("relaxed", [answer], [asked("x", "no", truth)]).tolist() == [[right]]
+
+
+def test_gqa_is_exact_but_for_capitals_and_the_last_period():
+    found = measure("gqa", ["Red.", "red", "dark red", "a red"], [asked("red")] * 4)
+    assert found.tolist() == [[1], [1], [0], [0]]
+
+
+def test_every_metric_calls_the_truth_right():
+    for metric, truth in (("exact", "red"), ("gqa", "red"), ("anls", "red"), ("relaxed", "7")):
+        assert list(all_figures(metric, [truth], [asked(truth)]).values()) == [1]

@@ -463,8 +463,8 @@ def benchmark(folder, record, form="lines"):
     return found, opened.metric
 
 
-BLIND = [{"picture": "a.png"}, {"imageId": "n1"}, {"image_id": 7}, {"image_1": "a.png"},
-         {"photo": "a.png"}, {"what": "a.png"}, {"url": "https://host/1"},
+BLIND = [{"picture": "a.png"}, {"imageId": "n1"}, {"image_id": 7},
+         {"image_1": "a.png", "image": "b.png"}, {"photo": "a.png"}, {"what": "a.png"}, {"url": "https://host/1"},
          {"video": "x.mp4", "image": "a.png"}, {"image_2": "b.png", "image": "a.png"}]
 
 
@@ -474,7 +474,13 @@ BLIND = [{"picture": "a.png"}, {"imageId": "n1"}, {"image_id": 7}, {"image_1": "
     ({"question": "Which?", "answer": "red"}, "exact"),
     ({"text": "Is it?", "label": "no"}, "yesno"),
     ({"question": "Is it?", "answer": "no"}, "yesno"),
-    ({"question": "?", "answers": ["a"]}, "vqa"),
+    ({"question": "?", "answers": ["a"] * 10}, "vqa"),
+    ({"question": "?", "answers": ["a", "b"]}, "exact"),
+    ({"questionId": 1, "question": "?", "answers": ["a"]}, "anls"),
+    ({"query": "?", "label": ["a"], "human_or_machine": 0}, "relaxed"),
+    ({"question": "?", "answer": "a", "fullAnswer": "An a."}, "gqa"),
+    ({"question": "Which?", "options": ["x", "y"], "answer": "1"}, "choice"),
+    ({"question": "Which?", "choice_a": "x", "choice_b": "y", "answer": "B"}, "choice"),
     ({"question": "Which?", "choices": ["x", "y"], "answer": 1}, "choice"),
     ({"caption": "A."}, "caption")])
 def test_a_question_whose_picture_is_not_read(folder, record, metric, more, form):
@@ -490,7 +496,7 @@ def test_a_question_whose_options_are_not_read(folder, more, form):
     key = next(iter(more))
     for record in (QUESTION, {"question": "Which?", "answers": ["apple"]},
                    {"text": "Is it?", "label": "yes"}):
-        if record is QUESTION and key in ("choices", "A"):
+        if record is QUESTION and key in ("choices", "options", "choice_a", "A", "a"):
             continue  # this is what is read
         found, _ = benchmark(folder, {**record, **more, "image": "a.png"}, form)
         assert isinstance(found, BadSample) and repr(key) in found.reason, found
