@@ -24,6 +24,8 @@ FAMILIES = {
     "qwen3, own head_dim": ("Qwen3", {"head_dim": 10}),
     "qwen3 tied, wide heads": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
     "llama, one kv head": ("Llama", {"num_key_value_heads": 1, "rms_norm_eps": 1e-5}),
+    "llama, like TinyLlama": ("Llama", {"head_dim": 8, "rms_norm_eps": 1e-5,
+                                        "max_position_embeddings": 2048}),
     "llama tied, like SmolLM2": ("Llama", {"num_attention_heads": 3, "num_key_value_heads": 1,
                                            "rope_theta": 1e5, "tie_word_embeddings": True}),
 }

@@ -6,11 +6,12 @@ The templates stand here in the form of the published ones, shortened; transform
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
 import transformers
-from families import LANGUAGE
+from families import LANGUAGE, public_language
 
 import dataset.readers.published_template as published
 from dataset.chat import ChatTemplate, Message
@@ -21,6 +22,8 @@ from dataset.tokenizer import Tokenizer
 from extras.check_data import make_template
 from extras.convert.tiktoken import PIECES, SPECIAL_TOKENS
 from extras.export.chat_template import EXPORTABLE, PublicTemplate
+from training.bundle import make_inputs
+from training.inference import load_model
 
 SMOL = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
         "{{ '<|im_start|>system\\nYou are a helpful AI assistant named SmolLM, trained by Hugging "
@@ -333,6 +336,28 @@ def test_check_data_takes_it(tmp_path):
     (directory / "config.json").write_text(json.dumps({"model_type": "llama", **LANGUAGE}))
     template = make_template(str(directory), None, 4)
     assert (template.family, template.default_system) == ("llama", CASES["smollm2"][3])
+
+
+def test_training_and_the_chat_take_it(tmp_path):
+    words = save(tmp_path / "m", "qwen2", SMOL)
+    size = Tokenizer.from_directory(words).vocab_size
+    public_language("Llama", vocab_size=size, head_dim=6).save_pretrained(words)
+    (words / "preprocessor_config.json").write_text(json.dumps({
+        "image_processor_type": "SiglipImageProcessor",
+        "size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    settings = SimpleNamespace(template=None, system=None, image_token=None, pixel_shuffle=1,
+                               approximate_resize=None, vision_feature_select="patches")
+    towers = SimpleNamespace(model_type="llama"), SimpleNamespace(patch_size=16)
+    template, _ = make_inputs(settings, *towers, words, words)
+    assert (template.family, template.default_system) == CASES["smollm2"][2:]
+    settings.system = ""  # what the user says wins, with a warning
+    with pytest.warns(UserWarning, match="leave out --template and --system"):
+        template, _ = make_inputs(settings, *towers, words, words)
+    assert template.default_system is None
+    flags = SimpleNamespace(device="cpu", dtype="fp32", quantize=None, template=None, system=None,
+                            language_model=str(words))
+    _, template, _ = load_model(flags, "none")
+    assert (template.family, template.default_system) == CASES["smollm2"][2:]
 
 
 # ------------------------------------------------------------------------------- thoughts

@@ -43,16 +43,17 @@ JINJA = """\
     {%- else -%}
         {%- set parts = namespace(text='', image=false) -%}
         {%- for part in message.content -%}
-            {%- set image = part.type in ('image', 'image_url', 'input_image') -%}
+            {%- set image = part.type in ['image', 'image_url', 'input_image'] -%}
             {%- if (image and message.role == 'assistant') or
-                   not (image or part.type in ('text', 'input_text', 'output_text')) -%}
+                   not (image or part.type in ['text', 'input_text', 'output_text',
+                                               'media_marker']) -%}
                 {{- raise_exception('a part of type ' + part.type + ' in the turn of a '
                                     + message.role + ': it can hold text and, unless it is an '
                                     + 'answer, images') -}}
             {%- endif -%}
             {%- set piece = '<image>' if image else part.text -%}
             {%- if parts.text and (image or parts.image) and
-                   parts.text[-1:] != '\\n' and piece[:1] not in ('', '\\n') -%}
+                   parts.text[-1:] != '\\n' and piece[:1] not in ['', '\\n'] -%}
                 {%- set parts.text = parts.text + '\\n' -%}
             {%- endif -%}
             {%- set parts.text = parts.text + piece -%}
