@@ -81,7 +81,7 @@ def read_language_config(public: dict) -> LanguageConfig:
     return config_of(LanguageConfig, {
         "num_key_value_heads": heads, "head_dim": facts["hidden_size"] // heads,
         "rms_norm_eps": 1e-6, "tie_word_embeddings": False, **facts, "rope_theta": theta,
-        "rope_scaling": read_scaling(rope)})
+        "rope_scaling": rope["rope_scaling"]})
 
 
 def read_rope(public: dict) -> dict:
@@ -89,7 +89,7 @@ def read_rope(public: dict) -> dict:
     rope = public.get("rope_parameters") or public.get("rope_scaling") or {}
     rope = check_values(rope, "rope_parameters of config.json")
     refuse(public, "partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 1.0)
-    return rope
+    return {**rope, "rope_scaling": read_scaling(rope)}
 
 
 def read_scaling(rope: dict) -> dict | None:
