@@ -80,7 +80,7 @@ class ChatTemplate:
         self.opens_every_answer = facts.opens_every_answer
         # What every turn has in common is encoded once, not again with every turn of every row.
         self.borders = borders_of(facts, tokenizer, ROLES)
-        self.text_behind = TextBehind(tokenizer)
+        self.text_behind = TextBehind(tokenizer, facts.end)
         self.opening = tokenizer.encode(facts.answer_opening)
         self.image_token = image_token or facts.image_token
         # A placeholder must be an id that no typed text becomes. A special token is one; "@"
@@ -185,5 +185,5 @@ class ChatTemplate:
     def _content(self, message: Message) -> list[int]:
         name = self.facts.names[ROLES.index(message.role)]
         first, *rest = (self.facts.space * bool(name) + message.content).split(IMAGE)
-        ids = (self.text_behind if name else self.tokenizer.encode)(first)
-        return sum((self.image_ids + self.tokenizer.encode(text) for text in rest), ids)
+        ids = self.text_behind(first, not name)
+        return sum((self.image_ids + self.text_behind(text, True) for text in rest), ids)

@@ -179,8 +179,9 @@ def byte_level(special: list[str], thoughts=("<think>", "</think>")) -> tokenize
     return backend
 
 
-def sentencepiece() -> tokenizers.Tokenizer:
-    """As Llama 2's and TinyLlama's tokenizer.json: a space in front, bytes for the unknown."""
+def sentencepiece(legacy=True) -> tokenizers.Tokenizer:
+    """As Llama 2's and TinyLlama's tokenizer.json: a space in front of the text and behind each
+    token, bytes for the unknown. Not legacy: a space in front of the whole alone."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.normalizer = tokenizers.normalizers.Sequence([
         tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")])
@@ -195,6 +196,9 @@ def sentencepiece() -> tokenizers.Tokenizer:
     file["model"]["vocab"] |= {f"<0x{byte:02X}>": size + byte for byte in range(256)}
     file["model"] |= {"byte_fallback": True, "unk_token": "<unk>"}
     backend = tokenizers.Tokenizer.from_str(json.dumps(file))
+    if not legacy:
+        backend.normalizer = None
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace("▁", "first", split=False)
     backend.decoder = tokenizers.decoders.Sequence([
         tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(),
         tokenizers.decoders.Fuse(), tokenizers.decoders.Strip(" ", 1, 0)])
@@ -512,6 +516,18 @@ def test_a_template_whose_turns_are_text_is_not_exported(family):
 
 
 # ------------------------------------------------------------------------ SentencePiece
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("family, text", [("zephyr", TINYLLAMA), ("vicuna", VICUNA)])
+def test_ids_of_sentencepiece_are_those_of_the_whole_text(family, text, legacy):
+    template = ChatTemplate(Tokenizer(sentencepiece(legacy)), 1, DEFAULT_SYSTEM[family],
+                            family=family)
+    public = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=sentencepiece(legacy), chat_template=text, **marks_of(family))
+    for talk in (*TALKS, turns("a\nb", "cat", " What"), turns("红 What", "A cat.", "is  it")):
+        assert template.encode_prompt(messages_of(talk)) == public.apply_chat_template(
+            talk, add_generation_prompt=True, return_dict=False)
+
+
 @pytest.mark.parametrize("family", ["zephyr", "vicuna"])
 @pytest.mark.parametrize("answer", ["A cat.", " A cat.", "\nred", "", "红", "<image>", "</s>"])
 def test_the_training_prefix_is_the_prompt_with_sentencepiece(family, answer):

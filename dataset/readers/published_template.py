@@ -15,6 +15,7 @@ import warnings
 from dataclasses import replace
 
 from dataset.families import CHAT_FAMILIES, DEFAULT_SYSTEM
+from dataset.readers.template_text import as_one_text
 
 FILES = ("chat_template.jinja", "tokenizer_config.json")  # the first wins, as in transformers
 ASKED = ({"role": "user", "content": "Who?"},)
@@ -115,15 +116,6 @@ def rendered(tokenizer, text: str, messages) -> str | None:
     return render(text, messages, tokenizer.companions.get(FILES[1], b"{}"))
 
 
-def as_read(tokenizer, text: str) -> str:
-    """A whole prompt, encoded as one text and decoded: as our own ids come back."""
-    tokenizer.backend.encode_special_tokens = False  # here the text's special tokens are meant
-    try:
-        return tokenizer.decode(tokenizer.backend.encode(text, add_special_tokens=False).ids)
-    finally:
-        tokenizer.backend.encode_special_tokens = True
-
-
 def warn_of_differences(template, message_class) -> None:
     """template: a ChatTemplate. Where its model was published with another one: say both."""
     tokenizer = template.tokenizer
@@ -133,7 +125,7 @@ def warn_of_differences(template, message_class) -> None:
         ours = tokenizer.decode(template.encode_prompt(
             [message_class(**message) for message in messages]))
         if theirs is not None:
-            differ = as_read(tokenizer, theirs) != ours
+            differ = tokenizer.decode(as_one_text(tokenizer, theirs)) != ours
         else:
             family = family_of_text(text, template.family)
             differ = messages == ASKED and (family is None or CHAT_FAMILIES[family] != replace(
