@@ -117,6 +117,7 @@ def read_flags(arguments=None) -> argparse.Namespace:
     add("--data", nargs="+", metavar="FILE", help="files of conversations to score, or emoji: "
         "unseen scenes; \"part-*.parquet\" is each such file")
     add("--image_folder", help="directory that the file's image names are relative to")
+    add("--follow_links", action="store_true", help="links in it are yours, and may lead out of it")
     add("--metric", default="auto", help="with --data: how an answer is scored, one of those in "
         "evaluation/metrics.py (default: as the data's authors do; exact for conversations)")
     add("--suffix", help="with --data: said behind each question of a benchmark, which decides the "

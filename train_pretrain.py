@@ -190,13 +190,14 @@ def train(model, steps, optimizer, settings, distributed, hooks) -> None:
                 raise not_finite(step, (loss, grad_norm), batches, losses, weight, distributed.rank)
         lr = set_learning_rate(optimizer, schedule(step + steps.ahead, steps.total + steps.ahead,
                                                    settings.warmup_ratio))
-        if finite:
+        if finite and num_tokens:  # without a usable row nothing moves, by decay or momentum either
             optimizer.step()
         optimizer.zero_grad()
 
         state.step, steps.stopping = step, bool(stop)
         seconds = time.monotonic() - start
-        metrics = {"loss": loss if math.isfinite(loss) else None,  # JSON has no infinity
+        usable = num_tokens and math.isfinite(loss)  # JSON has no infinity
+        metrics = {"loss": loss if usable else None,
                    "grad_norm": grad_norm if finite else None, "learning_rate": lr,
                    "supervised_tokens": int(num_tokens),
                    "tokens_per_second": round(steps.non_padding_tokens / seconds, 1),

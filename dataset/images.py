@@ -58,13 +58,10 @@ class ImageProcessor:
 
     @classmethod
     def from_directory(cls, path) -> "ImageProcessor":
-        file = Path(path) / "preprocessor_config.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing; it says how the vision tower wants its "
-                                    "images, and is published beside its weights")
+        file, public = preprocessor_config.find(path)
         try:
-            return cls.from_public(json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, RecursionError) as error:
+            return cls.from_public(public)
+        except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
 
     @classmethod

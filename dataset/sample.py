@@ -9,6 +9,7 @@ RECORD_LAYOUTS lists the layouts. The key that holds the text tells which one a 
     prompt and completion     two lists of turns, or two texts           TRL's llava-instruct-mix
     texts                     [{"user": ..., "assistant": ...}, ...]     the Cauldron, FineVision
     caption                   one text, or several of one image          COCO, AI Challenger
+    question, answer          and other pairs of keys, readers/answered.py     VQA, Alpaca, LLaVaM
 
 The images stand in `image`, `images`, `image_bytes` or another of IMAGE_KEYS, one or a list, each
 a file name, bytes, base64 or {"bytes": ..., "path": ...}; or in the parts of a turn. Without any it
@@ -20,14 +21,14 @@ Data comes from strangers: a value may be of any type and size. What is no sampl
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from dataset.chat import IMAGE, Message
 from dataset.chat import ROLES as CHAT_ROLES
+from dataset.readers.answered import read_answered
 from dataset.readers.bad_sample import BadSample, shown
 from dataset.readers.captions import read_captions
-from dataset.readers.record_images import find_images, image_key, read_content
-from dataset.readers.unread import refuse_blind
+from dataset.readers.record_images import ImageFolder, find_images, image_key, read_content
+from dataset.readers.unread import refuse_unread_media
 
 TURNS = ("conversations", "messages")
 TAGS = ("kind", "language")  # optional, for scores by kind and by language
@@ -40,7 +41,7 @@ LONGEST_TEXT = 500_000  # characters; a model reads a tenth of it, a tokenizer n
 @dataclass(frozen=True)
 class Sample:
     messages: tuple  # of Message
-    images: tuple  # each a path, bytes, a PIL.Image or a function that draws one; as the markers
+    images: tuple  # in the order of the markers: a path, bytes, a PIL.Image or what draws one
     where: str  # "file:line", to find it when it has to be repaired
     tags: dict = field(default_factory=dict)  # e.g. {"kind": "count", "language": "en"}
 
@@ -79,20 +80,20 @@ def checked(turns, key: str, expected: str = "role and content (or from and valu
 
 
 # (the keys that hold the text, a function that makes turns of them: objects with role and content).
-# A record has the first layout of which it has a key; without any, the first of all reports it.
 RECORD_LAYOUTS = ((("conversations",), read_turns), (("messages",), read_turns),
                   (("prompt", "completion"), read_prompt), (("texts",), read_pairs),
-                  (("caption",), read_captions))
+                  (("caption",), read_captions), (("question", "answer"), read_answered),
+                  (("query", "response"), read_answered),
+                  (("instruction", "output"), read_answered), (("input", "output"), read_answered))
 TEXT_KEYS = tuple(key for keys, _ in RECORD_LAYOUTS for key in keys)
 
 
-def to_sample(record: dict, images_dir: Path, where: str, index: int = 0,
+def to_sample(record: dict, images_dir: ImageFolder, where: str, index: int = 0,
               caption_index: int = 0) -> Sample:
     """-> a sample with as many <image> markers as images, or BadSample. index: number of the
     record. It chooses one of several captions, caption_index the next one with each step."""
     images = find_images(record, images_dir, where)
-    keys, read = next((layout for layout in RECORD_LAYOUTS if any(
-        record.get(key) is not None for key in layout[0])), RECORD_LAYOUTS[0])
+    keys, read = find_layout(record)
     messages, own = [], []  # own: what each marker shows; None: the next of `images`
     try:
         turns = read(record, index, caption_index)
@@ -107,7 +108,8 @@ def to_sample(record: dict, images_dir: Path, where: str, index: int = 0,
         raise BadSample(where, f"a conversation of {length:,} characters; expected at most "
                                f"{LONGEST_TEXT:,}, is it a whole book?")
     seen = [*images, *(image for image in own if image is not None)]
-    refuse_blind(record, (*keys, image_key(record), *TAGS, *SYSTEM), turns, messages, seen, where)
+    read_keys = (*keys, image_key(record), *TAGS, *SYSTEM)
+    refuse_unread_media(record, read_keys, turns, messages, seen, where)
     if read is read_captions and not images:
         raise BadSample(where, "a caption without an image; expected the name or the bytes of its "
                                "file under 'image'")
@@ -131,6 +133,14 @@ def to_sample(record: dict, images_dir: Path, where: str, index: int = 0,
     return Sample(tuple(messages), images, where, tags)
 
 
+def find_layout(record: dict) -> tuple:
+    """The first layout of which the record has a key; else the first of all, which reports it."""
+    for layout in RECORD_LAYOUTS:
+        if any(record.get(key) is not None for key in layout[0]):
+            return layout
+    return RECORD_LAYOUTS[0]
+
+
 def read_system(record: dict, turns: list) -> list:
     """The system turn whose text stands beside the turns, if there is one."""
     texts = {record[key] for key in SYSTEM if record.get(key)}
@@ -141,7 +151,7 @@ def read_system(record: dict, turns: list) -> list:
     return [{"role": "system", "content": texts.pop()}]
 
 
-def to_message(turn: dict, images_dir: Path, where: str) -> tuple[Message, list]:
+def to_message(turn: dict, images_dir: ImageFolder, where: str) -> tuple[Message, list]:
     """-> the message, and what each of its markers shows, see read_content."""
     turn = {key: value for key, value in turn.items() if value is not None}
     role = turn.get("role", turn.get("from"))

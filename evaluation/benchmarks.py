@@ -35,7 +35,7 @@ from dataset.readers.bad_sample import BadSample, shown
 from dataset.readers.formats import open_data
 from dataset.readers.json_files import CocoData, JsonStreamReader, RecordIndex, is_id, walk_object
 from dataset.readers.parquet import UNREADABLE, ParquetData
-from dataset.readers.record_images import IMAGE_KEYS, find_images
+from dataset.readers.record_images import IMAGE_KEYS, ImageFolder, find_images
 from evaluation.benchmark_records import LETTERS, YES_NO, metric_of, question_of
 from evaluation.eval_samples import Question
 from evaluation.metrics import METRICS
@@ -50,7 +50,8 @@ class Benchmark:
     data: object  # len() and [i] -> Question, which raises BadSample
 
 
-def open_benchmark(files: list, images_dir=None, suffix: str | None = None) -> Benchmark | None:
+def open_benchmark(files: list, images_dir=None, suffix: str | None = None,
+                   follow_links: bool = False) -> Benchmark | None:
     """Files of one benchmark -> its questions and metric; None: they are not a benchmark's.
 
     images_dir: where image names start from; None: where each file lies, for easy-VQA the folder
@@ -77,8 +78,10 @@ def open_benchmark(files: list, images_dir=None, suffix: str | None = None) -> B
         open_one = {"coco": open_captions, "easy-vqa": open_easy_vqa}.get(kinds[0], open_records)
         parts = list(map(open_one, files))
     suffix = METRICS[metric].suffix if suffix is None else suffix
-    questions = [Questions(*part, metric, suffix, Path(images_dir or file.parent / (
-        "images" if kinds == ["easy-vqa"] else ""))) for part, file in zip(parts, files)]
+    folders = [Path(images_dir or file.parent / ("images" if kinds == ["easy-vqa"] else ""))
+               for file in files]
+    questions = [Questions(*part, metric, suffix, ImageFolder(folder, follow_links))
+                 for part, folder in zip(parts, folders)]
     return Benchmark(metric, questions[0] if len(parts) == 1 else ConcatDataset(questions))
 
 
@@ -91,7 +94,7 @@ class Questions:
     where: Callable  # i -> "file:line"
     metric: str
     suffix: str
-    images_dir: Path
+    images_dir: ImageFolder
 
     def __len__(self) -> int:
         return self.count

@@ -36,7 +36,9 @@ from training.inference import load_model
 from training.writable import free_name
 
 LISTED = 5  # unusable samples named on the screen; scores.json counts them all
-SMALL_FILES = ("config.json", "tokenizer.json", "preprocessor_config.json")  # beside the weights
+# Beside the weights.
+SMALL_FILES = ("config.json", "tokenizer.json", "vocab.json", "merges.txt",
+               "preprocessor_config.json", "processor_config.json")
 # What lies in OUT beside the cache; scores.json says whose they are, so it is moved last.
 RESULTS = ("answers.jsonl", "contact_sheet.png", "loss.png", "scores.json")
 NAME_BYTES = 60  # of a model and of a file in result_name: some file systems take 143 in all
@@ -113,8 +115,10 @@ def open_questions(flags) -> tuple[str, object]:
             if split_source(file)[1] != 1:
                 raise ValueError(f"--data {file}: a weight says how often training sees a sample, "
                                  "and a score asks every question once. Leave the weight out.")
-        benchmark = open_benchmark(files, flags.image_folder, flags.suffix)
-        data = benchmark.data if benchmark else open_mixture(files, flags.image_folder)
+        benchmark = open_benchmark(files, flags.image_folder, flags.suffix,
+                                   flags.follow_links)
+        data = benchmark.data if benchmark else open_mixture(
+            files, flags.image_folder, follow_links=flags.follow_links)
     own = benchmark.metric if benchmark else "exact"
     return own if flags.metric == "auto" else flags.metric, data
 

@@ -33,6 +33,7 @@ from dataset.readers.published_template import chat_facts
 from dataset.tokenizer import COMPANIONS, Tokenizer
 from model.pretrained.files import read_json
 from model.pretrained.hub import public
+from training.bundle import check_vocabulary
 
 ALLOWED = 0.01  # share of unusable samples; more, and the data should be repaired first
 LISTED = 12  # samples named for each kind of fault
@@ -183,20 +184,39 @@ def marked(template: ChatTemplate, ids: list, mask: list) -> str:
     return text
 
 
-def make_template(language: str, family: str | None, image_tokens: int) -> ChatTemplate:
-    """Of the tokenizer in a directory, or published under a name on the hub."""
+def tokenizer_directory(language: str) -> Path:
+    """A directory as it is, or what of a name on the hub this needs."""
     directory = Path(language)
     if not directory.is_dir():
         from huggingface_hub import snapshot_download  # here: a local directory needs no hub
 
         try:
             directory = Path(snapshot_download(language, allow_patterns=[
-                "tokenizer.json", "qwen.tiktoken", "config.json", *COMPANIONS]))
+                "tokenizer.json", "qwen.tiktoken", "vocab.json", "merges.txt", "config.json",
+                *COMPANIONS]))
         except Exception as error:  # offline, unknown, refused: the way out is the same
             raise FileNotFoundError(
                 f"--language_model {language} is no directory, and fetching it from the hub failed "
                 f"({str(error).splitlines()[0]}); give a directory with tokenizer.json"
             ) from error
+    return directory
+
+
+def vocabulary_problem(template: ChatTemplate, directory: Path) -> str | None:
+    """What training says before its first step of ids past the embedding table."""
+    config = public(directory) / "config.json"
+    rows = read_json(config).get("vocab_size") if config.is_file() else None
+    try:
+        if rows is not None:
+            check_vocabulary(template, rows)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def make_template(language: str, family: str | None, image_tokens: int) -> ChatTemplate:
+    """Of the tokenizer in a directory, or published under a name on the hub."""
+    directory = tokenizer_directory(language)
     tokenizer, system = Tokenizer.from_directory(public(directory)), DEFAULT_SYSTEM.get(family)
     if family is None:
         config = directory / "config.json"
@@ -211,6 +231,7 @@ def main(arguments=None) -> int:
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="data files; a weight, FILE:2, is passed over")
     add("--image_folder", help="what image names start from (default: the file's own)")
+    add("--follow_links", action="store_true", help="links in it may lead out of it")
     add("--language_model", default=str(EMOJI), metavar="DIR_OR_NAME",
         help="whose tokenizer counts the tokens (default: the embedded one)")
     add("--template", metavar="FAMILY", help="chat template (default: the language model's own)")
@@ -223,14 +244,17 @@ def main(arguments=None) -> int:
     flags = parser.parse_args(arguments)
     good = True
     try:
-        template = make_template(flags.language_model, flags.template, flags.image_tokens)
+        directory = tokenizer_directory(flags.language_model)
+        template = make_template(str(directory), flags.template, flags.image_tokens)
+        mismatch = vocabulary_problem(template, directory)
         for source in flags.files:
-            data = open_data(split_source(source)[0], flags.image_folder)
+            data = open_data(split_source(source)[0], flags.image_folder,
+                             flags.follow_links)
             if flags.show is not None:
                 print(show(data, flags.show, template, flags.max_length))
                 continue
             report = check(data, template, flags.max_length, flags.num_workers, Path(source).name)
-            reason = problem(report, len(data), flags.text_only)
+            reason = mismatch or problem(report, len(data), flags.text_only)
             print(f"{source}\n{summary(report, len(data), flags.max_length)}{slowness(data)}")
             print(f"  NOT READY: {reason}\n" if reason else "  ready\n")
             good = good and reason is None

@@ -101,9 +101,10 @@ def without(*names):
 
 
 def index(content, single="model.safetensors"):
-    """An index beside the file, which lies one directory higher as well."""
+    """An index in place of the file, which lies one directory higher now: where both lie, the file
+    is read and no index."""
     def spoil(directory):
-        shutil.copy(directory / "model.safetensors", directory.parent / "x.safetensors")
+        shutil.move(directory / "model.safetensors", directory.parent / "x.safetensors")
         written = content if isinstance(content, str) else json.dumps(content)
         (directory / f"{single}.index.json").write_text(written)
     return spoil
@@ -241,6 +242,24 @@ LANGUAGE = [
     ("rope is a list", config(rope_scaling=[1]), r"rope_parameters of config.json is '\[1\]'"),
     ("stretched rope", config(rope_scaling={"type": "yarn"}), "rope_type = 'yarn'; only 'default'"),
     ("another activation", config(hidden_act="relu"), "hidden_act = 'relu'; only 'silu'"),
+    ("bitsandbytes", config(quantization_config={"quant_method": "bitsandbytes"}),
+     r"config.json has quantization_config \(bitsandbytes\): weights in few bits are not read here;"
+     " take the release in bf16"),
+    ("fp8", config(quantization_config={"quant_method": "fp8"}), r"quantization_config \(fp8\): w"),
+    ("an unnamed method", config(quantization_config={"bits": 4}), "_config .of an unnamed method"),
+    ("a text for a method", config(quantization_config="awq"), r"quantization_config \(awq\): "),
+    ("compressed", config(compression_config={"quant_method": "sparse"}), r"n_config \(sparse\)"),
+    # the same where config.json is silent: the tensors tell
+    *((f"{end} unsaid", put(f"{UP}{end}" if end.startswith("_") else UP.replace("weight", end),
+                            torch.ones(2, dtype=torch.uint8)), "up_proj.*: weights in few bits are")
+      for end in ("qweight", "qzeros", "_scale", "_scale_inv", "weight_packed", "SCB",
+                  "weight.absmax", "weight.quant_map")),
+    ("an adapter as well", text("adapter_config.json", "{}"), "adapter of peft .*--lora_from"),
+    ("an adapter alone", lambda d: (text("adapter_config.json", "{}")(d),
+                                    without("config.json")(d)), "adapter of peft .*--lora_from"),
+    # another head in a file whose config.json ties it
+    ("a head with a row more", put("lm_head.weight", torch.ones(263, 32)), "misshapen: lm_head.w"),
+    ("a head of NaN", put("lm_head.weight", torch.full((262, 32), float("nan"))), "finite: lm_he"),
     # pickles: pytorch_model.bin
     ("a pickle that runs", saved(lambda p, t: {NORM: Order(os.mkdir, ran(p))}), "global.*mkdir"),
     ("a shell in a pickle", saved(lambda p, t: Order(os.system, f"mkdir {ran(p)}")), "refused"),
@@ -307,6 +326,7 @@ VISION = [
     ("an eps of 0", config(layer_norm_eps=0), "has layer_norm_eps = '0'; expected a number above "),
     ("another activation", config(hidden_act="relu"), "hidden_act is 'relu'"),
     ("grey pictures", config(num_channels=1), "num_channels = 1; only 3 is supported"),
+    ("gptq", config(quantization_config={"quant_method": "gptq"}), r"quantization_config \(gptq\)"),
 ]
 MINIMIND = "model.layers.0.self_attn.q_proj.weight"
 PTH = [  # llm.pth instead of everything
@@ -331,6 +351,13 @@ def test_a_bad_minimind_is_refused_by_file(tmp_path, name, change, words):
     held = save_minimind(tmp_path / "llm.pth", "2")
     torch.save({} if change is None else {**held, **change}, tmp_path / "llm.pth")
     refused(load_language, tmp_path, lambda directory: None, words)
+
+
+def test_a_quantized_qwen_7b_is_refused_before_it_is_converted(tmp_path):
+    from families import save_qwen
+    save_qwen(tmp_path, quantization_config={"bits": 4, "quant_method": "gptq"})
+    refused(load_language, tmp_path, lambda directory: None, r"quantization_config \(gptq\): weigh")
+    assert not (tmp_path / "converted_model").exists()
 
 
 def vocabulary(change):

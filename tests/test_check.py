@@ -8,15 +8,20 @@ import sys
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 from conftest import ROOT, needed, shared_dir
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+import eval
+import train_sft
 from dataset.batching import Batches
 from dataset.chat import ChatTemplate
 from dataset.images import ImageProcessor
 from dataset.readers.formats import open_data
 from dataset.tokenizer import Tokenizer
 from extras import check_data as check
+from tests.tiny import make_world
 
 K = 4
 PROCESSOR = ImageProcessor("SiglipImageProcessor", (8, 8), None, 3, 1 / 255, (0.5,) * 3, (0.5,) * 3)
@@ -212,6 +217,46 @@ def test_tokenizer_by_name_and_template_by_family(run, tiny_tokenizer_dir, monke
     assert code == 1 and "(no network); give a directory with tokenizer.json" in err
     assert check.main(["nowhere.jsonl"]) == 1
     assert "no data file nowhere.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("late, special, words", [
+    (["<loc1>"], False, "262 tokens, the embedding table 261 rows: there is none for '<loc1>'. T"),
+    (["<loc1>"], True, "262 tokens, the embedding table 261 rows: there is none for '<loc1>'. T"),
+    ([f"<loc{i}>" for i in range(1000)], False, "1,261 tokens, .* '<loc3>' and more. Take the to"),
+    (["<loc1>", "<|image_pad|>"], False, "263 tokens, .* none for '<loc1>', '<|image_pad|>'. Take"),
+    (["<loc1>", "<|image_pad|>"], True, "263 tokens, .* none for '<loc1>'. Take"),
+    (["<|image_pad|>"], True, None)])
+def test_ids_past_the_table_are_said_before_the_first_step(tmp_path, capsys, late, special, words):
+    """All but the placeholder's, which is never looked up."""
+    flags = make_world(tmp_path, count=4)
+    file = tmp_path / "language" / "tokenizer.json"
+    public = json.loads(file.read_text(encoding="utf-8"))
+    public["added_tokens"].remove(next(
+        token for token in public["added_tokens"] if token["content"] == "<|image_pad|>"))
+    config = tmp_path / "language" / "config.json"
+    facts = json.loads(config.read_text())
+    config.write_text(json.dumps({**facts, "vocab_size": facts["vocab_size"] - 1}))
+    weights = tmp_path / "language" / "model.safetensors"
+    tensors = load_file(weights)
+    name = "model.embed_tokens.weight"
+    save_file({**tensors, name: tensors[name][:-1].clone()}, weights, metadata={"format": "pt"})
+    backend = tokenizers.Tokenizer.from_str(json.dumps(public))
+    (backend.add_special_tokens if special else backend.add_tokens)(late)
+    backend.save(str(file))
+    data = str(tmp_path / "data.jsonl")
+    told = check.main([data, "--language_model", str(tmp_path / "language")])
+    out = capsys.readouterr().out
+    chat = ["--model", "none", "--language_model", str(tmp_path / "language"), "--prompt", "<loc1>",
+            "--max_new_tokens", "1", "--device", "cpu"]
+    if words is None:
+        assert told == 0 and "ready" in out
+        eval.main(chat)
+        return
+    assert told == 1 and re.search(f"NOT READY: the tokenizer has {words}", out)
+    with pytest.raises(SystemExit, match=f"cannot build the model: the tokenizer has {words}"):
+        train_sft.main([*flags, "--model", "none", "--lora", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=f"the tokenizer has {words}"):
+        eval.main(chat)
 
 
 def test_the_command_itself_on_its_default_tokenizer(folder):

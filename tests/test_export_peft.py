@@ -14,7 +14,7 @@ import train_sft
 from extras.export.peft import add_peft
 from model.pretrained.checkpoint import find_model, newest_checkpoint, read_config, read_run
 from model.pretrained.load import load_checkpoint, load_language
-from tests.families import assert_close, save_qwen
+from tests.families import assert_close, public_language, save_qwen
 from tests.test_export import trained
 from tests.tiny import make_data, metrics
 
@@ -128,6 +128,110 @@ def test_adapters_that_compute_otherwise_are_refused(world, tmp_path, change, me
         add_peft(language, tmp_path / "adapter")
     with pytest.raises(SystemExit, match="--lora: "):
         train_from(directory, tmp_path, "--lora_from", str(tmp_path / "adapter"))
+
+
+@pytest.fixture
+def untied(tmp_path):
+    """A directory with a decoder that has a head of its own, and the decoder in transformers."""
+    public_language("Qwen2", vocab_size=250).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def adapter_on(base, out, targets, save=None, **options):
+    """Write the adapter of a peft model -> the model. save: options of save_pretrained."""
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False,
+                        task_type="CAUSAL_LM", **options))
+    theirs.save_pretrained(out, **(save or {}))
+    return theirs.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("targets, save, changes", [
+    (["q_proj", "lm_head"], {}, {}), (["lm_head"], {}, {}),
+    (["q_proj"], {"save_embedding_layers": True}, {}),
+    ("all-linear", {"save_embedding_layers": True}, {}),
+    (["q_proj", "lm_head"], {"save_embedding_layers": False}, {"exclude_modules": ["k_proj"]})])
+def test_an_adapter_on_the_head_and_copies_of_the_base_come_in(untied, tmp_path, targets, save,
+                                                              changes):
+    theirs = adapter_on(untied, tmp_path / "adapter", targets, save, **changes)
+    ours = load_language(untied)
+    add_peft(ours, tmp_path / "adapter")
+    assert_close(ours(IDS), theirs(IDS).logits, 1e-5, "logits")
+
+
+@torch.no_grad()
+def test_an_adapter_of_older_peft_is_a_bin_file(untied, tmp_path):
+    theirs = adapter_on(untied, tmp_path / "adapter", ["up_proj"], {"safe_serialization": False})
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    if file.exists():  # peft writes no other any more
+        torch.save(load_file(file), file.with_suffix(".bin"))
+        file.unlink()
+    ours = load_language(untied)
+    add_peft(ours, tmp_path / "adapter")
+    assert_close(ours(IDS), theirs(IDS).logits, 1e-5, "logits")
+    file.with_suffix(".bin").unlink()
+    with pytest.raises(ValueError, match="lacks adapter_model.safetensors"):
+        add_peft(load_language(untied), tmp_path / "adapter")
+
+
+@torch.no_grad()
+def test_a_copy_of_a_tied_head_is_the_table(tmp_path):
+    public_language("Llama", vocab_size=250, tie_word_embeddings=True).save_pretrained(
+        tmp_path / "base")
+    theirs = adapter_on(tmp_path / "base", tmp_path / "adapter", ["q_proj"],
+                        {"save_embedding_layers": True})
+    ours = load_language(tmp_path / "base", torch.bfloat16)  # rounded as the copy is
+    add_peft(ours, tmp_path / "adapter")
+    ours = load_language(tmp_path / "base")
+    add_peft(ours, tmp_path / "adapter")
+    assert_close(ours(IDS), theirs(IDS).logits, 1e-5, "logits")
+
+
+@pytest.mark.parametrize("tensor, words", [
+    ("lm_head.weight", r"\(lm_head\), which are not those"),
+    ("model.embed_tokens.weight", r"\(embed_tokens\), which"),
+    ("model.embed_tokens.weight lm_head.base_layer.weight", r"\((embed_tokens|lm_head), "),
+    ("a row more: model.embed_tokens.weight", r"\(embed_tokens\), which"),
+    ("model.layers.0.input_layernorm.weight", r"\(input_layernorm\)")])
+def test_whole_weights_that_are_not_the_bases_are_refused(untied, tmp_path, tensor, words):
+    adapter_on(untied, tmp_path / "adapter", ["q_proj"])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    rows = 251 if tensor.startswith("a row more") else 250
+    other = {f"base_model.model.{name}": torch.ones(rows, 36) for name in tensor.split()
+             if name.endswith("weight")}
+    save_file({**load_file(file), **other}, file)
+    with pytest.raises(ValueError, match=f"holds whole weights as well {words}") as caught:
+        add_peft(load_language(untied), tmp_path / "adapter")
+    assert "Merge it with peft" in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("tied, targets, options, words", [
+    (True, ["q_proj", "lm_head"], {}, "lm_head.lora_A.weight: the head of this model is its emb"),
+    (False, ["q_proj", "embed_tokens"], {}, "embed_tokens.lora_embedding_A is no LoRA.*Merge it"),
+    (False, ["q_proj"], {"modules_to_save": ["lm_head"]}, r"modules_to_save = \['lm_head'\]; only"),
+    (False, ["q_proj"], {"alora_invocation_tokens": [1, 2]},
+     r"alora_invocation_tokens = \[1, 2\]; only None"),
+    (False, ["q_proj"], {"trainable_token_indices": [1, 2]}, "trainable_token_indices = "),
+    (False, ["q_proj"], {"use_qalora": "new"}, "use_qalora = 'new'; only None is supported"),
+    (False, ["q_proj"], {"of_next_year": {"a": 1}}, "of_next_year = {'a': 1}; only None"),
+    (False, ["q_proj"], {"of_next_year": False, "nor_this": {}, "nor_that": None}, None)])
+def test_what_an_adapter_asks_for_besides_lora_is_refused_by_name(tmp_path, tied, targets, options,
+                                                                 words):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    public_language("Qwen2", vocab_size=250, tie_word_embeddings=tied).save_pretrained(base)
+    known = {name: value for name, value in options.items()
+             if name in peft.LoraConfig().to_dict() and value != "new"}
+    adapter_on(base, adapter, targets, **known)
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **options}))
+    if words is None:
+        assert add_peft(load_language(base), adapter)["targets"] == ["q_proj"]
+        return
+    with pytest.raises(ValueError, match=f"(?s){words}"):
+        add_peft(load_language(base), adapter)
 
 
 def test_flags_that_the_adapter_decides_are_refused(world, tmp_path):

@@ -24,6 +24,7 @@ VALUES = {
     "pixel_shuffle": [("3", 3)], "template": [("qwen3", "qwen3")], "image_token": [("@", "@")],
     "system": [("S", "S"), ("", "")], "data": [("D", "D"), (["D:2", "E"], ["D:2", "E"])],
     "image_folder": [("I", "I")], "approximate_resize": [(True, True), (False, False)],
+    "follow_links": [(True, True), (False, False)],
     "feature_cache": [("F", "F")], "feature_cache_gb": [("2.5", 2.5)],
     "out": [("O", "O")], "resume": [(True, True), (False, False)], "steps": [("7", 7)],
     "epochs": [("1.5", 1.5)], "batch_size": [("5", 5)], "gradient_accumulation_steps": [("9", 9)],

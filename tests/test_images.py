@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import needed, shared_dir
 from PIL import Image
 
@@ -179,6 +180,40 @@ def test_older_spellings_mean_the_same():
 def test_what_we_would_get_wrong_raises(wrong):
     with pytest.raises(ValueError, match="preprocessor_config.json"):
         ImageProcessor.from_public(wrong)
+
+
+@pytest.mark.parametrize("family", ["Siglip", "CLIP"])
+def test_a_processor_as_transformers_5_saves_it_is_read(family, tmp_path, tiny_tokenizer_dir):
+    """The image processor lies in processor_config.json alone."""
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tiny_tokenizer_dir / "tokenizer.json"))
+    config = {**(SIGLIP if family == "Siglip" else CLIP), "image_mean": [0.1, 0.2, 0.3]}
+    theirs = public_processor(config)
+    getattr(transformers, f"{family}Processor")(theirs, tokenizer).save_pretrained(tmp_path)
+    if (tmp_path / "preprocessor_config.json").exists():
+        pytest.skip("transformers before 5 writes a file of its own")
+    ours = ImageProcessor.from_directory(tmp_path)
+    assert ours == ImageProcessor.from_public(config)
+    image = load_image(PICTURES["odd"])
+    expected = theirs(image, return_tensors="np")["pixel_values"][0]
+    assert np.abs(expected - ours(image).numpy()).max() < CLOSE
+    # Where both lie, transformers takes this one; and the other where this one holds none.
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(CONFIGS["clip_numbers"]))
+    assert ImageProcessor.from_directory(tmp_path) == ours
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "CLIPProcessor"}')
+    assert ImageProcessor.from_directory(tmp_path).resize == 50
+
+
+@pytest.mark.parametrize("content, words", [
+    ('{"processor_class": "SiglipProcessor"}', "preprocessor_config.json is missing, and so is p"),
+    ("{", "processor_config.json: Expecting"), ("7", "processor_config.json: "),
+    ("[]", "preprocessor_config.json is missing, and so is processor_config.json with an"),
+    ('{"image_processor": null}', "processor_config.json: .*holds no object"),
+    ('{"image_processor": {"image_processor_type": "X"}}', "processor_config.json: .*is for 'X'")])
+def test_a_processor_config_without_the_steps_is_refused(content, words, tmp_path):
+    (tmp_path / "processor_config.json").write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        ImageProcessor.from_directory(tmp_path)
 
 
 def test_a_missing_config_is_named(tmp_path):

@@ -351,7 +351,8 @@ def test_training_and_the_chat_take_it(tmp_path):
         "size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
     settings = SimpleNamespace(template=None, system=None, image_token=None, pixel_shuffle=1,
                                approximate_resize=None, vision_feature_select="patches")
-    towers = SimpleNamespace(model_type="llama"), SimpleNamespace(patch_size=16)
+    towers = (SimpleNamespace(model_type="llama", vocab_size=size + 1, context_limit=None,
+                              max_position_embeddings=8192), SimpleNamespace(patch_size=16))
     template, _ = make_inputs(settings, *towers, words, words)
     assert (template.family, template.default_system) == CASES["smollm2"][2:]
     settings.system = ""  # what the user says wins, with a warning

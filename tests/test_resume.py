@@ -1,8 +1,10 @@
 """Claims: killed at any step and resumed, a run is bit for bit the run that was never killed."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,6 +142,28 @@ def test_resume_refuses_what_would_be_another_run(world, tmp_path):
     # More steps, or another place of the towers, is no other run.
     train_pretrain.main([*flags, "--resume", "--steps", "5", "--num_workers", "0"])
     assert [m["step"] for m in metrics(tmp_path / "out")] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_goes_on_where_its_data_has_moved_to(world, tmp_path, monkeypatch):
+    """The sha256 says that it is the same; a file of other content is another run."""
+    source = Path(world[world.index("--data") + 1])
+    shutil.copytree(source.parent, tmp_path / "data")
+    place = ["--data", str(tmp_path / "data" / source.name)]
+    flags = [*world, *place, "--image_folder", str(tmp_path / "data"), "--out"]
+    train_pretrain.main([*flags, str(tmp_path / "whole"), "--steps", "6"])
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_in_step(patch, 4)
+        train_pretrain.main([*flags, str(tmp_path / "out"), "--steps", "6", "--save_steps", "3"])
+    (tmp_path / "data").rename(tmp_path / "moved")
+    resume = ["--resume", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="no data file .*if it has moved"):
+        train_pretrain.main(resume)
+    place = ["--data", str(tmp_path / "moved" / source.name), "--image_folder",
+             str(tmp_path / "moved")]
+    train_pretrain.main([*resume, *place])
+    assert curve(tmp_path / "out") == curve(tmp_path / "whole")
+    assert same_weights(tmp_path / "out", tmp_path / "whole")
+    train_pretrain.main([*resume, "--steps", "7"])  # and it is remembered
 
 
 def test_nothing_to_resume_starts_anew(world, tmp_path, capsys):

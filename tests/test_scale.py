@@ -103,7 +103,7 @@ for name in ("index_lines", "index_array", "index_coco"):
     setattr(json_files, name, told)
 
 settings = SimpleNamespace(data=sys.argv[1:], image_folder=None, seed=0, eval_data=None,
-                           eval_samples=None, eval_steps=0, overfit=None)
+                           eval_samples=None, eval_steps=0, overfit=None, follow_links=False)
 with start_distributed() as ranks:
     ranks.sum(1)  # what the first message of all needs is not the index's
     before = private_bytes()

@@ -136,3 +136,66 @@ def test_a_file_that_is_there_is_no_pattern(tmp_path):
     assert matching(name) == [name] and matching(name + ":2") == [name + ":2"]
     (tmp_path / "set[1].jsonl").unlink()
     assert matching(name) == [f"{tmp_path}/set1.jsonl"]
+
+
+def linked(folder):
+    """Links that the user has made, as hub caches and cluster disks have them; and a secret."""
+    for place in ("disk2/train", "images/sub", "hub/x/snapshots/abc", "hub/x/blobs", "hub/y"):
+        (folder / place).mkdir(parents=True)
+    for place in ("disk2/train/a.png", "disk2/secret.png", "hub/x/blobs/0a1b", "hub/y/s.png"):
+        (folder / place).write_bytes(b"x")
+    (folder / "images/coco").symlink_to(folder / "disk2/train")
+    (folder / "images/b.png").symlink_to(folder / "disk2/train/a.png")
+    (folder / "hub/x/snapshots/abc/a.png").symlink_to("../../blobs/0a1b")
+    (folder / "hub/x/snapshots/abc/out.png").symlink_to(folder / "hub/y/s.png")
+
+
+def shown(folder, name, images_dir, **more):
+    (folder / "data").write_text(json.dumps({"image": name, "caption": "A cat."}))
+    return open_data(folder / "data", images_dir, **more)[0].images
+
+
+def test_links_are_followed_where_the_user_says_so(tmp_path):
+    linked(tmp_path)
+    images = tmp_path / "images"
+    for name in ("coco/a.png", "b.png"):
+        with pytest.raises(BadSample, match="leads out of the image folder .*--follow_links"):
+            shown(tmp_path, name, images)
+        assert shown(tmp_path, name, images, follow_links=True) == (images / name,)
+    for name in ("../disk2/secret.png", "coco/../secret.png", "sub/../../disk2/secret.png",
+                 str(tmp_path / "disk2/secret.png"), "sub\\..\\..\\disk2\\secret.png"):
+        for follow_links in (False, True):
+            with pytest.raises(BadSample, match="leads out of the image folder"):
+                shown(tmp_path, name, images, follow_links=follow_links)
+
+
+def test_a_snapshot_of_the_hubs_cache_holds_links_to_its_blobs(tmp_path):
+    linked(tmp_path)
+    snapshot = tmp_path / "hub/x/snapshots/abc"
+    assert shown(tmp_path, "a.png", snapshot) == (snapshot / "a.png",)
+    for name in ("out.png", "../../../y/s.png"):
+        with pytest.raises(BadSample, match="leads out of the image folder"):
+            shown(tmp_path, name, snapshot)
+
+
+@pytest.mark.parametrize("record, asked", [
+    ({"question": "Who?", "answer": "A cat."}, "Who?"),
+    ({"query": "Who?", "response": "A cat."}, "Who?"),
+    ({"instruction": "Say who.", "output": "A cat."}, "Say who."),
+    ({"instruction": "Say who.", "input": "There it sits.", "output": "A cat."},
+     "Say who.\nThere it sits."),
+    ({"instruction": "Say who.", "input": "", "output": "A cat."}, "Say who."),
+    ({"input": "Who?", "output": "A cat."}, "Who?")], ids=str)
+def test_one_question_and_its_answer(tmp_path, record, asked):
+    (tmp_path / "a.png").write_bytes(b"x")
+    sample = read(tmp_path, {**record, "image": "a.png", "id": 1, "source": "s"})
+    assert [(m.role, m.content) for m in sample.messages] == [
+        ("user", "<image>\n" + asked), ("assistant", "A cat.")]
+    pq.write_table(pa.table({key: [value] for key, value in record.items()}), tmp_path / "p")
+    assert open_data(tmp_path / "p")[0].messages[0].content == asked
+    for key in record:
+        with pytest.raises(BadSample, match="data:1"):
+            read(tmp_path, {**record, key: ["A", "B"]})
+        if len(record) == 2:
+            with pytest.raises(BadSample, match="data:1"):
+                read(tmp_path, {**record, key: None})

@@ -6,6 +6,7 @@ import pickle
 import shutil
 
 import pytest
+import transformers
 from conftest import ROOT, needed, shared_dir, weights_dir
 
 from dataset.tokenizer import Tokenizer
@@ -185,6 +186,78 @@ def test_special_tokens_follow_the_ranks_and_differ_with_the_generation(tiny, tm
     again = Tokenizer.from_directory(tmp_path / "saved")
     assert again.backend.get_vocab() == first.backend.get_vocab()
     assert again.is_special("<|extra_0|>") and len(again.encode("<|extra_0|>")) > 1
+
+
+LATE = ["<loc1>", "<|user|>"]
+
+
+def vocab_merges(source, directory, said, kind="Qwen2Tokenizer"):
+    """The tokenizer.json of source as vocab.json and merges.txt, with two more tokens, the second
+    special. said: where the added tokens stand."""
+    public = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab, added = public["model"]["vocab"], public["added_tokens"]
+    first = 1 + max([*vocab.values(), *(token["id"] for token in added)])
+    added += [{**added[0], "id": first + number, "content": LATE[number], "special": bool(number),
+               "normalized": not number} for number in (0, 1)]
+    end = {"__type": "AddedToken", "content": "<|im_end|>", "lstrip": False, "rstrip": False,
+           "normalized": False, "single_word": False}
+    config = {"tokenizer_class": kind, "eos_token": end,
+              "additional_special_tokens": ["<|im_start|>", "<|user|>"]}
+    files = {"vocab.json": vocab, "config.json": {"model_type": "qwen2"}}
+    if said == "tokenizer_config.json":
+        config["added_tokens_decoder"] = {
+            str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in added}
+    elif said == "added_tokens.json":
+        files[said] = {token["content"]: token["id"] for token in added}
+    if said != "config.json":
+        files["tokenizer_config.json"] = config
+    directory.mkdir()
+    for name, content in files.items():
+        (directory / name).write_text(json.dumps(content), encoding="utf-8")
+    lines = [merge if isinstance(merge, str) else " ".join(merge)
+             for merge in public["model"]["merges"]]
+    (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]), "utf-8")
+    return directory
+
+
+@pytest.mark.parametrize("said", ["tokenizer_config.json", "added_tokens.json", "config.json"])
+@pytest.mark.parametrize("source", ["tiny", "emoji"])  # special tokens in vocab.json, and behind it
+def test_vocab_and_merges_equal_the_public_tokenizer(source, said, tiny_tokenizer_dir, tmp_path):
+    source = tiny_tokenizer_dir if source == "tiny" else ROOT / "dataset/emoji/language"
+    directory = vocab_merges(source, tmp_path / "old", said)
+    ours = Tokenizer.from_directory(directory)
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    assert ours.backend.get_vocab() == theirs.get_vocab()
+    for text in [*TEXTS, "a <loc1> b", "\n".join(TEXTS)]:
+        assert ours.encode(text) == theirs(text)["input_ids"], repr(text)
+    if said != "config.json":
+        assert len(ours.encode(LATE[0])) == 1 and not ours.is_special(LATE[0])
+        assert ours.is_special(LATE[1]) and len(ours.encode(LATE[1])) > 1
+        assert {token.content for token in ours.backend.get_added_tokens_decoder().values()
+                if token.special} <= set(theirs.all_special_tokens) | set(SPECIAL_TOKENS)
+        assert make_template(str(directory), None, 2).family == "qwen2"
+    ours.save(tmp_path / "saved")
+    assert Tokenizer.from_directory(tmp_path / "saved").encode("it's 42") == ours.encode("it's 42")
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("tokenizer_config.json", '{"tokenizer_class": "GPT2Tokenizer"}', "a GPT2Tokenizer who"),
+    ("config.json", '{"model_type": "llama"}', "this is a class whose way .*fetch tokenizer.json"),
+    ("vocab.json", "{", "vocab.json and merges.txt cannot be read"),
+    ("merges.txt", "a b c d\n", "vocab.json and merges.txt cannot be read"),
+    ("merges.txt", "xx yy\n", "vocab.json and merges.txt cannot be read"),
+    ("added_tokens.json", '{"<loc1>": 9999}', "'<loc1>' has the id 9999, but comes to be 373")])
+def test_vocab_and_merges_that_cannot_be_read_are_refused(name, content, words, tiny_tokenizer_dir,
+                                                         tmp_path):
+    said = name if name == "added_tokens.json" else "config.json"
+    directory = vocab_merges(tiny_tokenizer_dir, tmp_path / "old", said)
+    (directory / name).write_text(content)
+    with pytest.raises(ValueError, match=f"(?s){words}") as caught:
+        Tokenizer.from_directory(directory)
+    assert str(directory) in str(caught.value)
+    (directory / "tokenizer.json").write_text(
+        (tiny_tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8"), encoding="utf-8")
+    Tokenizer.from_directory(directory)  # and where it lies, it alone is read
 
 
 def test_what_is_special_is_never_typed(tiny, tmp_path):

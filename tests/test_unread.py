@@ -15,6 +15,7 @@ from PIL import Image
 from dataset.images import load_image
 from dataset.readers import parquet
 from dataset.readers.formats import BadSample, open_data
+from dataset.readers.record_images import ImageFolder
 from dataset.sample import RECORD_LAYOUTS, to_sample
 from evaluation.benchmarks import open_benchmark
 from evaluation.eval_samples import read_questions
@@ -152,7 +153,9 @@ LAYOUTS = [
     {"prompt": "u", "completion": "a"}, {"texts": [{"user": "u", "assistant": "a"}]},
     {"prompt": [{"role": "user", "content": "u"}],
      "completion": [{"role": "assistant", "content": "a"}]}, {"caption": "A cat."},
-    {"caption": ["A cat.", "Cats."]}]
+    {"caption": ["A cat.", "Cats."]}, {"question": "u", "answer": "a"},
+    {"query": "u", "response": "a"}, {"instruction": "u", "output": "a"},
+    {"input": "u", "output": "a"}]
 
 
 def test_the_table_holds_every_layout():
@@ -167,7 +170,8 @@ def test_a_layout_is_one_entry_of_the_list(monkeypatch):
 
     added = (*RECORD_LAYOUTS, (("question", "answer"), read))
     monkeypatch.setattr("dataset.sample.RECORD_LAYOUTS", added)
-    made = to_sample({"question": "u", "answer": "a", "image_bytes": b"x"}, Path(), "f:1")
+    made = to_sample({"question": "u", "answer": "a", "image_bytes": b"x"}, ImageFolder(Path()),
+                     "f:1")
     assert [message.content for message in made.messages] == ["<image>\nu", "a"]
     assert made.images == (b"x",)
 

@@ -16,11 +16,14 @@ from families import VISION, assert_close, public_language, public_vision
 from safetensors.torch import load_file, save_file
 
 import model.pretrained.files
+import train_sft
+from model.pretrained.checkpoint import newest_checkpoint
 from model.pretrained.families import LANGUAGE_FAMILIES, VISION_FAMILIES, family_of
 from model.pretrained.files import file_hashes
 from model.pretrained.hub import resolve
-from model.pretrained.load import load_language, load_vision
+from model.pretrained.load import load_checkpoint, load_language, load_vision
 from model.pretrained.save import public_tensors, save_language, save_vision
+from tests.tiny import make_world
 
 LANGUAGES = [("Qwen2", {}), ("Qwen2", {"tie_word_embeddings": True}), ("Qwen3", {"head_dim": 10}),
              ("Llama", {})]
@@ -124,6 +127,97 @@ def test_a_tied_head_that_is_stored_all_the_same(tmp_path):
     assert not hasattr(ours, "lm_head")
     with torch.no_grad():
         assert_close(ours(IDS), theirs(IDS).logits, 2e-4, "tied head stored")
+
+
+def public_logits(directory) -> torch.Tensor:
+    """Of what transformers makes of the directory."""
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)(
+        IDS).logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family, shard, prefix, dtype", [
+    ("Qwen2", "9GB", "model.", torch.float32), ("Qwen3", "12KB", "model.", torch.float32),
+    ("Llama", "9GB", "", torch.float32), ("Llama", "9GB", "model.", torch.bfloat16)])
+def test_another_head_beside_a_tied_config_is_used(family, shard, prefix, dtype, tmp_path, capsys):
+    """As training or merge_and_unload leaves it; dtype: of the head alone."""
+    tied = {"tie_word_embeddings": True}
+    theirs = public_language(family, **tied)
+    state = theirs.state_dict()
+    head = (state.pop("lm_head.weight") * 1.5).roll(1, 0).to(dtype)
+    public = {name.replace("model.", prefix): tensor for name, tensor in state.items()}
+    theirs.config.save_pretrained(tmp_path)
+    if shard == "12KB":  # the head in a file of its own
+        save_file(public, tmp_path / "model-1.safetensors", metadata={"format": "pt"})
+        save_file({"lm_head.weight": head}, tmp_path / "model-2.safetensors",
+                  metadata={"format": "pt"})
+        places = {**dict.fromkeys(public, "model-1.safetensors"),
+                  "lm_head.weight": "model-2.safetensors"}
+        (tmp_path / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": places}))
+    else:
+        save_file({**public, "lm_head.weight": head}, tmp_path / "model.safetensors",
+                  metadata={"format": "pt"})
+    ours = load_language(tmp_path)
+    assert "another one, lm_head.weight: it is used" in capsys.readouterr().err
+    assert torch.equal(ours.lm_head.weight, head.float())
+    assert not ours.config.tie_word_embeddings
+    if prefix:
+        assert_close(ours(IDS), public_logits(tmp_path), 2e-4, "another head")
+    save_language(ours, tmp_path / "saved")  # with a config.json that tells
+    assert_close(load_language(tmp_path / "saved")(IDS), ours(IDS), 0, "saved")
+    assert_close(public_logits(tmp_path / "saved"), ours(IDS), 2e-4, "saved, by transformers")
+    assert not capsys.readouterr().err.count("lm_head.weight: it is used")
+
+
+@torch.no_grad()
+def test_a_tied_table_under_the_name_of_the_head_is_read(tmp_path):
+    """safetensors' save_model keeps one name of a tensor with two."""
+    theirs = public_language("Llama", tie_word_embeddings=True)
+    theirs.save_pretrained(tmp_path)
+    edit(tmp_path, lambda t: t.__setitem__("lm_head.weight", t.pop("model.embed_tokens.weight")))
+    ours = load_language(tmp_path)
+    assert ours.config.tie_word_embeddings
+    assert_close(ours(IDS), theirs(IDS).logits, 2e-4, "the head's name")
+    assert_close(ours(IDS), public_logits(tmp_path), 2e-4, "transformers")
+    edit(tmp_path, lambda t: t.pop("lm_head.weight"))
+    with pytest.raises(ValueError, match="missing: model.embed_tokens.weight"):
+        load_language(tmp_path)
+
+
+def test_a_run_on_another_head_beside_a_tied_config_can_be_loaded_again(tmp_path):
+    flags = make_world(tmp_path, count=4)
+    directory = tmp_path / "language"
+    edit(directory, lambda t: t.__setitem__(
+        "lm_head.weight", t["model.embed_tokens.weight"].roll(1, 0)))
+    train_sft.main([*flags, "--model", "none", "--lora", "--steps", "1", "--save_steps", "1",
+                    "--learning_rate", "1e-30", "--out", str(tmp_path / "run")])
+    whole = load_checkpoint(newest_checkpoint(tmp_path / "run"))
+    with torch.no_grad():
+        assert_close(whole.language(IDS), load_language(directory)(IDS), 0, "logits")
+        assert_close(whole.language(IDS), public_logits(directory), 2e-4, "of transformers")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_single_file_beside_an_index_is_read_as_in_transformers(suffix, qwen2, tmp_path):
+    """Shards of yesterday, and what was merged today."""
+    directory, theirs = tmp_path / "both", qwen2[1]
+    theirs.save_pretrained(directory, max_shard_size="12KB")
+    for parameter in theirs.parameters():
+        parameter.mul_(1.5)
+    tensors = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+    if suffix == "safetensors":
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    else:
+        for file in directory.glob("*.safetensors*"):
+            file.unlink()
+        torch.save(tensors, directory / "pytorch_model.bin")
+        (directory / "pytorch_model.bin.index.json").write_text(
+            json.dumps({"weight_map": dict.fromkeys(tensors, "pytorch_model-1.bin")}))
+    ours = load_language(directory)(IDS)
+    assert_close(ours, theirs(IDS).logits, 2e-4, "the single file")
+    assert_close(ours, public_logits(directory), 2e-4, "transformers")
 
 
 def test_shards_equal_one_file(qwen2, tmp_path):

@@ -74,6 +74,10 @@ def make_inputs(settings, language_config, vision_config, language_directory, vi
     # DINOv2 was trained on 518 pixels and published with a processor that makes 224; its position
     # grid is stretched to what comes in.
     rows, columns = (side // vision_config.patch_size for side in processor.size)
+    if rows % settings.pixel_shuffle or columns % settings.pixel_shuffle:
+        raise ValueError(f"--pixel_shuffle {settings.pixel_shuffle}: an image makes {rows} x "
+                         f"{columns} patches, which no squares of that side fill; give a number "
+                         "that divides both")
     K = rows * columns // settings.pixel_shuffle**2
     if settings.vision_feature_select != "patches":  # one vector for the whole image
         K = 1
@@ -81,7 +85,24 @@ def make_inputs(settings, language_config, vision_config, language_directory, vi
             raise ValueError(f"--vision_feature_select {settings.vision_feature_select} makes one "
                              "token of an image, so there is nothing for --pixel_shuffle "
                              f"{settings.pixel_shuffle} to join")
-    return ChatTemplate(tokenizer, K, system or None, settings.image_token, family), processor
+    template = ChatTemplate(tokenizer, K, system or None, settings.image_token, family)
+    check_vocabulary(template, language_config.vocab_size)
+    return template, processor
+
+
+def check_vocabulary(template: ChatTemplate, rows: int) -> None:
+    """ValueError when the tokenizer has ids that the embedding table has no rows for, other than
+    the image placeholder, which is never looked up. A GPU would stop with a device-side assert."""
+    tokens = {id: token for token, id in template.tokenizer.backend.get_vocab().items()
+              if id >= rows and id != template.image_token_id}
+    if tokens:
+        listed = ", ".join(repr(tokens[id]) for id in sorted(tokens)[:4])
+        listed += " and more" if len(tokens) > 4 else ""
+        raise ValueError(
+            f"the tokenizer has {template.tokenizer.vocab_size:,} tokens, the embedding table "
+            f"{rows:,} rows: there is none for {listed}. Take the tokenizer of the same release, "
+            "or add the rows with transformers (model.resize_token_embeddings("
+            f"{max(tokens) + 1})) and train them (--train_language all)")
 
 
 def embedding_rms(language) -> float:

@@ -6,6 +6,7 @@
 """
 
 import glob
+import math
 import os
 from pathlib import Path
 
@@ -92,8 +93,11 @@ def open_files(flag: str, settings, apart: int = 0):
     files = named if isinstance(named, list) else [named]
     try:
         return open_mixture([name for file in files for name in matching(file)],
-                            settings.image_folder, settings.seed, apart)
-    except (FileNotFoundError, ValueError) as error:
+                            settings.image_folder, settings.seed, apart, settings.follow_links)
+    except FileNotFoundError as error:
+        raise SystemExit(f"--{flag} {' '.join(files)}: {error}; if it has moved, say where it is "
+                         f"now with --{flag}") from error
+    except ValueError as error:
         raise SystemExit(f"--{flag} {' '.join(files)}: {error}") from error
 
 
@@ -109,6 +113,11 @@ def matching(source: str) -> list[str]:
 
 def batch_maker(bundle, settings, distributed):
     """-> a function: samples -> the Batches of this rank."""
+    config = bundle.model.language.config
+    limit = min(config.max_position_embeddings, config.context_limit or math.inf)
+    if settings.max_length > limit:
+        raise SystemExit(f"--max_length {settings.max_length}: the language model was trained for "
+                         f"{limit} positions (config.json); give --max_length {limit} or less")
     cache = None
     if settings.feature_cache:
         from extras.fast.feature_cache import open_feature_cache, use_cache  # here: an extra

@@ -19,8 +19,17 @@ KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": 
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """name: auto, cpu, cuda, cuda:1, mps. auto: the fastest that is there and computes right."""
+    """name: auto, cpu, cuda, cuda:1, mps. auto: the fastest that is there and computes right.
+    SystemExit for one that is not there."""
+    gpus = torch.cuda.device_count()
+    there = {"cpu": 1, "cuda": gpus, "mps": int(torch.backends.mps.is_available())}
+    kind, _, index = name.partition(":")
     if name != "auto":
+        if kind not in there or not (index or "0").isdecimal() or int(index or 0) >= there[kind]:
+            have = ", ".join(kind if count == 1 else f"{kind}:0 to {kind}:{count - 1}"
+                             for kind, count in there.items() if count)
+            raise SystemExit(f"--device {name}: this machine has {have}, as far as PyTorch "
+                             f"{torch.__version__} sees; give one of them, or auto")
         return torch.device(name)
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if torch.cuda.is_available():

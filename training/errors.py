@@ -14,6 +14,7 @@ from training.precision import first_nonfinite_weight
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share, the file
 MIN_SAMPLES = 100  # that must have been met before the share of unusable ones is judged
+NO_GRADIENT = 20  # steps; some may be of text alone, by chance
 MIN_SKIPPED = 10  # fewer may be chance: of 100 samples two are bad in 9 % of runs where 0.5 % are
 
 
@@ -81,6 +82,27 @@ def check_skipped(state, max_share: float, at_end: bool = False) -> None:
             f"more than --max_skip_ratio {max_share:g} allows; the first ones are listed above. "
             "Repair the data or check --image_folder and --max_length; or allow more with "
             "--max_skip_ratio.")
+
+
+def gradient_check(steps):
+    """-> a hook that stops a run whose trained parts get no gradient from any sample: the loss
+    would stand still, and weight decay alone would move the weights."""
+    silent = 0  # steps from the first on
+
+    def check(step: int, metrics: dict) -> None:
+        nonlocal silent
+        if silent is not None and metrics["supervised_tokens"]:
+            silent = silent + 1 if metrics["grad_norm"] == 0 else None
+            if silent and (silent == NO_GRADIENT or step == steps.total):
+                images = any(batch.order is not None for batch in steps.batches)
+                raise StopTraining(
+                    f"steps {step - silent + 1} to {step}: what is trained gets no gradient"
+                    + ("" if images else ", and no sample of the last step shows an image. A "
+                       "projector or a vision tower learns from images alone: is the key that "
+                       "names them read (python -m extras.check_data)? For text alone, train the "
+                       "language model (--lora, --train_language)"))
+
+    return check
 
 
 def not_finite(step: int, totals: tuple, batches, losses, unfit: str | None,

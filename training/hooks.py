@@ -6,13 +6,14 @@
 from contextlib import nullcontext
 
 from training.device import HAS_EXTRAS
+from training.errors import gradient_check
 from training.validation import eval_losses
 
 
 def make_hooks(bundle, steps, log, eval_loaders) -> list:
     """eval_loaders: see validation.eval_losses; empty when nothing is measured."""
     settings, distributed = steps.settings, steps.distributed
-    hooks = [log.step]
+    hooks = [gradient_check(steps), log.step]
     if settings.report_to and distributed.main:
         from extras.trackers import open_tracker  # here: a tracker is an extra
 

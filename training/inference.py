@@ -24,6 +24,7 @@ from model.lora import merge_lora
 from model.pretrained.checkpoint import find_model, read_config
 from model.pretrained.hub import resolve
 from model.pretrained.load import load_checkpoint, load_language
+from training.bundle import check_vocabulary
 from training.device import HAS_EXTRAS, choose_device, is_out_of_memory, prepare_device
 from training.precision import choose_dtype
 
@@ -70,6 +71,7 @@ def load_model(flags, name: str | None) -> tuple:
         # What it was trained in counts, not what its base was published with.
         tokenizer = Tokenizer(Tokenizer.from_directory(directory).backend)
     template = ChatTemplate(tokenizer, *facts)
+    check_vocabulary(template, getattr(model, "language", model).config.vocab_size)
     if flags.system is not None:
         template.default_system = flags.system or None
     prepare_model(model, device, dtype, flags.quantize)

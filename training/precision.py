@@ -57,7 +57,7 @@ def bf16_speedup() -> float:
               for dtype in (torch.float32, torch.bfloat16)]
     seconds, threads = ([], []), torch.get_num_threads()
     torch.set_num_threads(1)  # on a busy machine several threads only measure their waiting
-    for _ in range(4):  # in turn, so that both meet the same moments
+    for _ in range(10):  # in turn, so that both meet the same moments
         for measured, (x, weight) in zip(seconds, inputs):
             start = time.perf_counter()
             F.linear(x, weight)

@@ -145,7 +145,7 @@ def restore(settings, start: Start, optimizer, data_facts: dict, distributed) ->
         distributed.barrier()
         return TrainerState()
     run = read_run(checkpoint)
-    if run["data"] != data_facts:
+    if content_of(run["data"]) != content_of(data_facts):
         raise SystemExit(f"cannot go on: {checkpoint} was made on {run['data']}, this is "
                          f"{data_facts}: the data order would not go on where it stopped")
     if distributed.main:  # torn ones are kept to be looked at, where nobody resumes from them
@@ -166,6 +166,15 @@ def restore(settings, start: Start, optimizer, data_facts: dict, distributed) ->
         except (ValueError, KeyError, TypeError) as error:
             raise SystemExit(f"cannot go on: {checkpoint / 'training_state.pt'} does not fit this "
                              f"run: {error}") from error
+
+
+def content_of(facts: dict) -> dict:
+    """What training/data.py says about the data, but for where a file lies: its sha256 tells that
+    it is the same."""
+    if "files" in facts:
+        return {**facts, "files": list(map(content_of, facts["files"]))}
+    return {name: value for name, value in facts.items()
+            if name != "file" or "sha256" not in facts}
 
 
 def move_aside(out: Path, paths: list[Path]) -> None:

@@ -92,9 +92,11 @@ SETTINGS = (
             "the template's own)", metavar="TEXT"),
     Setting("system", FIXED, 'system turn of conversations that have none; "" for no system turn'),
     # The data.
-    Setting("data", FIXED, "training file, or emoji for the embedded world; several are mixed, and "
+    Setting("data", FREE, "training file, or emoji for the embedded world; several are mixed, and "
             "FILE:2 comes twice in an epoch", metavar="FILE", several=True),
-    Setting("image_folder", FIXED, "directory that the file's image names are relative to"),
+    Setting("image_folder", FREE, "directory that the file's image names are relative to"),
+    Setting("follow_links", FREE, "symbolic links in it are yours and may lead out of it", bool,
+            default=False),
     Setting("approximate_resize", FIXED, "decode large JPEGs at a half, a quarter or an eighth and "
             "resize faster: slightly other pixels (default: as the tower's files say, exactly)",
             bool, default=None),

@@ -23,7 +23,7 @@ LETTERS = {"ja": re.compile("[\u3041-\u30ff]"), "ko": re.compile("[\uac00-\ud7a3
 
 def read_captions(record: dict, index: int, caption_index: int) -> list:
     """One prompt and one of the captions. The first of each is random but fixed by `index`; from
-    there `caption_index` goes round, so that n of them show each of n captions once."""
+    there `caption_index` goes round: n captions are each shown once by n values of it in a row."""
     captions = record["caption"]
     texts = [captions] if isinstance(captions, str) else captions
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):

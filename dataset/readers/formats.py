@@ -17,21 +17,23 @@ from pathlib import Path
 from dataset.readers.bad_sample import BadSample, MissingImage
 from dataset.readers.json_files import BYTE_ORDER_MARK, open_json
 from dataset.readers.parquet import ParquetData
+from dataset.readers.record_images import ImageFolder
 from dataset.sample import Sample
 
 __all__ = ["BadSample", "MissingImage", "Sample", "open_data"]
 
 
-def open_data(file, images_dir=None):
+def open_data(file, images_dir=None, follow_links: bool = False):
     """A data file -> an object with len() and [i] -> Sample, which raises BadSample.
 
     images_dir: what the image names in the file start from; default: where the file lies.
+    follow_links: symbolic links in that directory may lead out of it.
     Raises FileNotFoundError, or ValueError for a file that cannot be read at all.
     """
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(f"no data file {file}; expected a .jsonl, .json or .parquet")
-    images_dir = Path(images_dir or file.parent)
+    images_dir = ImageFolder(Path(images_dir or file.parent), follow_links)
     with open(file, "rb") as opened:
         head = opened.read(4096)
     first = head.removeprefix(BYTE_ORDER_MARK).lstrip()[:1]

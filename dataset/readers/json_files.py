@@ -20,6 +20,7 @@ import numpy as np
 
 from dataset.readers.bad_sample import BadSample, shown
 from dataset.readers.index_cache import cached
+from dataset.readers.record_images import ImageFolder
 from dataset.readers.unread import refuse_unread
 from dataset.sample import TEXT_KEYS, Sample, to_sample
 
@@ -72,7 +73,7 @@ class RecordIndex:
 class JsonData:
     """JSON Lines or a JSON array: a sample is a piece of the file."""
 
-    def __init__(self, records: RecordIndex, images_dir: Path):
+    def __init__(self, records: RecordIndex, images_dir: ImageFolder):
         self.records, self.images_dir = records, images_dir
 
     def __len__(self) -> int:
@@ -92,7 +93,7 @@ class CocoData:
     """COCO captions: a sample is an annotation, so every caption is learned in each epoch, under
     its own line number. (A mixture's weight of 0.2 takes one of the five of an image.)"""
 
-    def __init__(self, file: Path, images_dir: Path):
+    def __init__(self, file: Path, images_dir: ImageFolder):
         self.images_dir = images_dir
         # One array: how many numbers of annotations, of images, all of them, and the images' ids.
         numbers = cached("COCO", file, lambda: index_coco(file))
@@ -135,7 +136,7 @@ def is_id(value) -> bool:
     return isinstance(value, int) and abs(value) < 1 << 63  # what an index of numbers can hold
 
 
-def open_json(file: Path, images_dir: Path, first: bytes):
+def open_json(file: Path, images_dir: ImageFolder, first: bytes):
     """first: the character that the file begins with, "{" or "["."""
     if first == b"{" and is_coco(file):
         return CocoData(file, images_dir)

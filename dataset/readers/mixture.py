@@ -129,8 +129,9 @@ class Mixture:
             start += last - first
 
 
-def open_mixture(sources: list[str], images_dir=None, seed: int = 0, apart: int = 0) -> Mixture:
-    """["FILE", "FILE:WEIGHT", ...] -> one data set. images_dir counts for all of the files.
+def open_mixture(sources: list[str], images_dir=None, seed: int = 0, apart: int = 0,
+                 follow_links: bool = False) -> Mixture:
+    """["FILE", "FILE:WEIGHT", ...] -> one data set. images_dir and follow_links: see open_data.
 
     apart: so many samples are left out, see `set_apart`: the last ones of each file, by its share
     of all samples. They depend on nothing else, so every process and every resume agrees.
@@ -138,7 +139,7 @@ def open_mixture(sources: list[str], images_dir=None, seed: int = 0, apart: int 
     if not sources:
         raise ValueError("no data file was given; expected FILE or FILE:WEIGHT")
     split = [split_source(source) for source in sources]
-    opened = [open_data(file, images_dir) for file, _ in split]
+    opened = [open_data(file, images_dir, follow_links) for file, _ in split]
     ends = [0, *accumulate(map(len, opened))]
     if apart and apart >= ends[-1]:
         raise ValueError(f"{apart:,} samples are to be set apart, but there are only {ends[-1]:,}; "

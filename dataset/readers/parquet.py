@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dataset.readers.bad_sample import BadSample
-from dataset.readers.record_images import IMAGE_KEYS
+from dataset.readers.record_images import IMAGE_KEYS, ImageFolder
 from dataset.readers.unread import MEDIA_KINDS, holds_media, kinds_of
 from dataset.sample import RECORD_LAYOUTS, TAGS, TEXT_KEYS, Sample, to_sample
 
@@ -55,7 +55,7 @@ class ParquetData:
     # group that is being read: (process, group of which file, its next slice, an iterator).
     buffer, buffered, reader = OrderedDict(), 0, None
 
-    def __init__(self, file: Path, images_dir: Path, columns: tuple[str, ...] | None = None):
+    def __init__(self, file: Path, images_dir: ImageFolder, columns: tuple[str, ...] | None = None):
         """columns: read those of these names, for `record`; None: what samples are made of."""
         try:
             with pq.ParquetFile(file) as parquet:

@@ -1,10 +1,13 @@
 """preprocessor_config.json <-> the steps of an ImageProcessor, in older spellings too.
 
+    a directory -> find -> the file, and the object in it
     {"image_processor_type": ..., "size": ...} -> parse -> {"resize": ..., "mean": ..., ...}
     ImageProcessor -> to_public -> a dictionary that other libraries read as we do
 """
 
+import json
 import math
+from pathlib import Path
 
 from PIL import Image
 
@@ -21,6 +24,25 @@ DEFAULTS = {
     "CLIPImageProcessor": CLIP_DEFAULTS,
     "BitImageProcessor": CLIP_DEFAULTS,
 }
+
+
+def find(directory) -> tuple[Path, dict]:
+    """transformers 5 writes the image processor into processor_config.json, beside what its
+    processor has else, and no preprocessor_config.json. Where both lie it takes the first."""
+    file = Path(directory) / "preprocessor_config.json"
+    newer = file.with_name("processor_config.json")
+    for path in filter(Path.is_file, (newer, file)):
+        try:
+            public = json.loads(path.read_text(encoding="utf-8"))
+            if path == file:
+                return file, public
+            if "image_processor" in public:
+                return newer, public["image_processor"]
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path}: {error}") from error
+    raise FileNotFoundError(f"{file} is missing, and so is {newer.name} with an 'image_processor'; "
+                            "it says how the vision tower wants its images, and is published "
+                            "beside its weights")
 
 
 def parse(public: dict) -> dict:

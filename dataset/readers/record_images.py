@@ -10,6 +10,7 @@ nothing is fetched from the network.
 import base64
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from dataset.chat import IMAGE
@@ -27,7 +28,31 @@ IMAGE_FILE = re.compile(rf"[^\n]{{1,2000}}\.(?:{ENDINGS})\s*", re.IGNORECASE)
 ADDRESS = re.compile(r"\w{2,}://", re.ASCII)
 
 
-def find_images(record: dict, images_dir: Path, where: str) -> list:
+@dataclass(frozen=True)
+class ImageFolder:
+    """A directory that a user has named. follow_links: links in it are the user's own, not the
+    data's, and may lead to other disks; a name in the data leads out by itself in no case."""
+
+    path: Path
+    follow_links: bool = False
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def root(self) -> str:
+        """What a file has to lie in. A snapshot in the hub's cache holds links to its blobs."""
+        *_, cache = [self.path, *(above.parent for above in (self.path, *self.path.parents)
+                                  if above.name == "snapshots")]
+        return os.path.realpath(cache)
+
+    def holds(self, path: Path) -> bool:
+        if self.follow_links:  # ".." behind a link is not the folder that it seems to be
+            return (path.is_relative_to(self.path)
+                    and ".." not in path.relative_to(self.path).parts)
+        return Path(os.path.realpath(path)).is_relative_to(self.root())
+
+
+def find_images(record: dict, images_dir: ImageFolder, where: str) -> list:
     """-> paths and bytes. A name is looked up now: a missing file should be reported with its
     line, not by whoever opens it later."""
     key = image_key(record)
@@ -68,7 +93,7 @@ def is_nothing(value, depth: int = 4) -> bool:
     return value is None or value is False or value == b"" or value != value
 
 
-def read_image(item, images_dir: Path, where: str, key: str) -> Path | bytes | None:
+def read_image(item, images_dir: ImageFolder, where: str, key: str) -> Path | bytes | None:
     """One image as a record or a part names it: a file, bytes, base64, or an object with one of
     them; None: an empty name."""
     for _ in range(2):  # {"image_url": {"url": ...}}
@@ -91,7 +116,7 @@ def read_image(item, images_dir: Path, where: str, key: str) -> Path | bytes | N
     return image_path(images_dir, item.strip(), where) if item.strip() else None
 
 
-def read_content(content, images_dir: Path, where: str) -> tuple[str, list]:
+def read_content(content, images_dir: ImageFolder, where: str) -> tuple[str, list]:
     """A turn's content -> its text with a marker for each image, and what each marker shows: an
     image that stands in its part; None: the next one of the record."""
     if not isinstance(content, list):
@@ -127,26 +152,28 @@ def join_parts(parts: list) -> str:
     return joined
 
 
-def is_file(images_dir: Path, name: str) -> bool:
+def is_file(images_dir: ImageFolder, name: str) -> bool:
     try:
         return os.path.isfile(images_dir / name.strip())
     except ValueError:  # a zero byte or half a character: no file can have such a name
         return False
 
 
-def image_path(images_dir: Path, name: str, where: str) -> Path:
+def image_path(images_dir: ImageFolder, name: str, where: str) -> Path:
     """The file that a name in the data means. Only what lies in the image folder is ever opened:
     neither "..", an absolute path nor a symbolic link may lead out of it."""
     if "\\" in name and not is_file(images_dir, name):  # written on Windows
         name = name.replace("\\", "/")
     path = images_dir / name
     try:
-        folder, real = os.path.realpath(images_dir), os.path.realpath(path)
+        held = images_dir.holds(path)
     except ValueError:  # a zero byte or half a character: no file can have such a name
-        folder = real = None
-    if folder and not Path(real).is_relative_to(folder):
-        raise BadSample(where, f"the image {name!r} leads out of the image folder {folder}, to "
-                               f"{real}: not opened; give a folder that holds all the images")
+        held = True  # and so none is found below
+    if not held:
+        raise BadSample(where, f"the image {name!r} leads out of the image folder "
+                               f"{images_dir.root()}, to {os.path.realpath(path)}: not opened; "
+                               "give a folder that holds all the images, or --follow_links where "
+                               "the links in it are your own")
     if not os.path.isfile(path):
         if os.path.exists(path):  # opening a pipe would wait for ever
             raise MissingImage(where, f"no image: {path} is a directory, pipe or device")

@@ -6,8 +6,14 @@ import tokenizers
 
 
 def read_backend(directory: Path) -> tokenizers.Tokenizer:
-    """Read tokenizer.json. Raises FileNotFoundError, or ValueError for a damaged file."""
+    """Read tokenizer.json, or vocab.json and merges.txt. Raises FileNotFoundError, or ValueError
+    for a damaged file."""
     file = directory / "tokenizer.json"
+    pair = [directory / name for name in ("vocab.json", "merges.txt")]
+    if not file.is_file() and all(path.is_file() for path in pair):
+        from extras.convert.vocab_merges import read_vocab_merges  # here: older directories alone
+
+        return read_vocab_merges(directory)
     if not file.is_file():
         raise FileNotFoundError(f"{directory} holds no tokenizer.json; give the directory of a "
                                 "language model (python -m extras.convert DIR OUT makes one of a "

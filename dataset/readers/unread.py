@@ -48,7 +48,7 @@ MEDIA_KINDS = {"image", "video", "file"}
 TURN_KEYS = ("role", "content", "from", "value", "user", "assistant", "weight", "train")
 
 
-def refuse_blind(record: dict, read, turns, messages, images, where: str) -> None:
+def refuse_unread_media(record: dict, read, turns, messages, images, where: str) -> None:
     """BadSample where a record, its turns or their parts hold what refuse_unread does not let
     pass. read: the keys of the record that are read; turns: as RECORD_LAYOUTS reads them."""
     text = "\n".join(message.content for message in messages if message.role != "assistant")

@@ -35,7 +35,8 @@ from model.pretrained.public_config import write_config
 
 MINIMIND, QWEN = ("minimind", "minimind-v"), "qwen"  # config.json's model_type
 SMALL_FILES = ("tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja",
-               "special_tokens_map.json", "generation_config.json", "preprocessor_config.json")
+               "special_tokens_map.json", "generation_config.json", "preprocessor_config.json",
+               "processor_config.json")
 RECORD = "converted_from.json"
 
 

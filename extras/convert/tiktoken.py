@@ -72,6 +72,18 @@ def is_first_qwen(directory: Path) -> bool:
     return False
 
 
+def byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
+    """As both generations split text, without added tokens."""
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(PIECES), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False,
+                                 trim_offsets=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
 def read_tiktoken(path: Path) -> Tokenizer:
     ranks = {}
     with open(path, "rb") as file:
@@ -95,14 +107,7 @@ def read_tiktoken(path: Path) -> Tokenizer:
         raise ValueError(f"{path}: {error}; fetch the file again") from error
     except KeyError as error:
         raise ValueError(f"{path}: no token for the byte {error}; fetch the file again") from error
-    tokenizer = Tokenizer(models.BPE({written[token]: rank for token, rank in ranks.items()},
-                                     merges))
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PIECES), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False,
-                                 trim_offsets=False)])
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = byte_level_bpe({written[token]: rank for token, rank in ranks.items()}, merges)
     special, text = ((FIRST_QWEN_TOKENS, []) if is_first_qwen(path.parent)
                      else (SPECIAL_TOKENS, TEXT_TOKENS))
     tokenizer.add_special_tokens(

@@ -56,10 +56,14 @@ def with_filename(path: Path):
 
 
 def weight_files(directory, single: str = "model.safetensors") -> list[Path]:
-    """The files with the weights of a public directory: one, or the shards that an index names."""
+    """The files with the weights of a public directory: one, or the shards that an index names.
+
+    Where both lie, the one, as in transformers: what is merged is often written beside old shards.
+    """
     directory = Path(directory)
     index = directory / f"{single}.index.json"
-    names = shards(index) if index.is_file() else [single]
+    alone = (directory / single).is_file() or not index.is_file()
+    names = [single] if alone else shards(index)
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise FileNotFoundError(

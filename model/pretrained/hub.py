@@ -26,7 +26,7 @@ GIGABYTES = {
 }
 WANTED_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json",
                 "tokenizer*", "*.tiktoken", "vocab.json", "merges.txt", "special_tokens_map.json",
-                "generation_config.json", "preprocessor_config.json"]
+                "generation_config.json", "preprocessor_config.json", "processor_config.json"]
 # Read where a model is not published as safetensors; where it is, these hold the same again.
 PICKLE_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 

@@ -12,6 +12,7 @@ The files are memory-mapped and a model is built under meta_device, so a tensor 
 from the file to where it belongs: there is never a second copy of the weights.
 """
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -35,12 +36,17 @@ from model.pretrained.files import (
 from model.pretrained.hub import ROOT, TOWER_SETTINGS, resolve
 from model.pretrained.meta_device import meta_device
 from model.pretrained.public_config import (
+    FEW_BITS,
     read_language_config,
     read_vision_config,
     read_vlm_config,
 )
 from model.vision import VisionTransformer
 from model.vlm import VLM, build_model
+
+# Ends of names beside weights in few bits: GPTQ and AWQ, bitsandbytes, fp8, compressed-tensors.
+QUANTIZED = (".qweight", ".qzeros", ".absmax", ".quant_map", ".SCB", ".weight_scale",
+             ".weight_scale_inv", ".weight_packed")
 
 # ---------------------------------------------------------------- public towers
 
@@ -71,6 +77,10 @@ def load_vision(name, dtype: torch.dtype | None = torch.float32, feature_layer: 
 
 def read_public(directory: Path, read, *options):
     path = directory / "config.json"
+    if (directory / "adapter_config.json").is_file():
+        raise ValueError(f"{directory} holds an adapter of peft (adapter_config.json), which would "
+                         "not be used: give its base as --language_model and the directory as "
+                         "--lora_from, or merge the two with peft (merge_and_unload)")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: it says what the weights beside it are")
     public = read_json(path)
@@ -83,17 +93,28 @@ def load_tensors(kind: type, config, source: Path, dtype: torch.dtype | None, un
 
     unread: public names that are left alone, beside the family's.
     """
-    with meta_device():
-        model = kind(config)
     family = family_of(config.model_type)
     unread = [*family.unread, *(name.removeprefix(family.prefix) for name in unread)]
     files, held = {}, {}
     for path in weight_files(source):
         with open_tensors(path) as file:
             files.update(dict.fromkeys(file.keys(), path))
+    if quantized := [name for name in files if name.endswith(QUANTIZED)]:
+        raise ValueError(f"{files[quantized[0]]} has {quantized[0]}: {FEW_BITS}")
+    tied = getattr(config, "tie_word_embeddings", False)
+    if tied and has_own_head(files, family.prefix):
+        print(f"{source}: config.json ties the head to the embedding table, but the file has "
+              "another one, lm_head.weight: it is used, as in transformers", file=sys.stderr)
+        config = replace(config, tie_word_embeddings=False)
+    with meta_device():
+        model = kind(config)
     expected, prefix = public_names(model), family.prefix
     if not any(name.startswith(prefix) for name in files):
         expected = {name.removeprefix(prefix): ours for name, ours in expected.items()}
+    if tied and "lm_head.weight" in files:  # of its two names a file may hold this one alone
+        table = next(name for name, ours in expected.items() if ours == "embed_tokens.weight")
+        if table not in files:
+            expected["lm_head.weight"] = expected.pop(table)
     for path in weight_files(source):
         with open_tensors(path) as file:
             held.update({name: file.get_tensor(name) for name in file.keys() if name in expected})
@@ -118,6 +139,21 @@ def load_tensors(kind: type, config, source: Path, dtype: torch.dtype | None, un
                          "config.json describes it:\n  " + "\n  ".join(problems[:12]) + more)
     model.load_state_dict(tensors, assign=True)
     return model
+
+
+def has_own_head(files: dict[str, Path], prefix: str) -> bool:
+    """Whether the file holds a head that is not the embedding table a second time. What training
+    or merge_and_unload leaves of a head has the config.json of the base."""
+    pair = []
+    for name in ("lm_head.weight", f"{prefix}embed_tokens.weight", "embed_tokens.weight"):
+        if name in files:
+            with open_tensors(files[name]) as file:
+                pair.append(file.get_tensor(name))
+    if "lm_head.weight" not in files or len(pair) < 2:
+        return False
+    if pair[0].dtype != pair[1].dtype:
+        pair = [tensor.float() for tensor in pair]
+    return not torch.equal(*pair)
 
 
 def unusable(tensor: torch.Tensor) -> str:

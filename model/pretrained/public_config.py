@@ -19,6 +19,7 @@ from model.rope import LLAMA3
 KINDS = {field.name: field.type for config in (LanguageConfig, VisionConfig, ProjectorConfig)
          for field in fields(config)} | {"context_limit": int, "mlp_ratio": float}
 LARGEST = 1 << 24  # of an integer; the largest public vocabulary has 262,144 tokens
+FEW_BITS = "weights in few bits are not read here; take the release in bf16"
 MOST_LAYERS = 1000  # the deepest public decoder has 126; a million would be built for an hour
 
 
@@ -28,6 +29,10 @@ def check_values(public, what: str = "config.json") -> dict:
     if not isinstance(public, dict):
         raise ValueError(f"{what} is {str(public)[:60]!r}; expected an object {{name: value}}")
     public = {name: value for name, value in public.items() if value is not None}
+    for name in ("quantization_config", "compression_config"):  # the second by llm-compressor
+        if method := public.get(name):
+            method = method.get("quant_method") if isinstance(method, dict) else method
+            raise ValueError(f"{what} has {name} ({method or 'of an unnamed method'}): {FEW_BITS}")
     for name, value in public.items():
         most = MOST_LAYERS if name == "num_hidden_layers" else LARGEST
         valid, expected = {
