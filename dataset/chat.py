@@ -3,7 +3,7 @@
     Sample.messages -> ChatTemplate.encode_conversation -> ids, mask   training (batching.py)
     Sample.messages -> ChatTemplate.encode_prompt -> ids               chat and scoring (eval.py)
 
-It is ChatML, one block a turn, an image in a turn as K placeholders:
+Most families write ChatML, one block a turn, an image in a turn as K placeholders:
 
     <|im_start|>user\\n<|vision_start|><|image_pad|> x K<|vision_end|>\\nWho is it?<|im_end|>\\n
     <|im_start|>assistant\\nA cat.<|im_end|>\\n
@@ -25,12 +25,15 @@ for good. Qwen3 takes it away again as soon as the next question comes:
 One row of ids cannot be both. In the second one answer 1 follows a prefix that no chat will ever
 give, so learning it there would be wasted: for Qwen3 only the last answer of a row is supervised.
 `training_prefix` cuts a conversation behind another of its answers each time it comes up; so all
-are learned, each after the very prompt that asks for it.
+are learned, each after the very prompt that asks for it. An answer whose data has a thought,
+"<think>...</think>", has that in place of the opening, and learns it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from dataset.families import CHAT_FAMILIES
+from dataset.families import CHAT_FAMILIES, answer_text
+from dataset.readers.published_template import warn_of_differences
+from dataset.readers.template_text import TextBehind, borders_of
 from dataset.tokenizer import Tokenizer
 
 IMAGE = "<image>"  # in the content of a user or system turn: one image belongs here
@@ -67,19 +70,18 @@ class ChatTemplate:
         if family not in CHAT_FAMILIES:
             raise ValueError(f"no chat template for the family {family!r}; expected one of "
                              f"{', '.join(CHAT_FAMILIES)}")
-        facts = CHAT_FAMILIES[family]
+        facts = self.facts = CHAT_FAMILIES[family]
         self.tokenizer, self.family = tokenizer, family
         self.image_tokens = image_tokens  # K
         self.default_system = default_system
-        self.start = tokenizer.token_id(facts.start)
-        self.end = tokenizer.token_id(facts.end)
+        self.start, *_, self.end = map(tokenizer.token_id, (*facts.marks, facts.end))
         self.stop_ids = [self.end] + [tokenizer.token_id(token) for token in facts.stops
                                       if tokenizer.has(token)]
-        self.answer_opening = facts.answer_opening
-        # What every turn has in common is encoded once, not again with every turn of every row.
-        self.headers = {role: [self.start, *tokenizer.encode(role + "\n")] for role in ROLES}
-        self.opening, self.line_end = map(tokenizer.encode, (self.answer_opening, "\n"))
         self.opens_every_answer = facts.opens_every_answer
+        # What every turn has in common is encoded once, not again with every turn of every row.
+        self.borders = borders_of(facts, tokenizer, ROLES)
+        self.text_behind = TextBehind(tokenizer, facts.end)
+        self.opening = tokenizer.encode(facts.answer_opening)
         self.image_token = image_token or facts.image_token
         # A placeholder must be an id that no typed text becomes. A special token is one; "@"
         # (MiniMind2) is not, and SmolLM2 has none for images. Both get the id after the last token:
@@ -91,17 +93,21 @@ class ChatTemplate:
         if facts.around_image and all(map(tokenizer.has, facts.around_image)):
             before, after = map(tokenizer.token_id, facts.around_image)
             self.image_ids = [before, *self.image_ids, after]
+        warn_of_differences(self, Message)
 
     def encode_conversation(self, messages) -> tuple[list[int], list[bool]]:
         """A whole conversation -> ids, and mask: mask[i] is True where ids[i] is supervised."""
         messages = self._with_system(messages)
-        return self._turns(messages, newest=len(messages) - 1)
+        ids, mask = self._turns(messages, newest=len(messages) - 1)
+        end = self.borders[messages[-1].role, None] if messages else []
+        return ids + end, mask + [False] * len(end)
 
     def encode_prompt(self, messages) -> list[int]:
         """The same ids, then the assistant's turn left open: the model goes on from here."""
         messages = self._with_system(messages)
         ids, _ = self._turns(messages, newest=len(messages))  # the answer that is to come
-        return ids + self.headers["assistant"] + self.opening
+        end = self.borders[messages[-1].role if messages else None, "assistant"]
+        return ids + end + self.opening
 
     def training_prefixes(self, messages) -> list[list[Message]]:
         """The parts of a conversation to train on, one each time that it comes up, in turn: all of
@@ -120,7 +126,8 @@ class ChatTemplate:
 
     def fingerprint(self) -> str:
         """Templates of one fingerprint give the same ids."""
-        return str([vars(self) | {"tokenizer": self.tokenizer.backend.to_str()}])
+        text = self.tokenizer.backend.to_str()
+        return str([vars(self) | {"tokenizer": text, "text_behind": None}])
 
     def truncate(self, ids: list[int], mask: list[bool], max_length: int):
         """Cut a rendered conversation at max_length tokens, or raise ValueError with the reason.
@@ -142,13 +149,19 @@ class ChatTemplate:
 
     def _with_system(self, messages) -> list[Message]:
         # Decided for the conversation as a whole, never per turn: else every turn would get one.
-        messages = list(messages)
-        if self.default_system is None or (messages and messages[0].role == "system"):
-            return messages
-        return [Message("system", self.default_system), *messages]
+        messages, prefix = list(messages), self.facts.system_prefix
+        if self.facts.strips:
+            messages = [replace(message, content=message.content.strip()) for message in messages]
+        given = bool(messages) and messages[0].role == "system"
+        if not given and (prefix or self.default_system is not None):
+            messages.insert(0, Message("system", self.default_system or ""))
+        if prefix and not messages[0].content.startswith(prefix):
+            messages[0] = Message("system", prefix + messages[0].content)
+        return messages
 
     def _turns(self, messages, newest: int) -> tuple[list[int], list[bool]]:
-        """newest: index of the newest answer; one past the end where it is still to come."""
+        """Up to the end of the last content. newest: index of the newest answer; one past the end
+        where it is still to come."""
         ids, mask = [], []
 
         def append(tokens: list[int], supervised: bool = False) -> None:
@@ -156,22 +169,21 @@ class ChatTemplate:
             mask.extend([supervised] * len(tokens))
 
         for i, message in enumerate(messages):
+            append(self.borders[messages[i - 1].role if i else None, message.role])
+            if message.role != "assistant":
+                append(self._content(message))
+                continue
             # Only what follows the very prompt that chat gives is to be learned.
-            opened = message.role == "assistant" and (self.opens_every_answer or i == newest)
+            opened = self.opens_every_answer or i == newest
             supervised = opened and message.supervised
-            append(self.headers[message.role])
-            if opened:
-                append(self.opening)
-            append(self._content(message), supervised)
+            empty, text = answer_text(self.facts, message.content, opened)
+            append(self.opening * empty)
+            append(self.text_behind(text), supervised)
             append([self.end], supervised)  # the model must learn to stop by itself
-            append(self.line_end)
         return ids, mask
 
     def _content(self, message: Message) -> list[int]:
-        if not message.images:
-            return self.tokenizer.encode(message.content)
-        first, *rest = message.content.split(IMAGE)
-        ids = self.tokenizer.encode(first)
-        for text in rest:
-            ids += self.image_ids + self.tokenizer.encode(text)
-        return ids
+        name = self.facts.names[ROLES.index(message.role)]
+        first, *rest = (self.facts.space * bool(name) + message.content).split(IMAGE)
+        ids = self.text_behind(first, not name)
+        return sum((self.image_ids + self.text_behind(text, True) for text in rest), ids)

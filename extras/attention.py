@@ -47,7 +47,8 @@ def each_layer(decoder: LanguageModel, x):
     """Embeddings x (B,T,D) -> every layer's weights (B,H,T,T) and the hidden state behind it
     (B,T,D): one at a time, for all 28 layers of 16 heads over 1,000 tokens would be 1.8 GB."""
     positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-    rope = rope_cos_sin(positions, decoder.config.head_dim, decoder.config.rope_theta)
+    config = decoder.config
+    rope = rope_cos_sin(positions, config.head_dim, config.rope_theta, config.rope_scaling)
     for number, layer in enumerate(decoder.layers):
         weights = attention_weights(layer.self_attn, layer.input_layernorm(x), rope)
         x = layer(x, rope, None, None, number)

@@ -29,6 +29,7 @@ from dataset.images import load_image
 from dataset.readers.formats import BadSample, MissingImage, open_data
 from dataset.readers.mixture import split_source
 from dataset.readers.parquet import POOL
+from dataset.readers.published_template import chat_facts
 from dataset.tokenizer import COMPANIONS, Tokenizer
 from model.pretrained.files import read_json
 from model.pretrained.hub import public
@@ -216,11 +217,12 @@ def vocabulary_problem(template: ChatTemplate, directory: Path) -> str | None:
 def make_template(language: str, family: str | None, image_tokens: int) -> ChatTemplate:
     """Of the tokenizer in a directory, or published under a name on the hub."""
     directory = tokenizer_directory(language)
+    tokenizer, system = Tokenizer.from_directory(public(directory)), DEFAULT_SYSTEM.get(family)
     if family is None:
         config = directory / "config.json"
-        family = read_json(config).get("model_type") if config.is_file() else "qwen2"
-    return ChatTemplate(Tokenizer.from_directory(public(directory)), image_tokens,
-                        DEFAULT_SYSTEM.get(family), family=family)
+        model_type = read_json(config).get("model_type") if config.is_file() else "qwen2"
+        family, system = chat_facts(tokenizer, model_type)
+    return ChatTemplate(tokenizer, image_tokens, system, family=family)
 
 
 def main(arguments=None) -> int:

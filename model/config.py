@@ -29,6 +29,7 @@ class LanguageConfig:
     max_position_embeddings: int
     # Qwen-7B computes otherwise in longer rows, which is not built here: they are refused.
     context_limit: int | None = None
+    rope_scaling: dict | None = None  # as config.json has it; of type "llama3" (model/rope.py)
 
     def __post_init__(self):
         check_positive(self)

@@ -1,9 +1,9 @@
 """The decoder: token ids or embeddings (B,T,D) in, hidden states (B,T,D) and logits (B,T,V) out.
 
-One file for Llama, SmolLM2, MiniMind, Qwen-7B, Qwen2, Qwen2.5 and Qwen3: they differ only in the
-facts of LanguageConfig. The hidden states form a residual stream, to which each layer adds twice:
-attention lets a token look at the tokens before it, the MLP then treats each token by itself. Both
-read a normalised copy of the stream (pre-norm).
+One file for Llama, SmolLM2, MiniMind, Qwen-7B and Qwen2 to 3: they differ only in the facts of
+LanguageConfig. The hidden states form a residual stream, to which each layer adds twice: attention
+lets a token look at those before it, the MLP then treats each by itself. Both read a normalised
+copy (pre-norm).
 
 Shapes here and in every other file: B rows, T tokens, N images, P patches, K image tokens of an
 image, D language width, Dv vision width, H query heads, Hkv key/value heads, hd head width,
@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from model.config import LanguageConfig
+from model.rope import scaled
 
 
 class RMSNorm(nn.Module):
@@ -35,14 +36,15 @@ class RMSNorm(nn.Module):
         return self.weight * x32.to(x.dtype)
 
 
-def rope_cos_sin(positions: torch.Tensor, head_dim: int, theta: float):
+def rope_cos_sin(positions: torch.Tensor, head_dim: int, theta: float, scaling: dict | None = None):
     """Cosine and sine of the angles by which RoPE rotates the pairs (i, i + hd/2) of every head.
 
     positions (B,T) -> cos, sin (B,T,1,hd), float32. Pair i rotates by position / theta^(2i/hd).
     In bfloat16 position 4,001 would equal 4,000, so this is float32 whatever the model's dtype.
     """
     pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    angle = positions[:, :, None, None].float() * (1.0 / theta ** (pair / head_dim))  # (B,T,1,hd/2)
+    frequency = scaled(1.0 / theta ** (pair / head_dim), scaling)  # (hd/2,)
+    angle = positions[:, :, None, None].float() * frequency  # (B,T,1,hd/2)
     angle = torch.cat([angle, angle], dim=-1)
     return angle.cos(), angle.sin()
 
@@ -164,9 +166,8 @@ class LanguageModel(nn.Module):
         cache: a KVCache that holds the earlier tokens; these are appended.
         Raises ValueError when rows grow longer than config.context_limit.
         """
-        B, T, _ = embeds.shape
+        (B, T, _), config, limit = embeds.shape, self.config, self.config.context_limit
         past = cache.length if cache is not None else 0
-        limit = self.config.context_limit
         if limit and past + T > limit:
             raise ValueError(f"a row of {past + T} tokens: past {limit} this model "
                              "changes RoPE and scales its queries (dynamic NTK, log-n attention), "
@@ -176,7 +177,7 @@ class LanguageModel(nn.Module):
             mask = torch.ones(T, past + T, dtype=torch.bool, device=embeds.device).tril(past)
         if positions is None:
             positions = torch.arange(past, past + T, device=embeds.device).expand(B, T)
-        rope = rope_cos_sin(positions, self.config.head_dim, self.config.rope_theta)
+        rope = rope_cos_sin(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         x = embeds
         for index, layer in enumerate(self.layers):
             if self.checkpointing:

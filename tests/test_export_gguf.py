@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import urllib.request
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,10 +16,11 @@ from PIL import Image
 import extras.export.__main__ as export
 from dataset.chat import Message
 from extras.convert.minimind import half_split
+from tests.families import tiny_vlm
 from tests.test_export import opened, trained
 
 gguf = pytest.importorskip("gguf")  # an extra
-from extras.export.gguf import gguf_name, interleaved  # noqa: E402 - needs it
+from extras.export.gguf import gguf_name, interleaved, write_language  # noqa: E402 - needs it
 
 SYSTEMS = {  # language, vision, flags
     "qwen2-siglip": ("Qwen2", "Siglip", ["--lora"]),
@@ -118,6 +120,16 @@ def test_eyes_that_llama_cpp_lacks_are_named_and_the_words_go_over(tmp_path, tin
     export.main(["--model", run, "--to", "gguf", "--out", str(tmp_path / "out")])
     assert "no images: llama.cpp has no form for this model: a dinov2" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["language.gguf"]
+
+
+def test_llama3s_frequencies_are_refused_by_name(tmp_path):
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    vlm = tiny_vlm()
+    vlm.language.config = replace(vlm.language.config, rope_scaling=scaling)
+    with pytest.raises(ValueError, match="rope_type 'llama3': its frequencies are not written"):
+        write_language(vlm, {}, 1, "fp32", tmp_path / "language.gguf")
+    assert not list(tmp_path.iterdir())
 
 
 def test_types_that_a_form_does_not_take_are_refused(capsys):

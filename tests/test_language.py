@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from families import LANGUAGE, assert_close, public_language, tiny_vlm
 
 from extras.fast.layers import SharedHeadsAttention, SwiGLUFunction, kernel_shares_heads
@@ -23,6 +24,8 @@ FAMILIES = {
     "qwen3, own head_dim": ("Qwen3", {"head_dim": 10}),
     "qwen3 tied, wide heads": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
     "llama, one kv head": ("Llama", {"num_key_value_heads": 1, "rms_norm_eps": 1e-5}),
+    "llama, like TinyLlama": ("Llama", {"head_dim": 8, "rms_norm_eps": 1e-5,
+                                        "max_position_embeddings": 2048}),
     "llama tied, like SmolLM2": ("Llama", {"num_attention_heads": 3, "num_key_value_heads": 1,
                                            "rope_theta": 1e5, "tie_word_embeddings": True}),
 }
@@ -57,6 +60,55 @@ def test_logits_equal_at_position_4000(name, facts, tmp_path):
     ours = load_language(tmp_path)
     ids = random_ids(1, 4100)
     assert_close(ours(ids)[:, 3900:], theirs(ids).logits[:, 3900:], 2e-4, f"{name} past 3,900")
+
+
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize("facts, scaling", [
+    # As Llama-3.2-1B: tied, wide rows of heads, theta 500,000; as Llama 3.1; with a short training.
+    ({"tie_word_embeddings": True, "head_dim": 64}, {}), ({"head_dim": 128}, {"factor": 8.0}),
+    ({"head_dim": 32}, {"original_max_position_embeddings": 64, "low_freq_factor": 2})])
+@torch.no_grad()
+def test_llama3_scales_rope_as_transformers_does(tmp_path, facts, scaling):
+    scaling = {**LLAMA3_ROPE, **scaling}
+    theirs = public_language("Llama", **facts, num_hidden_layers=2, rope_parameters={
+        **scaling, "rope_theta": 500000.0}, max_position_embeddings=131072)
+    theirs.save_pretrained(tmp_path)
+    ours = load_language(tmp_path)
+    assert ours.config.rope_scaling == scaling and ours.config.rope_theta == 500000.0
+    positions = torch.tensor([[0, 1, 4000, 100_000]])
+    cos, sin = theirs.model.rotary_emb(torch.zeros(1), positions)
+    mine = rope_cos_sin(positions, facts["head_dim"], 500000.0, scaling)
+    for one, other in zip(mine, (cos, sin)):
+        assert_close(one[:, :, 0], other, 1e-2 if positions.max() > 1e5 else 1e-3, "angles")
+    ids = random_ids(1, 4100)
+    assert_close(ours(ids)[:, 3900:], theirs(ids).logits[:, 3900:], 2e-4, "past 3,900")
+    plain = rope_cos_sin(positions, facts["head_dim"], 500000.0)
+    assert (plain[0] - mine[0]).abs().max() > 0.1, "it is another model without it"
+    # The older spelling, and back again.
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_parameters"]
+    config |= {"rope_theta": 500000.0, "rope_scaling": scaling}
+    assert read_language_config(config) == ours.config
+    written = json.loads(json.dumps(write_config(ours.config)))
+    assert read_language_config(written) == ours.config
+    public = transformers.LlamaConfig.from_dict(written).rope_parameters
+    assert public == {**scaling, "rope_theta": 500000.0}
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"factor": None}, "factor = None; expected a number above 0"),
+    ({"factor": "8"}, "factor = '8'"), ({"low_freq_factor": 0}, "low_freq_factor = 0"),
+    ({"high_freq_factor": 1.0}, "high_freq_factor = 1.0; expected more than low_freq_factor"),
+    ({"original_max_position_embeddings": float("nan")}, "original_max_position_embeddings = nan"),
+    ({"rope_type": "longrope"}, "rope_type = 'longrope'; only 'default' and 'llama3'"),
+    ({"rope_type": None, "type": "linear"}, "rope_type = 'linear'")])
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_a_scaling_that_we_would_get_wrong_is_refused(key, change, words):
+    with pytest.raises(ValueError, match=words):
+        read_language_config({"model_type": "llama", **LANGUAGE, key: {**LLAMA3_ROPE, **change}})
 
 
 @torch.no_grad()

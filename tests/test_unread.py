@@ -342,14 +342,14 @@ def test_an_image_that_stands_in_its_part(folder, part):
     for record in (talk(part, text), {"prompt": talk(part, text)["messages"][:1],
                                       "completion": talk()["messages"][1:]}):
         sample = read(folder, record)
-        assert (sample.images, sample.messages[0].content) == ((b,), "<image>x")
+        assert (sample.images, sample.messages[0].content) == ((b,), "<image>\nx")
         row = {key: json.dumps(value) for key, value in record.items()}
         if "messages" in row:  # minimind-v's column of JSON text
             assert read(folder, row, "parquet").images == (b,)
     # Beside the record's own images each stands where its part stands.
     sample = read(folder, talk(text, part, {"type": "image"}, text, images=["a.png"]))
     assert sample.images == (b, folder / "a.png")
-    assert sample.messages[0].content == "x<image><image>x"
+    assert sample.messages[0].content == "x\n<image>\n<image>\nx"
     data = read(folder, talk({"type": "image_url", "image_url": {
         "url": f"data:image/png;base64,{BASE64}"}}))
     assert data.images == (png(),)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from dataset.chat import ChatTemplate
 from dataset.families import DEFAULT_SYSTEM
 from dataset.images import ImageProcessor
+from dataset.readers.published_template import chat_facts
 from dataset.tokenizer import Tokenizer
 from model.pretrained.checkpoint import own_names, read_config, tensor_names
 from model.pretrained.hub import TOWER_SETTINGS
@@ -64,8 +65,11 @@ def make_inputs(settings, language_config, vision_config, language_directory, vi
     processor = ImageProcessor.from_directory(vision_directory)
     if settings.approximate_resize is not None:
         processor = replace(processor, fast=settings.approximate_resize)
-    family = settings.template or language_config.model_type
-    system = DEFAULT_SYSTEM[family] if settings.system is None else settings.system
+    if settings.template:
+        family, system = settings.template, DEFAULT_SYSTEM[settings.template]
+    else:
+        family, system = chat_facts(tokenizer, language_config.model_type)
+    system = system if settings.system is None else settings.system
     # K follows from the size that the processor makes, not from the one in the tower's config:
     # DINOv2 was trained on 518 pixels and published with a processor that makes 224; its position
     # grid is stretched to what comes in.

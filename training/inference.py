@@ -17,6 +17,7 @@ import torch
 from dataset.chat import IMAGE, ChatTemplate, Message
 from dataset.families import DEFAULT_SYSTEM
 from dataset.images import ImageProcessor
+from dataset.readers.published_template import chat_facts
 from dataset.tokenizer import Tokenizer
 from model.generate import TextStreamer, generate
 from model.lora import merge_lora
@@ -55,8 +56,10 @@ def load_model(flags, name: str | None) -> tuple:
     if name == "none":
         directory = resolve(flags.language_model or "dataset/emoji/language")
         model, processor = load_language(directory, load_dtype).eval(), None
-        family = flags.template or model.config.model_type
-        facts = (0, DEFAULT_SYSTEM[family], None, family)
+        tokenizer = Tokenizer.from_directory(directory)
+        family, system = ((flags.template, DEFAULT_SYSTEM[flags.template]) if flags.template
+                          else chat_facts(tokenizer, model.config.model_type))
+        facts = (0, system, None, family)
     else:
         directory = find_model(name)
         model = load_checkpoint(directory, load_dtype, flags.language_model, flags.vision_tower)
@@ -65,7 +68,9 @@ def load_model(flags, name: str | None) -> tuple:
         facts = (config["image_tokens"], config["system"], config.get("image_token"),
                  config["template"])
         print(f"model: {directory}", file=sys.stderr)
-    template = ChatTemplate(Tokenizer.from_directory(directory), *facts)
+        # What it was trained in counts, not what its base was published with.
+        tokenizer = Tokenizer(Tokenizer.from_directory(directory).backend)
+    template = ChatTemplate(tokenizer, *facts)
     check_vocabulary(template, getattr(model, "language", model).config.vocab_size)
     if flags.system is not None:
         template.default_system = flags.system or None

@@ -127,16 +127,29 @@ def read_content(content, images_dir: ImageFolder, where: str) -> tuple[str, lis
         given = {key: value for key, value in given.items() if value is not None}
         kind, key = given.get("type"), next((key for key in PART_KEYS if given.get(key)), None)
         if kind in ("image", "image_url", "input_image") or (kind is None and key == "image"):
-            texts.append(IMAGE)
+            texts.append((IMAGE, True))
             images.append(None if key is None else read_image(given[key], images_dir, where, key))
         elif kind in (None, "text", "input_text", "output_text") and isinstance(
                 given.get("text"), str):
-            texts.append(given["text"])
+            texts.append((given["text"], False))
             images += [None] * given["text"].count(IMAGE)
         else:
             raise ValueError(f"a part of a turn is {shown(part)}; expected an image or a text, "
                              "such as {'type': 'image', 'image': 'a.jpg'}")
-    return "".join(texts), images
+    return join_parts(texts), images
+
+
+def join_parts(parts: list) -> str:
+    """(text, whether it is an image's marker) -> the turn. An image stands in a line of its own,
+    as eval.py asks and as an exported template writes it."""
+    joined, after_image = "", False
+    for text, is_image in parts:
+        border = joined and text and (is_image or after_image)
+        if border and not (joined.endswith("\n") or text.startswith("\n")):
+            joined += "\n"
+        joined += text
+        after_image = is_image if text else after_image
+    return joined
 
 
 def is_file(images_dir: ImageFolder, name: str) -> bool:

@@ -102,7 +102,8 @@ def minimind_config(shapes: dict[str, list[int]], public: dict) -> LanguageConfi
     (vocab_size, width), (q, _), (k, _), (middle, _) = sizes
 
     given = check_values({OLDER_NAMES.get(key, key): value for key, value in public.items()})
-    facts = {**GENERATIONS.get((older, normed, q / k), {}), **read_rope(given), **given}
+    rope = read_rope(given)
+    facts = {**GENERATIONS.get((older, normed, q / k), {}), **rope, **given}
     if "num_attention_heads" not in facts:
         raise ValueError(
             f"q is {q} wide and k {k}: no MiniMind that is known here, so the shapes do "
@@ -120,5 +121,6 @@ def minimind_config(shapes: dict[str, list[int]], public: dict) -> LanguageConfi
         "head_dim": head_dim, "max_position_embeddings": 32768,
         # Version 1 has theta in its code alone, and its files no entry for it.
         "rope_theta": facts.get("rope_theta", 1e4 if older else 1e6),
+        "rope_scaling": rope["rope_scaling"],
         "rms_norm_eps": facts.get("rms_norm_eps", 1e-6 if normed else 1e-5),
         "tie_word_embeddings": facts.get("tie_word_embeddings", True)})

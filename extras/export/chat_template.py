@@ -24,35 +24,66 @@ from model.pretrained.files import write_json
 # Texts for a new token, where the template's own is no special token of the tokenizer.
 PLACEHOLDERS = ("<|image_pad|>", "<|image_place|>")
 
+# Families whose borders are special tokens, so that one text can hold a whole conversation. A user
+# could type the role lines of the others, and those of Vicuna melt into the text beside them.
+EXPORTABLE = ("qwen", "qwen2", "qwen2.5-instruct", "qwen3", "qwen3-2507", "llama", "llama3",
+              "llama3.1", "minimind", "minimind2", "minimind2-early")
+
 JINJA = """\
-{%- if SYSTEM is not none and (not messages or messages[0].role != 'system') -%}
-    {{- START + 'system\\n' + SYSTEM + END + '\\n' -}}
+{{- BEGIN -}}
+{%- if (PREFIX or SYSTEM is not none) and (not messages or messages[0].role != 'system') -%}
+    {{- HEAD + 'system' + LINE + PREFIX + (SYSTEM or '') + END -}}
 {%- endif -%}
 {%- for message in messages -%}
-    {{- START + message.role + '\\n' -}}
-    {%- if message.role == 'assistant' and (EVERY or (loop.last and not add_generation_prompt)) -%}
-        {{- OPENING -}}
-    {%- endif -%}
+    {{- HEAD + message.role + LINE -}}
+    {%- set opened = message.role == 'assistant' and
+        (EVERY or (loop.last and not add_generation_prompt)) -%}
     {%- if message.content is string -%}
         {%- set text = message.content -%}
     {%- else -%}
-        {%- set parts = namespace(text='') -%}
+        {%- set parts = namespace(text='', image=false) -%}
         {%- for part in message.content -%}
-            {%- if part.type == 'text' -%}
-                {%- set parts.text = parts.text + part.text -%}
-            {%- else -%}
-                {%- set parts.text = parts.text + '<image>\\n' -%}
+            {%- set image = part.type in ['image', 'image_url', 'input_image'] -%}
+            {%- if (image and message.role == 'assistant') or
+                   not (image or part.type in ['text', 'input_text', 'output_text',
+                                               'media_marker']) -%}
+                {{- raise_exception('a part of type ' + part.type + ' in the turn of a '
+                                    + message.role + ': it can hold text and, unless it is an '
+                                    + 'answer, images') -}}
             {%- endif -%}
+            {%- set piece = '<image>' if image else part.text -%}
+            {%- if parts.text and (image or parts.image) and
+                   parts.text[-1:] != '\\n' and piece[:1] not in ['', '\\n'] -%}
+                {%- set parts.text = parts.text + '\\n' -%}
+            {%- endif -%}
+            {%- set parts.text = parts.text + piece -%}
+            {%- set parts.image = image if piece else parts.image -%}
         {%- endfor -%}
         {%- set text = parts.text -%}
     {%- endif -%}
+    {%- if STRIPS -%}
+        {%- set text = text | trim -%}
+    {%- endif -%}
+    {%- if loop.first and message.role == 'system' and not text.startswith(PREFIX) -%}
+        {%- set text = PREFIX + text -%}
+    {%- endif -%}
     {%- if message.role != 'assistant' -%}
         {%- set text = text | replace('<image>', IMAGE_TOKENS) -%}
+    {%- elif OPENING and '</think>' in text -%}
+        {%- set thought = text.split('</think>')[0].split('<think>')[-1].strip('\\n') -%}
+        {%- set text = text.split('</think>')[-1].lstrip('\\n') -%}
+        {%- if opened and thought -%}
+            {%- set text = '<think>\\n' + thought + '\\n</think>\\n\\n' + text -%}
+        {%- elif opened -%}
+            {%- set text = OPENING + text -%}
+        {%- endif -%}
+    {%- elif opened -%}
+        {%- set text = OPENING + text -%}
     {%- endif -%}
-    {{- text + END + '\\n' -}}
+    {{- text + END -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
-    {{- START + 'assistant\\n' + OPENING -}}
+    {{- HEAD + 'assistant' + LINE + OPENING -}}
 {%- endif -%}
 """
 
@@ -84,14 +115,21 @@ class PublicTemplate:
     """image_token: the text of the token that stands for an image in the exported tokenizer."""
 
     def __init__(self, template: ChatTemplate):
+        if template.family not in EXPORTABLE:
+            raise ValueError(f"--template {template.family}: its turns are marked by ordinary text,"
+                             " which other engines, that cut a conversation up as one text, read "
+                             f"differently; the families that can be exported so are "
+                             f"{', '.join(EXPORTABLE)}. Use --to merged, and eval.py")
         self.template, written = template, template.tokenizer.backend.to_str()
-        self.start, self.end = (template.tokenizer.decode([i])
-                                for i in (template.start, template.end))
+        self.end = template.facts.end
         self.image_token = template.image_token
         if not template.tokenizer.is_special(template.image_token):
             self.image_token = next(t for t in PLACEHOLDERS if not template.tokenizer.has(t))
             public = json.loads(written)  # into the vocabulary, which may have gaps: the id stays
-            public["model"]["vocab"][self.image_token] = template.image_token_id
+            vocabulary = public["model"]["vocab"]
+            for token in public["added_tokens"]:  # those that are not in it would be renumbered
+                vocabulary.setdefault(token["content"], token["id"])
+            vocabulary[self.image_token] = template.image_token_id
             written = json.dumps(public)
         self.backend = tokenizers.Tokenizer.from_str(written)
         self.before, self.after = "", ""
@@ -102,13 +140,16 @@ class PublicTemplate:
         # must be one. Adding one that is there already keeps its id.
         self.backend.add_special_tokens([
             tokenizers.AddedToken(token, special=True, normalized=False)
-            for token in (self.start, self.end, self.before, self.after, self.image_token)
+            for token in (*template.facts.marks, self.before, self.after, self.image_token)
             if token and not template.tokenizer.is_special(token)])
 
     def jinja(self, llama_cpp: bool = False) -> str:
         template = self.template
-        facts = {"START": self.start, "END": self.end, "SYSTEM": template.default_system,
-                 "OPENING": template.answer_opening, "EVERY": template.opens_every_answer,
+        head, line = template.facts.header.split("{role}")
+        facts = {"BEGIN": template.facts.begin, "HEAD": head, "LINE": line,
+                 "END": self.end + template.facts.after_end, "STRIPS": template.facts.strips,
+                 "PREFIX": template.facts.system_prefix, "SYSTEM": template.default_system,
+                 "OPENING": template.facts.answer_opening, "EVERY": template.opens_every_answer,
                  "BEFORE": self.before, "AFTER": self.after,
                  "IMAGE_TOKENS": self.before + self.image_token + self.after}
         written = {name: "none" if value is None else json.dumps(value, ensure_ascii=False)
@@ -121,10 +162,12 @@ class PublicTemplate:
     def tokenizer_json(self) -> str:
         public = json.loads(self.backend.to_str())
         public["post_processor"] = None  # some put a token in front of every text; we never do
-        cuts = [rf"\A(?:{'|'.join(ROLES)})\n"]
-        if self.template.answer_opening and self.template.opens_every_answer:
+        line = self.template.facts.header.rpartition("}")[2].rpartition(">")[2]
+        role = "" if "}<" in self.template.facts.header else f"(?:{'|'.join(ROLES)})"
+        cuts = [rf"\A{role}{line}"]
+        if self.template.facts.answer_opening and self.template.opens_every_answer:
             # Where "</think>" is a token of its own, a stretch of text begins behind it.
-            opening = self.template.answer_opening
+            opening = self.template.facts.answer_opening
             added = [token.content for token in self.backend.get_added_tokens_decoder().values()]
             tail = min((opening.rpartition(token)[2] for token in added if token in opening),
                        key=len, default=opening)

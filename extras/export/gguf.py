@@ -48,6 +48,9 @@ def write_language(vlm: VLM, tokenizer: dict, rows: int, dtype: str, path: Path)
     """tokenizer: gguf_tokenizer's. rows: tokens that the table must have. LoRA must be merged."""
     model = llava_language(vlm.language, rows)
     config, kind = model.config, TYPES[dtype][0]
+    if config.rope_scaling is not None:
+        raise ValueError(f"rope_type {config.rope_scaling['rope_type']!r}: its frequencies are not "
+                         "written into a GGUF here; use --to transformers")
     writer = gguf.GGUFWriter(path, config.model_type)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_file_type(kind)

@@ -13,6 +13,7 @@ from dataclasses import fields
 
 from model.config import LanguageConfig, ProjectorConfig, VisionConfig, VLMConfig
 from model.pretrained.families import LANGUAGE_FAMILIES, VISION_FAMILIES, Family, family_of
+from model.rope import LLAMA3
 
 # What a value of config.json has to be, by its key; checked before anything is computed.
 KINDS = {field.name: field.type for config in (LanguageConfig, VisionConfig, ProjectorConfig)
@@ -84,16 +85,34 @@ def read_language_config(public: dict) -> LanguageConfig:
     theta = float(rope.get("rope_theta", facts.get("rope_theta", 10000)))
     return config_of(LanguageConfig, {
         "num_key_value_heads": heads, "head_dim": facts["hidden_size"] // heads,
-        "rms_norm_eps": 1e-6, "tie_word_embeddings": False, **facts, "rope_theta": theta})
+        "rms_norm_eps": 1e-6, "tie_word_embeddings": False, **facts, "rope_theta": theta,
+        "rope_scaling": rope["rope_scaling"]})
 
 
 def read_rope(public: dict) -> dict:
     """transformers 5 moved rope_theta into rope_parameters; older files have it at the top."""
     rope = public.get("rope_parameters") or public.get("rope_scaling") or {}
     rope = check_values(rope, "rope_parameters of config.json")
-    refuse(public, "rope_type", rope.get("rope_type", rope.get("type", "default")), "default")
     refuse(public, "partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 1.0)
-    return rope
+    return {**rope, "rope_scaling": read_scaling(rope)}
+
+
+def read_scaling(rope: dict) -> dict | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"config.json has rope_type = {kind!r}; only 'default' and 'llama3' are "
+                         "computed here")
+    if kind == "default":
+        return None
+    scaling = {name: rope.get(name) for name in LLAMA3}
+    for name, value in scaling.items():
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"config.json has rope_type 'llama3' with {name} = {value!r}; "
+                             "expected a number above 0")
+    if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        raise ValueError(f"config.json has high_freq_factor = {scaling['high_freq_factor']}; "
+                         f"expected more than low_freq_factor, {scaling['low_freq_factor']}")
+    return {"rope_type": kind, **scaling}
 
 
 # ---------------------------------------------------------------- vision transformers
