@@ -103,7 +103,8 @@ def one_step(preset: str, stage: str, flags: list[str], batch_size: int) -> str:
                     "--preset", preset, "--model", "none", "--data", str(file),
                     "--image_folder", temporary, "--out", f"{temporary}/out", "--steps", "1",
                     "--batch_size", str(batch_size), "--gradient_accumulation_steps", "1",
-                    "--max_length", "4096", "--num_workers", "0", *flags])
+                    "--max_length", "512" if preset == "emoji" else "2048",
+                    "--num_workers", "0", *flags])
         finally:
             script.load_or_build, train_pretrain.save = keep_load, keep_save
         step = json.loads(Path(f"{temporary}/out/metrics.jsonl").read_text().splitlines()[0])

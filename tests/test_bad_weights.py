@@ -317,7 +317,7 @@ VISION = [
     ("NaN", tensors(lambda t: t[PATCH].fill_(float("nan"))), f"not finite: {PATCH}"),
     ("half", bytes_of(lambda b: b[:len(b) // 2]), "cannot be read as safetensors"),
     ("no JSON", text("config.json", "{"), "config.json is not JSON"),
-    ("another tower", config(model_type="vit"), "config.json says model_type 'vit'"),
+    ("another tower", config(model_type="beit"), "config.json says model_type 'beit'"),
     ("patches larger than pictures", config(patch_size=32), "patch_size 32 is larger than image_s"),
     ("no patches", config(patch_size=0), "has patch_size = '0'; expected a whole number"),
     ("another grid", config(image_size=32), "position_embedding.weight is"),

@@ -82,7 +82,7 @@ def test_a_run_on_mixed_files_is_told_and_resumed(world, tmp_path):
     train_pretrain.main(["--resume", "--steps", "6", "--out", str(tmp_path / "two")])
     tokens = [[entry[-1] for entry in curve(tmp_path / run)] for run in ("whole", "two")]
     assert tokens[0] == tokens[1] and len(tokens[0]) == 6
-    with pytest.raises(SystemExit, match="was started with"):
+    with pytest.raises(SystemExit, match="was made on .*the data order would not go on"):
         train_pretrain.main(["--resume", "--data", files[0], "--out", str(tmp_path / "two")])
 
 
@@ -250,7 +250,7 @@ def test_a_pth_is_copied_into_a_full_checkpoint_and_talks_alone(tmp_path, capsys
         "--preset", "minimind-v", "--language_model", language, "--vision_tower",
         str(tmp_path / "vision"),
         "--data", make_data(tmp_path, count=4), "--image_folder", str(tmp_path), "--steps", "1",
-        "--batch_size", "2", "--dtype", "fp32", "--num_workers", "0", "--train_language", "none",
+        "--batch_size", "4", "--dtype", "fp32", "--num_workers", "0", "--train_language", "none",
         "--full_checkpoint", "--out", str(tmp_path / "out")])
     capsys.readouterr()
     brief = ["--prompt", "Hello", "--max_new_tokens", "3", "--device", "cpu"]
