@@ -8,8 +8,8 @@ OUT := out/demo
 .PHONY: demo test clean
 
 demo: .venv/installed
-	$(BIN)/torchrun train_pretrain.py --out $(OUT)/pretrain
-	$(BIN)/python train_sft.py --lora --model $(OUT)/pretrain --out $(OUT)/sft
+	$(BIN)/torchrun train_pretrain.py --eval_steps 100 --out $(OUT)/pretrain
+	$(BIN)/python train_sft.py --lora --eval_steps 100 --model $(OUT)/pretrain --out $(OUT)/sft
 	$(BIN)/python eval.py --model $(OUT)/sft --data emoji --report $(OUT)
 
 test: .venv/installed-dev
