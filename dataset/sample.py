@@ -23,20 +23,17 @@ import json
 from dataclasses import dataclass, field
 
 from dataset.chat import IMAGE, Message
-from dataset.chat import ROLES as CHAT_ROLES
 from dataset.readers.answered import read_answered
 from dataset.readers.bad_sample import BadSample, shown
 from dataset.readers.captions import read_captions
 from dataset.readers.record_images import ImageFolder, find_images, image_key, read_content
+from dataset.readers.roles import SYSTEM, read_system, role_and_content
 from dataset.readers.unread import refuse_unread_media
 
 TURNS = ("conversations", "messages")
 TAGS = ("kind", "language")  # optional, for scores by kind and by language
-SYSTEM = ("system", "system_prompt")  # keys beside the turns
-# LLaVA's names, and those of other chats; any other is taken as it is.
-ROLES = {**{role: role for role in CHAT_ROLES}, "human": "user", "developer": "system",
-         **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "bot"), "assistant")}
 LONGEST_TEXT = 500_000  # characters; a model reads a tenth of it, a tokenizer needs seconds for it
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -141,25 +138,13 @@ def find_layout(record: dict) -> tuple:
     return RECORD_LAYOUTS[0]
 
 
-def read_system(record: dict, turns: list) -> list:
-    """The system turn whose text stands beside the turns, if there is one."""
-    texts = {record[key] for key in SYSTEM if record.get(key)}
-    if not texts or (len(turns) and texts == {turns[0].get("content", turns[0].get("value"))}):
-        return []
-    if len(texts) > 1 or any(turn.get("role", turn.get("from")) == "system" for turn in turns):
-        raise ValueError(f"two system texts, one of them {shown(min(texts))}; leave one")
-    return [{"role": "system", "content": texts.pop()}]
-
-
 def to_message(turn: dict, images_dir: ImageFolder, where: str) -> tuple[Message, list]:
     """-> the message, and what each of its markers shows, see read_content."""
-    turn = {key: value for key, value in turn.items() if value is not None}
-    role = turn.get("role", turn.get("from"))
+    role, content = role_and_content(turn)
     if not isinstance(role, str):
         raise ValueError(f"the role of a turn is {shown(role)}; expected a text such as 'user'")
-    role = ROLES.get(role.lower(), role)
-    content, images = read_content(turn.get("content", turn.get("value")), images_dir, where)
-    weight = turn.get("weight", turn.get("train", 1))
+    content, images = read_content(content, images_dir, where)
+    weight = next((turn[key] for key in ("weight", "train") if turn.get(key) is not None), 1)
     if weight not in (0, 1):
         raise ValueError(f"the weight of a turn is {shown(weight)}; expected 1, or 0 for an answer "
                          "that is not to be learned")

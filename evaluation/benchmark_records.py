@@ -65,7 +65,7 @@ def layout_of(records) -> tuple[str | None, str]:
         optioned |= bool(option_keys(record))
         try:
             options = options_of(record, "")
-        except BadSample:  # told when it is read, with its line
+        except BadSample:  # reported when it is read, with its line
             continue
         style.add(said, options)
         lettered.append(bool(options))

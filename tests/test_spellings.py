@@ -48,8 +48,21 @@ def test_a_system_text_beside_the_turns(tmp_path, key):
         assert len(read(tmp_path, {**record, key: None}).messages) == 2
     twice = turns(("system", "s"), ("human", "u"), ("gpt", "a"))
     assert len(read(tmp_path, {**twice, key: "s"}).messages) == 3, "the same text once more"
+    for role in ("system", "System", "developer"):
+        twice = turns((role, "s"), ("human", "u"), ("gpt", "a"))
+        assert len(read(tmp_path, {**twice, key: "s"}).messages) == 3
+        with pytest.raises(BadSample, match="two system texts"):
+            read(tmp_path, {**twice, key: "t"})
+    parts = {"messages": [{"role": "user", "content": [{"type": "text", "text": "u"}]},
+                          {"role": "assistant", "content": "a"}], key: "s"}
+    assert [m.content for m in read(tmp_path, parts).messages] == ["s", "u", "a"]
+    for value in (5, ["s"], {"text": "s"}, [["s"]], {"a": {}, "b": 1}):  # and no crash of the run
+        try:
+            assert read(tmp_path, {**parts, key: value}).messages[0].role == "user"
+        except BadSample as error:
+            assert error.where.endswith("data:1")
     with pytest.raises(BadSample, match="two system texts"):
-        read(tmp_path, {**twice, key: "t"})
+        read(tmp_path, {**parts, "system": "s", "system_prompt": ["t"]})
 
 
 @pytest.mark.parametrize("key, value, hint", [
@@ -167,6 +180,21 @@ def test_links_are_followed_where_the_user_says_so(tmp_path):
         for follow_links in (False, True):
             with pytest.raises(BadSample, match="leads out of the image folder"):
                 shown(tmp_path, name, images, follow_links=follow_links)
+
+
+def test_a_folder_called_snapshots_opens_nothing_beside_it(tmp_path):
+    """Only links that lie in a snapshot lead to its blobs: no name in the data does."""
+    (tmp_path / "snapshots/may").mkdir(parents=True)
+    (tmp_path / "blobs").mkdir()
+    for place in ("secret.png", "snapshots/secret.png", "blobs/secret.png"):
+        (tmp_path / place).write_bytes(b"x")
+    for name in ("../secret.png", "../../secret.png", "../../blobs/secret.png",
+                 str(tmp_path / "secret.png"), str(tmp_path / "blobs/secret.png")):
+        with pytest.raises(BadSample, match="leads out of the image folder"):
+            shown(tmp_path, name, tmp_path / "snapshots/may")
+    (tmp_path / "snapshots/may/link.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(BadSample, match="leads out of the image folder"):
+        shown(tmp_path, "link.png", tmp_path / "snapshots/may")
 
 
 def test_a_snapshot_of_the_hubs_cache_holds_links_to_its_blobs(tmp_path):

@@ -4,6 +4,7 @@ import base64
 import json
 import pickle
 import shutil
+import sys
 
 import pytest
 import transformers
@@ -238,6 +239,14 @@ def test_vocab_and_merges_equal_the_public_tokenizer(source, said, tiny_tokenize
         assert make_template(str(directory), None, 2).family == "qwen2"
     ours.save(tmp_path / "saved")
     assert Tokenizer.from_directory(tmp_path / "saved").encode("it's 42") == ours.encode("it's 42")
+
+
+def test_vocab_and_merges_without_the_extras_are_a_sentence(tiny_tokenizer_dir, tmp_path,
+                                                           monkeypatch):
+    directory = vocab_merges(tiny_tokenizer_dir, tmp_path / "old", "config.json")
+    monkeypatch.setitem(sys.modules, "extras.convert.vocab_merges", None)
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer.json; .*extras/ reads vocab.j"):
+        Tokenizer.from_directory(directory)
 
 
 @pytest.mark.parametrize("name, content, words", [

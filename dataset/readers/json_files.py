@@ -192,7 +192,7 @@ def index_coco(file: Path) -> np.ndarray:
 
 def is_coco(file: Path) -> bool:
     """Whether a file that starts with "{" is COCO, and not JSON Lines: by the keys of its first
-    object, of which a record of text has others. Usually told within a few kilobytes."""
+    object, of which a record of text has others. Usually known within a few kilobytes."""
     found = False
     try:
         for key, value, *_ in walk_object(file):

@@ -70,7 +70,7 @@ class TokenCounter:
                 np.array([length for several in lengths for length in several], np.int32))
 
     def lengths(self, i: int) -> list[int]:
-        """Of row i; 0 where it cannot be read. What is wrong with it is told when it comes up."""
+        """Of row i; 0 where it cannot be read. The reason is reported when it comes up."""
         try:
             messages = self.data[i].messages
             return [len(self.template.encode_conversation(prefix)[0])

@@ -39,17 +39,19 @@ class ImageFolder:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
-    def root(self) -> str:
-        """What a file has to lie in. A snapshot in the hub's cache holds links to its blobs."""
-        *_, cache = [self.path, *(above.parent for above in (self.path, *self.path.parents)
-                                  if above.name == "snapshots")]
-        return os.path.realpath(cache)
-
     def holds(self, path: Path) -> bool:
-        if self.follow_links:  # ".." behind a link is not the folder that it seems to be
-            return (path.is_relative_to(self.path)
-                    and ".." not in path.relative_to(self.path).parts)
-        return Path(os.path.realpath(path)).is_relative_to(self.root())
+        """Whether a name in the data may lead to this file."""
+        # ".." behind a link is not the folder that it seems to be.
+        named_inside = (path.is_relative_to(self.path)
+                        and ".." not in path.relative_to(self.path).parts)
+        if self.follow_links:
+            return named_inside
+        # A snapshot in the hub's cache is made of links to the blobs beside it.
+        blobs = [above.parent / "blobs" for above in Path(os.path.abspath(self.path), "x").parents
+                 if above.name == "snapshots"]
+        real = Path(os.path.realpath(path))
+        return any(real.is_relative_to(os.path.realpath(folder))
+                   for folder in (self.path, *(blobs if named_inside else ())))
 
 
 def find_images(record: dict, images_dir: ImageFolder, where: str) -> list:
@@ -171,7 +173,7 @@ def image_path(images_dir: ImageFolder, name: str, where: str) -> Path:
         held = True  # and so none is found below
     if not held:
         raise BadSample(where, f"the image {name!r} leads out of the image folder "
-                               f"{images_dir.root()}, to {os.path.realpath(path)}: not opened; "
+                               f"{images_dir.path}, to {os.path.realpath(path)}: not opened; "
                                "give a folder that holds all the images, or --follow_links where "
                                "the links in it are your own")
     if not os.path.isfile(path):

@@ -11,13 +11,17 @@ def read_backend(directory: Path) -> tokenizers.Tokenizer:
     file = directory / "tokenizer.json"
     pair = [directory / name for name in ("vocab.json", "merges.txt")]
     if not file.is_file() and all(path.is_file() for path in pair):
-        from extras.convert.vocab_merges import read_vocab_merges  # here: older directories alone
-
-        return read_vocab_merges(directory)
+        try:
+            from extras.convert.vocab_merges import read_vocab_merges  # here: older directories
+        except ModuleNotFoundError as error:
+            if not error.name.startswith("extras"):
+                raise
+        else:
+            return read_vocab_merges(directory)
     if not file.is_file():
         raise FileNotFoundError(f"{directory} holds no tokenizer.json; give the directory of a "
                                 "language model (python -m extras.convert DIR OUT makes one of a "
-                                "qwen.tiktoken)")
+                                "qwen.tiktoken; extras/ reads vocab.json and merges.txt)")
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
         if not backend.get_vocab_size():
